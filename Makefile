@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all set-up on a fresh machine. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+# Passed to pip; README's "Without a GPU" shows what for.
+PIP_FLAGS ?=
+TINY := --preset tiny
+
+.PHONY: demo test lint bench dashboard clean
+.DELETE_ON_ERROR:
+
+demo: .venv/ready
+	$(BIN)/python prepare_data.py $(TINY) --overwrite
+	$(BIN)/python inspect_data.py $(TINY) --samples 2
+	$(BIN)/python train_grpo.py $(TINY) --overwrite
+	$(BIN)/python validate_model.py $(TINY)
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/overhead.py
+
+dashboard: .venv/ready
+	TRACKIO_DIR=$(CURDIR)/results/trackio $(BIN)/trackio show --project phi2-grpo
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit(f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}. Give another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/ready: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements.txt
+	@touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements-dev.txt
+	@touch $@

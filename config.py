@@ -1,0 +1,133 @@
+"""Every setting of every script, once.
+
+Each key is also a flag (`--learning_rate 2e-5`), its comment is the flag's help, its value the default. A key that sets
+a field of `GRPOConfig` or `LoraConfig` bears that field's name (LoRA's with `lora_` before it), so TRL's and PEFT's
+documentation applies as it stands. Order: CONFIG, then the preset laid over it, then the flags.
+"""
+
+CONFIG = {
+    # --- model
+    "model": "microsoft/phi-2",  # Hub id or local folder of the base model; "tiny" builds the 2M-parameter one
+    "model_revision": "main",  # branch, tag or commit of a Hub model
+    "device": "auto",  # auto (one CUDA GPU, else an error), cuda, cpu
+    "dtype": "auto",  # of the frozen base: auto (bfloat16 on GPU, float32 on CPU), bfloat16, float32
+    # --- LoRA (all linear layers, r 16: the gap to full fine-tuning closes, arXiv 2106.09685 and "LoRA Without Regret")
+    "lora_r": 16,  # rank: 23.6M trainable parameters for Phi-2
+    "lora_alpha": 32,  # the update is scaled by alpha / r
+    "lora_dropout": 0.0,  # 0, so that rollout and log-probs see the same model
+    "lora_target_modules": ["Wqkv", "out_proj", "fc1", "fc2"],  # Phi's names, old or new; or all-linear
+    "init_adapter": "",  # adapter folder to start from instead of a fresh adapter (the KL is still to the base)
+    # --- data
+    "dataset": "OpenAssistant/oasst1",  # Hub id, .jsonl, .jsonl.gz, .parquet or save_to_disk folder of messages
+    "dataset_revision": "main",  # branch, tag or commit of a Hub data set
+    "data_dir": "./data",  # folder of oasst1_prompts, oasst1_preferences and funnel.json
+    "languages": "all",  # oasst1's language codes (en,es,pt-BR), or all
+    "max_prompt_tokens": 384,  # longest prompt kept, counted with the chat template
+    "max_turns": 1,  # user turns in a prompt: 1 takes first questions, 2 also follow-ups with their history
+    "max_toxicity": 1.0,  # keep prompts up to this toxicity label (0-1); 1 keeps all
+    "validation_fraction": 0.05,  # share of the trees held out where the source has no validation split
+    "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
+    # --- rollout
+    "num_generations": 8,  # completions per prompt, the group that GRPO compares (4 small, 16 large)
+    "max_completion_length": 256,  # tokens; at least twice target_tokens, or ending late looks like ending well
+    "temperature": 1.0,  # of the rollouts; 1 is the policy itself
+    "top_p": 1.0,  # 1 = no nucleus cut: the log-probs that train are those that sampled
+    "top_k": 0,  # 0 = no cut, as above
+    "chat_temperature": 0.7,  # written to the adapter's generation_config.json for chats; metrics use temperature
+    "chat_top_p": 0.9,  # as above
+    # --- reward
+    "target_tokens": 128,  # length of answer that the length reward pays most for
+    # --- training (sources: TRL's LoRA and paper guides, Dr. GRPO arXiv 2503.20783, DeepSeekMath 2402.03300)
+    "max_steps": 100,  # optimizer steps: 100 to see it work, 200-300 for a demo, 500 and more for a claim
+    "learning_rate": 4e-5,  # 4e-5 for 100 steps, 1e-5 for 500: what counts is the sum over the steps
+    "lr_scheduler_type": "constant_with_warmup",  # constant, so that a resumed run may add steps
+    "warmup_steps": 5,  # optimizer steps
+    "beta": 0.03,  # weight of the KL to the base; 0.02-0.04 where length is the only reward
+    "loss_type": "dr_grpo",  # no length bias in the loss (TRL's default is dapo)
+    "scale_rewards": "none",  # advantage = reward - group mean, not divided by the group's spread: rewards are bounded
+    "per_device_train_batch_size": 4,  # completions in one forward and backward pass; what training memory depends on
+    "gradient_accumulation_steps": 8,  # x the above = 32 completions in one optimizer step
+    "steps_per_generation": 4,  # x the batch size = 16 completions sampled at once; what the KV cache depends on
+    "activation_checkpointing": True,  # recompute activations in the backward pass: slower, but far less memory
+    "max_grad_norm": 0.5,  # gradients are clipped to this norm
+    "seed": 0,  # of sampling, data order and the adapter's initial values
+    # --- what a run leaves
+    "output_dir": "./results/phi2-grpo",  # checkpoints; the finished adapter goes to <output_dir>-final
+    "save_steps": 25,  # optimizer steps between checkpoints
+    "save_total_limit": 2,  # checkpoints kept; 2 at least, so that one is whole while the next is written
+    "sample_steps": 10,  # optimizer steps between best and worst completions printed in full
+    "report_to": "trackio",  # trackio (local, offline: make dashboard), tensorboard, wandb, none
+    # --- validation
+    "adapter": "./results/phi2-grpo-final",  # adapter folder that validate_model.py compares with its base
+    "max_prompts": 200,  # held-out prompts used
+    "samples_per_prompt": 1,  # completions per held-out prompt and model; more narrows the interval
+    "eval_batch_size": 16,  # completions generated at once in validation
+    "validation_dir": "./results/validation",  # folder of the validation report
+}
+
+PRESETS = {
+    # One 12-16 GB GPU. The values above are its values.
+    "phi2": {},
+    # A laptop's CPU, no Hub, no account: a 2M-parameter Phi made on the spot, the sample data in tiny/.
+    "tiny": {
+        "model": "tiny",
+        "device": "cpu",
+        "dataset": "./tiny/messages.jsonl",
+        "data_dir": "./data/tiny",
+        "max_prompt_tokens": 128,
+        "validation_fraction": 0.3,
+        "max_completion_length": 64,
+        "target_tokens": 32,
+        "learning_rate": 1e-3,  # a 2M model takes, and needs, far more than a 2.7B one
+        "per_device_train_batch_size": 32,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1,
+        "activation_checkpointing": False,
+        "output_dir": "./results/tiny-grpo",
+        "sample_steps": 50,
+        "adapter": "./results/tiny-grpo-final",
+        "samples_per_prompt": 4,
+        "eval_batch_size": 64,
+        "validation_dir": "./results/tiny-validation",
+    },
+}
+
+# What a value may be: a set of choices, or (lowest, highest), both included. Checked before anything slow starts.
+LIMITS = {
+    "device": {"auto", "cuda", "cpu"},
+    "dtype": {"auto", "bfloat16", "float32"},
+    "lora_r": (1, 1024),
+    "lora_alpha": (1, 4096),
+    "lora_dropout": (0.0, 0.9),
+    "max_prompt_tokens": (1, 1_000_000),
+    "max_turns": (1, 100),
+    "max_toxicity": (0.0, 1.0),
+    "validation_fraction": (0.0, 0.9),
+    "num_generations": (2, 1024),
+    "max_completion_length": (1, 100_000),
+    "temperature": (0.01, 10.0),
+    "top_p": (0.01, 1.0),
+    "top_k": (0, 1_000_000),
+    "chat_temperature": (0.01, 10.0),
+    "chat_top_p": (0.01, 1.0),
+    "target_tokens": (1, 50_000),
+    "max_steps": (1, 10_000_000),
+    "learning_rate": (1e-9, 1.0),
+    "lr_scheduler_type": {"constant_with_warmup", "constant", "linear", "cosine"},
+    "warmup_steps": (0, 1_000_000),
+    "beta": (0.0, 10.0),
+    "loss_type": {"dr_grpo", "grpo", "bnpo", "dapo"},
+    "scale_rewards": {"none", "group", "batch"},
+    "per_device_train_batch_size": (1, 4096),
+    "gradient_accumulation_steps": (1, 4096),
+    "steps_per_generation": (1, 4096),
+    "max_grad_norm": (1e-6, 1e6),
+    "seed": (0, 2**32 - 1),
+    "split_seed": (0, 2**32 - 1),
+    "save_steps": (1, 10_000_000),
+    "save_total_limit": (2, 10_000),
+    "sample_steps": (1, 10_000_000),
+    "max_prompts": (1, 1_000_000),
+    "samples_per_prompt": (1, 1000),
+    "eval_batch_size": (1, 4096),
+}

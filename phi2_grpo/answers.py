@@ -1,0 +1,39 @@
+"""What an answer is: one definition, used by the rewards, the validation and the printed samples.
+
+A base model goes on after its answer with "Exercise 3:", a new "Instruct:" or a dialogue of its own. A length reward on
+all its tokens pays for exactly that, so everything here looks at the trimmed answer only.
+"""
+
+from dataclasses import dataclass
+
+# Where Phi-2 runs on (https://huggingface.co/microsoft/phi-2 shows the prompt format). Exercises carry their number, so
+# that a line like "Exercise helps" is no stop. They are written to each adapter's generation_config.json for its readers.
+STOP_STRINGS = ["\nInstruct:", "\nOutput:", "\nUser:", "\nHuman:", "\nExercise:", *(f"\nExercise {n}" for n in range(1, 10))]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion, trimmed."""
+
+    text: str
+    tokens: int  # of `text`, so that neither what follows a stop nor trailing white space counts
+    ended: bool  # by itself: the end token came, and no stop string before it
+    why: str  # for people
+
+
+def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:
+    """Trim completions (lists of token ids, of any lengths) to what stands before the first stop string or end token."""
+    cut, has_end = [], []
+    for ids in completion_ids:
+        ids = list(ids)
+        has_end.append(tokenizer.eos_token_id in ids)
+        cut.append(ids[: ids.index(tokenizer.eos_token_id)] if has_end[-1] else ids)
+    raw = tokenizer.batch_decode(cut, skip_special_tokens=True)
+    stops = [min(((i, s) for s in STOP_STRINGS if (i := text.find(s)) >= 0), default=None) for text in raw]
+    texts = [text[: stop[0]].rstrip() if stop else text.rstrip() for text, stop in zip(raw, stops, strict=True)]
+    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    answers = []
+    for text, count, stop, end in zip(texts, counts, stops, has_end, strict=True):
+        why = f"ran on into {stop[1].strip()!r}" if stop else "ended by itself" if end else "cut off at the limit"
+        answers.append(Answer(text.strip(), count, end and stop is None, why))
+    return answers

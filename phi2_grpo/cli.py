@@ -1,0 +1,125 @@
+"""Flags made from CONFIG, and one way to fail.
+
+Imports nothing heavy: `--help` of every script answers before torch could be loaded.
+"""
+
+import argparse
+import difflib
+import math
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import config as settings
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text says what was given, what the rule is and what to do; the exit code is 2."""
+
+
+def _comments() -> dict[str, str]:
+    """The comment behind each key of CONFIG, which is the flag's help. A test holds that every key has one."""
+    source = Path(settings.__file__).read_text(encoding="utf-8").split("PRESETS = {")[0]
+    return dict(re.findall(r'^    "(\w+)": .*?,  # (.+)$', source, flags=re.MULTILINE))
+
+
+def parse_value(key: str, text: str):
+    """`text` as the type of CONFIG[key], within LIMITS[key]; raises UserError naming the key, the value and the rule."""
+    default = settings.CONFIG[key]
+    try:
+        if isinstance(default, bool):
+            value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        elif isinstance(default, list):
+            value = [item.strip() for item in text.split(",") if item.strip()]
+        else:
+            value = type(default)(text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+        raise UserError(f"--{key} is {text!r}, but it takes {kind} (default: {default}).") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{key} is {text!r}, but it takes a finite number (default: {default}).")
+    limit = settings.LIMITS.get(key)
+    if isinstance(limit, set) and value not in limit:
+        raise UserError(f"--{key} is {text!r}, but it takes one of: {', '.join(sorted(limit))}.")
+    if isinstance(limit, tuple) and not limit[0] <= value <= limit[1]:
+        raise UserError(f"--{key} is {text!r}, but it takes {limit[0]} to {limit[1]} (default: {default}).")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """argparse's own messages, without the usage block in front: the message is what the user needs."""
+        raise UserError(f"{message}. See: python {self.prog} --help")
+
+
+def make_parser(doc: str, keys: tuple[str, ...]) -> argparse.ArgumentParser:
+    """A parser with `--preset` and a flag for each of `keys`; a script adds its own arguments to it."""
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", default="phi2", metavar="NAME", help=f"{', '.join(settings.PRESETS)} (default: phi2)")
+    helps = _comments()
+    for key in keys:
+        default = settings.CONFIG[key]
+        shown = ",".join(default) if isinstance(default, list) else default
+        text = f"{helps[key]} (default: {shown})" if shown != "" else helps[key]
+        # No default here: absence must be seen, so that a preset's value is not overwritten.
+        parser.add_argument(f"--{key}", metavar=type(default).__name__.upper(), help=text.replace("%", "%%"))
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[dict, argparse.Namespace]:
+    """Returns the whole effective config (CONFIG, then preset, then flags) and the script's own arguments.
+
+    Raises UserError for an unknown flag (naming the nearest), an unknown preset or a value of the wrong type or range.
+    """
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        name = unknown[0].split("=")[0]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        if name.lstrip("-") in settings.CONFIG:
+            hint = f"it is a setting, but {parser.prog} does not read it"
+        else:
+            hint = f"did you mean {nearest[0]}?" if nearest else f"see: python {parser.prog} --help"
+        raise UserError(f"unknown argument {unknown[0]!r}: {hint}")
+    if arguments.preset not in settings.PRESETS:
+        raise UserError(f"--preset is {arguments.preset!r}, but it takes one of: {', '.join(settings.PRESETS)}.")
+    config = {**settings.CONFIG, **settings.PRESETS[arguments.preset]}
+    for key in settings.CONFIG:
+        given = getattr(arguments, key, None)
+        if given is not None:
+            config[key] = parse_value(key, given)
+    return config, arguments
+
+
+def differences(config: dict, keys: tuple[str, ...]) -> str:
+    """What a script runs with, as what differs from CONFIG: `model=tiny  device=cpu`."""
+    changed = [f"{key}={config[key]}" for key in keys if config[key] != settings.CONFIG[key]]
+    return "  ".join(changed) or "all defaults"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does, with its own exit code."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script: exit code 2 and one message for a UserError, 130 for Ctrl-C, 143 for SIGTERM; no traceback.
+
+    Anything else is a bug and keeps its traceback.
+    """
+
+    def terminated(*_):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminated)  # so that `finally` clauses run and temporary folders go
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted. {interrupt}".rstrip(), file=sys.stderr)
+        raise SystemExit(143 if isinstance(interrupt, Terminated) else 130) from None
+    except BrokenPipeError:  # `... | head`
+        raise SystemExit(0) from None

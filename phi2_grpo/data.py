@@ -1,0 +1,97 @@
+"""The prepared data on disk: writing it whole, reading it back checked."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
+
+from phi2_grpo import files
+from phi2_grpo.cli import UserError
+
+PROMPTS, PREFERENCES, FUNNEL = "oasst1_prompts", "oasst1_preferences", "funnel.json"
+
+_MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+# Said aloud, because a split without references would otherwise get a column of no type.
+FEATURES = {
+    PROMPTS: Features({"prompt": _MESSAGES, "lang": Value("string"), "message_id": Value("string"),
+                       "reference": Value("string")}),
+    PREFERENCES: Features({"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES, "lang": Value("string"),
+                           "message_id": Value("string"), "rank_distance": Value("int32")}),
+}  # fmt: skip
+
+# What a reader compares with its own settings. The tokenizer must agree; the rest is said where it differs.
+CHOICES = ("dataset", "dataset_revision", "languages", "max_prompt_tokens", "max_turns", "max_toxicity")
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Equal for tokenizers that count alike: vocabulary, merges and chat template."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Padding and truncation are set by use, not by kind.
+    parts = {key: value for key, value in parts.items() if key not in ("padding", "truncation")}
+    return hashlib.sha256((json.dumps(parts, sort_keys=True) + str(tokenizer.chat_template)).encode()).hexdigest()[:16]
+
+
+def fingerprint(prompts: DatasetDict) -> str:
+    """Of which prompts stand in which split, in which order."""
+    digest = hashlib.sha256()
+    for split in sorted(prompts):
+        digest.update(json.dumps([split, prompts[split]["message_id"][:]]).encode())
+    return digest.hexdigest()[:16]
+
+
+def write_prepared(data_dir: Path, rows: dict[str, dict[str, list[dict]]], funnel: dict) -> DatasetDict:
+    """Write both data sets and funnel.json into `data_dir`; `rows` is data set name -> split -> rows.
+
+    funnel.json goes first and comes back last: as long as it is away, readers say that the data is half-written.
+    """
+    with files.whole_folder(data_dir / ".prepared") as staging:
+        for name, splits in rows.items():
+            tables = {split: Dataset.from_list(part, features=FEATURES[name]) for split, part in splits.items()}
+            DatasetDict(tables).save_to_disk(str(staging / name))
+    prompts = load_from_disk(str(data_dir / ".prepared" / PROMPTS))
+    (data_dir / FUNNEL).unlink(missing_ok=True)
+    for name in rows:
+        shutil.rmtree(data_dir / name, ignore_errors=True)
+        (data_dir / ".prepared" / name).rename(data_dir / name)
+    (data_dir / ".prepared").rmdir()
+    files.write_json(data_dir / FUNNEL, {**funnel, "fingerprint": fingerprint(prompts)})
+    return load_from_disk(str(data_dir / PROMPTS))
+
+
+def load_prompts(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]:
+    """The prepared prompts, the funnel, and notes where they were prepared with other settings than `config` has.
+
+    Raises UserError where the data is missing, half-written, of another schema or for another tokenizer.
+    """
+    data_dir = Path(config["data_dir"])
+    preset = "" if config["model"] != "tiny" else " --preset tiny"
+    again = f"python prepare_data.py{preset} --data_dir {config['data_dir']}"
+    if not (data_dir / PROMPTS).exists():
+        raise UserError(f"no prepared prompts in {data_dir}. Make them first: {again}")
+    try:
+        funnel = json.loads((data_dir / FUNNEL).read_text(encoding="utf-8"))
+        prompts = load_from_disk(str(data_dir / PROMPTS))
+    except Exception as error:  # pyarrow, json and the file system each have their own
+        raise UserError(f"the data in {data_dir} is half-written ({error}). Make it again: {again} --overwrite") from None
+    wrong = [
+        f"{split} has {', '.join(table.column_names)}"
+        for split, table in (prompts.items() if isinstance(prompts, DatasetDict) else [("it", prompts)])
+        if not FEATURES[PROMPTS].keys() <= set(table.column_names) or table.features["prompt"] != FEATURES[PROMPTS]["prompt"]
+    ]
+    if wrong or not isinstance(prompts, DatasetDict) or not {"train", "validation"} <= set(prompts):
+        raise UserError(
+            f"the data in {data_dir} has another schema ({'; '.join(wrong) or 'no train and validation split'}); needed: "
+            f"train and validation with {', '.join(FEATURES[PROMPTS])}. Make it again: {again} --overwrite"
+        )
+    if funnel.get("fingerprint") != fingerprint(prompts):
+        raise UserError(f"the data in {data_dir} is not what its funnel.json describes. Make it again: {again} --overwrite")
+    if funnel.get("tokenizer") != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"the data in {data_dir} was prepared for the tokenizer of {funnel.get('model')}, not of {config['model']}: its "
+            f"token limits do not hold. Make it again: {again} --overwrite, or elsewhere with another --data_dir"
+        )
+    notes = [f"{key} was {funnel['settings'][key]} when the data was prepared; config now says {config[key]}"
+             for key in CHOICES if funnel["settings"].get(key) != config[key]]  # fmt: skip
+    return prompts, funnel, notes

@@ -1,0 +1,67 @@
+"""Outputs are written beside their place and moved in when they are whole: a killed run leaves the old or the new one."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from phi2_grpo.cli import UserError
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, which takes the place of `path` when the block ends without an error.
+
+    Raises UserError where it cannot be written.
+    """
+    incoming, outgoing = (path.with_name(f".{path.name}.{end}") for end in ("incoming", "outgoing"))
+    try:
+        if outgoing.exists() and not path.exists():
+            outgoing.rename(path)  # a run was killed between the two renames below
+        for leftover in (incoming, outgoing):
+            shutil.rmtree(leftover, ignore_errors=True)
+        incoming.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Choose another folder.") from None
+    try:
+        yield incoming
+        if path.exists():
+            path.rename(outgoing)
+        incoming.rename(path)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+        shutil.rmtree(outgoing, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and the folder it stands in, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incoming = path.with_name(f".{path.name}.incoming")
+    incoming.write_text(text, encoding="utf-8")
+    os.replace(incoming, path)
+
+
+def write_json(path: Path, data) -> None:
+    """Write JSON whole or not at all; NaN is refused, for no other reader takes it."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the first of its parents that exists."""
+    path = path.resolve()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError unless files can be made in `path` (which need not exist yet)."""
+    try:
+        nearest = nearest_existing(path)
+        if not nearest.is_dir():
+            raise NotADirectoryError(20, f"{nearest} is a file")
+        probe = nearest / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}. Choose another folder.") from None

@@ -1,0 +1,249 @@
+"""The base model, its tokenizer and chat template, and the LoRA on it."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PhiConfig
+
+from phi2_grpo.answers import STOP_STRINGS
+from phi2_grpo.cli import UserError
+
+if not sys.stderr.isatty():  # in a log file a progress bar is noise
+    transformers.utils.logging.disable_progress_bar()
+
+# microsoft/phi-2's config.json, as far as it differs from PhiConfig's defaults or decides about size: with it, tests and
+# benchmarks build the full-size model without a download.
+PHI2 = {
+    "vocab_size": 51200,  # the tokenizer has 50,295 tokens; the rest is padding, so never resize
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "partial_rotary_factor": 0.4,
+    "resid_pdrop": 0.1,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu_new",
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+
+# "Instruct: ...\nOutput:", the QA format of the model card. The answer follows with its leading space.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{ 'Instruct: ' + message['content'] | trim + '\\n' }}
+{%- elif message['role'] == 'assistant' -%}{{ 'Output: ' + message['content'] | trim }}{{ '' if loop.last else '\\n' }}
+{%- else -%}{{ message['content'] | trim + '\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Output:' }}{%- endif -%}"""
+
+# The first release of Phi-2 fused q, k and v into Wqkv and called the output projection out_proj. transformers' native
+# port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
+PHI_NAMES = {"Wqkv": ["q_proj", "k_proj", "v_proj"], "out_proj": ["dense"]}
+
+
+def resolve_model(config: dict) -> tuple[str, str | None]:
+    """The base model's folder or Hub id, and its revision (None for a folder). "tiny" is built at the first need."""
+    if config["model"] == "tiny":
+        from phi2_grpo.tiny import tiny_base  # it builds on this module
+
+        return str(tiny_base()), None
+    path = Path(config["model"]).expanduser()
+    if path.exists():
+        return str(path.resolve()), None
+    return config["model"], config["model_revision"]
+
+
+def _load(loader, config: dict, **options):
+    """`loader.from_pretrained` for the configured base; UserError saying what to do where it cannot be had."""
+    name, revision = resolve_model(config)
+    try:
+        return loader.from_pretrained(name, **({"revision": revision} if revision else {}), **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the model {name}{f' (revision {revision})' if revision else ''} cannot be loaded: {reason}\n"
+            f"  On a machine with network: hf download {name}; offline: HF_HUB_OFFLINE=1 once it is in the cache,\n"
+            "  or --model FOLDER for a local copy. To try everything without the Hub: --preset tiny"
+        ) from None
+
+
+def load_tokenizer(config: dict):
+    """The base's tokenizer, ready for GRPO: padding with the end token, on the left, and a chat template.
+
+    A `[PAD]` token of its own would make PEFT save the embeddings; the end token serves, because masks rule.
+    """
+    tokenizer = _load(AutoTokenizer, config)
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def prepare_tokenizer(tokenizer) -> None:
+    """Set what a base model's tokenizer lacks; a chat template of its own stays."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+
+
+def render(tokenizer, conversations: list[list[dict]]) -> list[str]:
+    """Conversations as the model sees them, up to where its answer begins."""
+    return [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in conversations]
+
+
+def count_tokens(tokenizer, conversations: list[list[dict]]) -> list[int]:
+    """Prompt lengths in tokens, chat template included."""
+    if not conversations:
+        return []
+    # Not `tokenizer(...)["input_ids"]`: lists of Python ints for 10,000 prompts cost more than the tokenizing.
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(render(tokenizer, conversations), add_special_tokens=False)
+    return [len(encoding) for encoding in encodings]
+
+
+def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
+    """Where and in what precision to run. Raises UserError where the machine has not what was asked for."""
+    device = config["device"]
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA GPU was found, and the default preset needs one (12 GB or more).\n"
+            "  To try everything on this machine: --preset tiny (a 2M-parameter model, minutes on two cores)\n"
+            "  For the patient: --device cpu runs this very job in float32, about 14 GB of memory and hours"
+        )
+    device = torch.device("cpu" if device == "cpu" else "cuda")
+    dtype = config["dtype"]
+    if dtype == "auto" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):  # torch.cuda.is_bf16_supported() says True below 8.0 too: by slow emulation
+            raise UserError(
+                f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 needs "
+                "8.0 (Ampere).\n  --dtype float32 works, in twice the memory. float16 is no way out: Phi-2 overflows in it."
+            )
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, dtype)
+
+
+def load_base(config: dict, device: torch.device, dtype: torch.dtype):
+    """The frozen base with SDPA attention, in `dtype`, on `device`."""
+    model = _load(AutoModelForCausalLM, config, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device)
+
+
+def empty_base(config: dict):
+    """The base without its weights (on the meta device): for counting and checking in a second."""
+    model_config = _load(AutoConfig, config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config)
+
+
+def full_size_phi2():
+    """Phi-2 with random weights on the current default device, for tests and benchmarks."""
+    return AutoModelForCausalLM.from_config(PhiConfig(**PHI2))
+
+
+def lora_config(config: dict, model) -> LoraConfig:
+    """The LoRA for `model`. Phi's module names, old or new, reach what the native port has.
+
+    Raises UserError for a name that matches no linear module of the model.
+    """
+    targets = config["lora_target_modules"]
+    if targets == ["all-linear"]:
+        modules: str | list[str] = "all-linear"
+    else:
+        present = Counter(name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        if getattr(model.config, "model_type", "") == "phi":
+            modules = sorted({new for target in targets for new in PHI_NAMES.get(target, [target])})
+        else:
+            modules = sorted(set(targets))
+        missing = [module for module in modules if module not in present]
+        if missing or not modules:
+            listing = ", ".join(f"{name} ({count})" for name, count in sorted(present.items()))
+            raise UserError(
+                f"--lora_target_modules: {', '.join(missing) or 'an empty list'} matches no linear layer of "
+                f"{config['model']}. It has: {listing}; or give all-linear."
+            )
+    name, revision = resolve_model(config)
+    return LoraConfig(
+        r=config["lora_r"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=config["lora_dropout"],
+        target_modules=modules,
+        base_model_name_or_path=name,
+        revision=revision,
+        task_type="CAUSAL_LM",
+    )
+
+
+def coverage(model: PeftModel) -> tuple[Counter, int, int]:
+    """Adapted modules by kind, trainable parameters, all parameters of the base."""
+    kinds = Counter(name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "lora_A"))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    base = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
+    return kinds, trainable, base
+
+
+def describe_coverage(model: PeftModel) -> str:
+    """One line: how many modules of which kind carry LoRA, and the trainable share."""
+    kinds, trainable, base = coverage(model)
+    listing = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    return f"{sum(kinds.values())} modules ({listing}); {trainable:,} trainable of {base:,}, {trainable / base:.2%}"
+
+
+def wrap_empty(config: dict) -> PeftModel:
+    """The base with its LoRA and without weights, to check the targets before anything is loaded."""
+    model = empty_base(config)
+    with torch.device("meta"):
+        return get_peft_model(model, lora_config(config, model))
+
+
+def generation_config(tokenizer, config: dict) -> GenerationConfig:
+    """For readers of an adapter folder: how to chat with it. Stop strings need `generate(..., tokenizer=tokenizer)`."""
+    return GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=config["max_completion_length"],
+        do_sample=True,
+        temperature=config["chat_temperature"],
+        top_p=config["chat_top_p"],
+        stop_strings=STOP_STRINGS,
+    )
+
+
+def check_adapter(folder: str) -> Path:
+    """The adapter folder, if it is whole. Raises UserError saying what is missing."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"no adapter at {folder}. Train one: python train_grpo.py, or give another folder: --adapter DIR")
+    needed = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "generation_config.json")
+    missing = [name for name in needed if not (path / name).is_file() or not (path / name).stat().st_size]
+    if missing:
+        raise UserError(f"the adapter {folder} is incomplete: {', '.join(missing)} missing or empty. Copy it again whole.")
+    return path
+
+
+def load_adapter(base, folder: str, is_trainable: bool = False) -> PeftModel:
+    """`base` with the adapter of `folder` on it (`base` itself is changed; switch with `disable_adapter()`).
+
+    Raises UserError where the adapter is broken, or was made for a model of other shapes.
+    """
+    path = check_adapter(folder)
+    try:
+        adapter = LoraConfig.from_pretrained(str(path))
+        model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
+    except Exception as error:  # PEFT, safetensors and json raise a dozen kinds for a folder that does not fit
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the adapter {folder} cannot be put on {base.config.name_or_path}: {reason}\n"
+            "  It is broken, or was trained on another base model; give that one with --model."
+        ) from None
+    kinds, _, _ = coverage(model)
+    targets = adapter.target_modules if isinstance(adapter.target_modules, set) else set(kinds)
+    if targets - set(kinds):
+        raise UserError(f"the adapter {folder} adapts {', '.join(sorted(targets - set(kinds)))}, which the base has not.")
+    return model

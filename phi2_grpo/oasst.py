@@ -1,0 +1,264 @@
+"""OpenAssistant message trees: reading them, and choosing prompts, references and ranked pairs from them.
+
+The data: https://huggingface.co/datasets/OpenAssistant/oasst1, described in arXiv 2304.07327. A row is a message; a tree
+is a root prompt with its replies, their follow-up questions, and so on.
+"""
+
+import difflib
+import gzip
+import json
+import random
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from phi2_grpo.cli import UserError
+
+# column: the types that a value of it may have
+COLUMNS = {
+    "message_id": str,
+    "parent_id": (str, type(None)),
+    "message_tree_id": str,
+    "text": str,
+    "role": str,
+    "lang": str,
+    "rank": (int, float, type(None)),  # a float where pandas wrote the file: its missing values make it so
+    "review_result": (bool, type(None)),
+    "deleted": (bool, type(None)),
+}
+TOXICITY_COLUMNS = ("labels", "detoxify")  # nested and large: read only where max_toxicity asks for them
+
+
+class Message(NamedTuple):
+    """One row, reduced to what the choice of prompts needs."""
+
+    id: str
+    parent: str | None
+    tree: str
+    text: str
+    role: str  # "prompter" or "assistant"
+    lang: str
+    rank: int | None  # 0 is the best of its siblings
+    usable: bool  # not deleted
+    reviewed: bool  # not rejected in review; the few never reviewed (null) stay
+    toxicity: float | None
+
+
+def _toxicity(row: dict) -> float | None:
+    """People's own toxicity label (0-1), else the classifier's (detoxify), else None. Both may be null or lack the name."""
+    labels = row.get("labels") or {}
+    if isinstance(labels, dict) and "toxicity" in (labels.get("name") or ()):
+        return float(labels["value"][labels["name"].index("toxicity")])
+    detoxify = row.get("detoxify") or {}
+    return detoxify.get("toxicity") if isinstance(detoxify, dict) else None
+
+
+def _message(row, where: str) -> Message:
+    """A Message from a raw row; UserError naming `where` if it is not one."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {type(row).__name__}, not a message (a JSON object with oasst1's columns).")
+    for column, kinds in COLUMNS.items():
+        if column not in row and column not in ("rank", "review_result", "deleted"):
+            raise UserError(f"{where} lacks the column {column!r}. Needed: {', '.join(COLUMNS)}.")
+        if not isinstance(row.get(column), kinds) and not (column == "deleted" and row.get(column) is None):
+            raise UserError(f"{where}: {column} is {row[column]!r}, which is not what oasst1 has there.")
+    try:
+        toxicity = _toxicity(row)
+        rank = None if row.get("rank") is None or row["rank"] != row["rank"] else int(row["rank"])
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
+        raise UserError(f"{where}: labels, detoxify or rank are not what oasst1 has there.") from None
+    return Message(
+        row["message_id"], row["parent_id"], row["message_tree_id"], row["text"], row["role"], row["lang"], rank,
+        not row.get("deleted"), row.get("review_result") is not False, toxicity,
+    )  # fmt: skip
+
+
+def _json_lines(path: Path) -> Iterator[Message]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _message(json.loads(line), f"{path}, line {number},")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number}, is not JSON: {error.msg} (column {error.colno}).") from None
+    except (UnicodeDecodeError, EOFError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read past line {number}: {error}.") from None
+
+
+def _table(table, name: str, with_toxicity: bool) -> Iterator[Message]:
+    """Messages of a `datasets.Dataset`."""
+    missing = [column for column in COLUMNS if column not in table.column_names]
+    if missing:
+        raise UserError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}.")
+    wanted = [*COLUMNS, *(c for c in TOXICITY_COLUMNS if with_toxicity and c in table.column_names)]
+    number = 0
+    for batch in table.select_columns(wanted).with_format("arrow").iter(batch_size=2000):
+        for row in batch.to_pylist():
+            number += 1
+            yield _message(row, f"{name}, row {number},")
+
+
+def read_messages(source: str, revision: str, with_toxicity: bool) -> dict[str, Iterable[Message]]:
+    """Messages by split; one unnamed split ("") where the source has no split called validation.
+
+    `source` is a .jsonl, .jsonl.gz or .parquet file, a `save_to_disk` folder, or a data set id on the Hub.
+    Raises UserError where it cannot be found, reached or read.
+    """
+    import datasets  # slow to import, and not needed for JSON lines
+
+    path = Path(source)
+    name = path.name.removesuffix(".gz")
+    if path.is_file() and name.endswith((".jsonl", ".json")):
+        return {"": _json_lines(path)}
+    if path.is_file() and not name.endswith(".parquet"):
+        raise UserError(f"--dataset {source} is a file, but not .jsonl, .jsonl.gz or .parquet.")
+    local = path.exists() or source.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".parquet"))
+    if local and not path.exists():
+        raise UserError(f"--dataset {source}: no such file or folder.")
+    try:
+        if path.is_file():
+            loaded = datasets.Dataset.from_parquet(str(path))
+        elif local:
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            loaded = datasets.load_dataset(source, revision=revision)
+    except Exception as error:  # the libraries below raise dozens of kinds; each means that there is no data
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if local:
+            raise UserError(f"--dataset {source} cannot be read: {reason}") from None
+        raise UserError(
+            f"the data set {source} (revision {revision}) cannot be reached or read: {reason}\n"
+            "  Check the name and the network, or give a local copy: --dataset messages.jsonl.gz\n"
+            "  To try everything without the Hub: --preset tiny"
+        ) from None
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"": loaded}
+    elif "validation" in loaded:
+        loaded = {split: loaded[split] for split in ("train", "validation") if split in loaded}
+    else:
+        loaded = {"": datasets.concatenate_datasets(list(loaded.values()))}
+    return {split: _table(table, f"{source} {split}".strip(), with_toxicity) for split, table in loaded.items()}
+
+
+def split_by_tree(messages: Iterable[Message], fraction: float, seed: int) -> dict[str, list[Message]]:
+    """Whole trees to train and validation, so that no reply's question stands on the other side."""
+    messages = list(messages)
+    trees = sorted({message.tree for message in messages})
+    random.Random(seed).shuffle(trees)
+    held_out = set(trees[: round(len(trees) * fraction)])
+    return {
+        "train": [message for message in messages if message.tree not in held_out],
+        "validation": [message for message in messages if message.tree in held_out],
+    }
+
+
+def fold(conversation: list[dict]) -> str:
+    """What makes two conversations the same prompt: their text after Unicode (NFKC), case and white-space folding."""
+    text = "\0".join(turn["content"] for turn in conversation)
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def check_languages(languages: str, found: Counter) -> set[str] | None:
+    """The wanted language codes, or None for all. Raises UserError for one that the source does not have."""
+    wanted = {code.strip() for code in languages.split(",") if code.strip()}
+    if "all" in wanted or not wanted:
+        return None
+    for code in sorted(wanted - set(found)):
+        near = difflib.get_close_matches(code, found, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"--languages: the source has no {code!r}.{hint} It has: {', '.join(sorted(found))}.")
+    return wanted
+
+
+def choose_prompts(
+    messages: list[Message],
+    count_tokens: Callable[[list[list[dict]]], list[int]],
+    languages: set[str] | None,
+    max_prompt_tokens: int,
+    max_turns: int,
+    max_toxicity: float,
+    taken: set[str],
+) -> tuple[list[dict], list[dict], dict[str, int]]:
+    """Choose the prompts of one split, and the ranked pairs of replies to them.
+
+    Args:
+        messages: all messages of the split.
+        count_tokens: token counts of conversations under the model's chat template.
+        taken: folded conversations (see `fold`) that must not be chosen again; the chosen ones are added to it.
+
+    Returns:
+        prompts (`prompt`, `lang`, `message_id`, `reference`), pairs (`prompt`, `chosen`, `rejected`, `lang`,
+        `message_id`, `rank_distance`) and the funnel: how many were left after each step, in order.
+    """
+    by_id = {message.id: message for message in messages}
+    replies = defaultdict(list)
+    for message in messages:
+        if message.role == "assistant" and message.usable and message.reviewed and message.text.strip():
+            replies[message.parent].append(message)
+
+    def path_to(message: Message) -> list[Message]:
+        """From the root down to `message`; empty where a parent is missing (an orphan), or the turns are too many."""
+        path = [message]
+        while path[-1].parent is not None:
+            parent = by_id.get(path[-1].parent)
+            if parent is None or parent.role == path[-1].role or len(path) >= 2 * max_turns - 1:
+                return []
+            path.append(parent)
+        return path[::-1]
+
+    funnel = {"rows": len(messages)}
+    paths = [path for m in messages if m.role == "prompter" and (max_turns > 1 or m.parent is None) if (path := path_to(m))]
+    funnel["roots" if max_turns == 1 else f"user turns, {max_turns} at most"] = len(paths)
+    steps = {
+        "not deleted": lambda path: all(message.usable for message in path),
+        "not rejected in review": lambda path: all(message.reviewed for message in path),
+        "wanted language": lambda path: languages is None or path[-1].lang in languages,
+        "toxicity": lambda path: max_toxicity >= 1 or all((message.toxicity or 0) <= max_toxicity for message in path),
+        "not empty": lambda path: all(message.text.strip() for message in path),
+    }
+    for step, keeps in steps.items():
+        paths = [path for path in paths if keeps(path)]
+        funnel[step] = len(paths)
+
+    roles = {"prompter": "user", "assistant": "assistant"}
+    conversations = [[{"role": roles.get(m.role, m.role), "content": m.text.strip()} for m in path] for path in paths]
+    lengths = count_tokens(conversations)
+    short = [(path, talk) for path, talk, n in zip(paths, conversations, lengths, strict=True) if n <= max_prompt_tokens]
+    funnel[f"{max_prompt_tokens} tokens at most"] = len(short)
+
+    prompts, pairs, seen = [], [], set()
+    for path, conversation in short:
+        key = fold(conversation)
+        if key in seen:
+            continue
+        seen.add(key)
+        if key in taken:
+            continue
+        message = path[-1]
+        ranked = sorted((reply for reply in replies[message.id] if reply.rank is not None), key=lambda reply: reply.rank)
+        alone = replies[message.id] if len(replies[message.id]) == 1 else []  # a single reply has nothing to rank against
+        best = (ranked or alone or [None])[0]
+        origin = {"lang": message.lang, "message_id": message.id}
+        prompts.append({"prompt": conversation, **origin, "reference": best.text.strip() if best else None})
+        for i, better in enumerate(ranked):
+            for worse in ranked[i + 1 :]:
+                if better.rank < worse.rank and better.text.strip() != worse.text.strip():  # equal ranks say nothing
+                    sides = {side: [{"role": "assistant", "content": reply.text.strip()}]
+                             for side, reply in (("chosen", better), ("rejected", worse))}  # fmt: skip
+                    pairs.append({"prompt": conversation, **sides, **origin, "rank_distance": worse.rank - better.rank})
+    funnel["distinct"] = len(seen)
+    funnel["kept"] = len(prompts)
+    taken |= seen
+    return prompts, pairs, funnel
+
+
+def blame(funnel: dict[str, int]) -> str:
+    """Which step of an empty funnel took the most, for the error message."""
+    steps = list(funnel.items())
+    losses = [(before - after, name) for (_, before), (name, after) in zip(steps, steps[1:], strict=False)]
+    lost, name = max(losses) if losses else (0, "rows")
+    return f"the step {name!r} took {lost}; " + ", ".join(f"{name} {count}" for name, count in steps)

@@ -1,0 +1,39 @@
+"""Completions outside training: batches of prompts in, token ids out."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import GenerationConfig, set_seed
+
+
+@torch.no_grad()
+def complete(
+    model,
+    tokenizer,
+    prompts: list[str],
+    generation: GenerationConfig,
+    batch_size: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[list[int]]:
+    """Completion token ids for rendered prompts, in their order; the end token is kept, the padding is not.
+
+    Args:
+        batch_size: prompts generated at once.
+        seed: set before each batch, so that two models draw with the same random numbers, batch by batch.
+        advance: told after each batch how many prompts are done, for a progress bar.
+    """
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding
+    completions: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        set_seed(seed + start)
+        output = model.generate(**inputs, generation_config=generation, tokenizer=tokenizer)
+        for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):  # (B, T)
+            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+            completions[i] = ids[:end]
+        advance(len(batch))
+    return completions
