@@ -24,6 +24,7 @@ lint: .venv/ready-dev
 bench: .venv/ready
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/seeds.py
 
 dashboard: .venv/ready
 	TRACKIO_DIR=$(CURDIR)/results/trackio $(BIN)/trackio show --project phi2-grpo

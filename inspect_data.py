@@ -27,10 +27,11 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import data, model
+    from phi2_grpo import data
+    from phi2_grpo.tokenizer import count_tokens, load_tokenizer, render
 
     console = Console()
-    tokenizer = model.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     prompts, funnel, notes = data.load_prompts(config, tokenizer)
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
@@ -51,8 +52,8 @@ def main() -> None:
     if not rows:
         raise cli.UserError(f"--search: no prompt contains {arguments.search!r}.")
 
-    texts = model.render(tokenizer, [row["prompt"] for row in rows])
-    lengths = model.count_tokens(tokenizer, [row["prompt"] for row in rows])
+    texts = render(tokenizer, [row["prompt"] for row in rows])
+    lengths = count_tokens(tokenizer, [row["prompt"] for row in rows])
     show_tables(console, rows, lengths)
     show_samples(console, rows, texts, lengths, int(arguments.samples))
     picture = Path(config["data_dir"]) / "inspect.png"

@@ -37,9 +37,10 @@ def main() -> None:
     if (data_dir / "oasst1_prompts").exists() and not arguments.overwrite:
         raise cli.UserError(f"{data_dir} holds prepared data. Replace it: --overwrite, or choose another --data_dir.")
 
-    from phi2_grpo import data, model
+    from phi2_grpo import data
+    from phi2_grpo.tokenizer import count_tokens, load_tokenizer
 
-    tokenizer = model.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     with console.status("reading messages"):
         splits = oasst.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
         if "" in splits:
@@ -54,7 +55,7 @@ def main() -> None:
     for split in ("validation", "train"):  # validation first: what stands there leaves train
         prompts, pairs, funnels[split] = oasst.choose_prompts(
             splits[split],
-            lambda conversations: model.count_tokens(tokenizer, conversations),
+            lambda conversations: count_tokens(tokenizer, conversations),
             languages,
             config["max_prompt_tokens"],
             config["max_turns"],

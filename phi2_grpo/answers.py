@@ -23,6 +23,8 @@ class Answer:
 
 def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:
     """Trim completions (lists of token ids, of any lengths) to what stands before the first stop string or end token."""
+    if not completion_ids:
+        return []
     cut, has_end = [], []
     for ids in completion_ids:
         ids = list(ids)
@@ -31,7 +33,7 @@ def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:
     raw = tokenizer.batch_decode(cut, skip_special_tokens=True)
     stops = [min(((i, s) for s in STOP_STRINGS if (i := text.find(s)) >= 0), default=None) for text in raw]
     texts = [text[: stop[0]].rstrip() if stop else text.rstrip() for text, stop in zip(raw, stops, strict=True)]
-    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     answers = []
     for text, count, stop, end in zip(texts, counts, stops, has_end, strict=True):
         why = f"ran on into {stop[1].strip()!r}" if stop else "ended by itself" if end else "cut off at the limit"

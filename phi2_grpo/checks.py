@@ -13,6 +13,7 @@ from rich.table import Table
 from phi2_grpo import data, files, model
 from phi2_grpo.cli import UserError
 from phi2_grpo.rewards import Scorer, try_rewards
+from phi2_grpo.tokenizer import count_tokens, load_tokenizer
 
 GB = 1e9
 
@@ -121,7 +122,7 @@ def _settings(config: dict):
 
 
 def _tokenizer(config: dict):
-    tokenizer = model.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     return tokenizer, f"{config['model']}, {len(tokenizer):,} tokens"
 
 
@@ -141,13 +142,13 @@ def _lora(config: dict):
 
 
 def _context(config: dict, tokenizer, prompts, wrapped: PeftModel):
-    longest = max(model.count_tokens(tokenizer, [prompt for table in prompts.values() for prompt in table["prompt"]]))
+    longest = max(count_tokens(tokenizer, [prompt for table in prompts.values() for prompt in table["prompt"]]))
     context = wrapped.config.max_position_embeddings
     if longest + config["max_completion_length"] > context:
         raise UserError(
             f"the longest prompt has {longest} tokens; with max_completion_length {config['max_completion_length']} that is "
-            f"more than the context of {context}. Give at most --max_completion_length {max(0, context - longest)}, or prepare the "
-            "data with a smaller --max_prompt_tokens."
+            f"more than the context of {context}. Give at most --max_completion_length {max(0, context - longest)}, or "
+            "prepare the data with a smaller --max_prompt_tokens."
         )
     return longest, f"{longest} prompt + {config['max_completion_length']} completion tokens at most, of {context}"
 

@@ -37,7 +37,7 @@ def fingerprint(prompts: DatasetDict) -> str:
     """Of which prompts stand in which split, in which order."""
     digest = hashlib.sha256()
     for split in sorted(prompts):
-        digest.update(json.dumps([split, prompts[split]["message_id"][:]]).encode())
+        digest.update(json.dumps([split, list(prompts[split]["message_id"])]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -48,8 +48,13 @@ def write_prepared(data_dir: Path, rows: dict[str, dict[str, list[dict]]], funne
     """
     with files.whole_folder(data_dir / ".prepared") as staging:
         for name, splits in rows.items():
-            tables = {split: Dataset.from_list(part, features=FEATURES[name]) for split, part in splits.items()}
-            DatasetDict(tables).save_to_disk(str(staging / name))
+            tables = DatasetDict()
+            for split, part in splits.items():
+                columns = {column: [row[column] for row in part] for column in FEATURES[name]}  # an empty split has them too
+                tables[split] = Dataset.from_dict(columns, features=FEATURES[name])
+            # Said aloud, because an empty split in no shard at all cannot be read back.
+            shards = {split: 1 + len(part) // 100_000 for split, part in splits.items()}
+            tables.save_to_disk(str(staging / name), num_shards=shards)
     prompts = load_from_disk(str(data_dir / ".prepared" / PROMPTS))
     (data_dir / FUNNEL).unlink(missing_ok=True)
     for name in rows:

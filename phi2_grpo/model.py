@@ -1,19 +1,16 @@
-"""The base model, its tokenizer and chat template, and the LoRA on it."""
+"""The base model and the LoRA on it."""
 
-import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PhiConfig
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PhiConfig
 
 from phi2_grpo.answers import STOP_STRINGS
 from phi2_grpo.cli import UserError
-
-if not sys.stderr.isatty():  # in a log file a progress bar is noise
-    transformers.utils.logging.disable_progress_bar()
+from phi2_grpo.tokenizer import load_pretrained, resolve_model
 
 # microsoft/phi-2's config.json, as far as it differs from PhiConfig's defaults or decides about size: with it, tests and
 # benchmarks build the full-size model without a download.
@@ -32,78 +29,9 @@ PHI2 = {
     "eos_token_id": 50256,
 }
 
-# "Instruct: ...\nOutput:", the QA format of the model card. The answer follows with its leading space.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}{{ 'Instruct: ' + message['content'] | trim + '\\n' }}
-{%- elif message['role'] == 'assistant' -%}{{ 'Output: ' + message['content'] | trim }}{{ '' if loop.last else '\\n' }}
-{%- else -%}{{ message['content'] | trim + '\\n' }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'Output:' }}{%- endif -%}"""
-
 # The first release of Phi-2 fused q, k and v into Wqkv and called the output projection out_proj. transformers' native
 # port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
 PHI_NAMES = {"Wqkv": ["q_proj", "k_proj", "v_proj"], "out_proj": ["dense"]}
-
-
-def resolve_model(config: dict) -> tuple[str, str | None]:
-    """The base model's folder or Hub id, and its revision (None for a folder). "tiny" is built at the first need."""
-    if config["model"] == "tiny":
-        from phi2_grpo.tiny import tiny_base  # it builds on this module
-
-        return str(tiny_base()), None
-    path = Path(config["model"]).expanduser()
-    if path.exists():
-        return str(path.resolve()), None
-    return config["model"], config["model_revision"]
-
-
-def _load(loader, config: dict, **options):
-    """`loader.from_pretrained` for the configured base; UserError saying what to do where it cannot be had."""
-    name, revision = resolve_model(config)
-    try:
-        return loader.from_pretrained(name, **({"revision": revision} if revision else {}), **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"the model {name}{f' (revision {revision})' if revision else ''} cannot be loaded: {reason}\n"
-            f"  On a machine with network: hf download {name}; offline: HF_HUB_OFFLINE=1 once it is in the cache,\n"
-            "  or --model FOLDER for a local copy. To try everything without the Hub: --preset tiny"
-        ) from None
-
-
-def load_tokenizer(config: dict):
-    """The base's tokenizer, ready for GRPO: padding with the end token, on the left, and a chat template.
-
-    A `[PAD]` token of its own would make PEFT save the embeddings; the end token serves, because masks rule.
-    """
-    tokenizer = _load(AutoTokenizer, config)
-    prepare_tokenizer(tokenizer)
-    return tokenizer
-
-
-def prepare_tokenizer(tokenizer) -> None:
-    """Set what a base model's tokenizer lacks; a chat template of its own stays."""
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHAT_TEMPLATE
-
-
-def render(tokenizer, conversations: list[list[dict]]) -> list[str]:
-    """Conversations as the model sees them, up to where its answer begins."""
-    return [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in conversations]
-
-
-def count_tokens(tokenizer, conversations: list[list[dict]]) -> list[int]:
-    """Prompt lengths in tokens, chat template included."""
-    if not conversations:
-        return []
-    # Not `tokenizer(...)["input_ids"]`: lists of Python ints for 10,000 prompts cost more than the tokenizing.
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(render(tokenizer, conversations), add_special_tokens=False)
-    return [len(encoding) for encoding in encodings]
 
 
 def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
@@ -131,13 +59,13 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
 
 def load_base(config: dict, device: torch.device, dtype: torch.dtype):
     """The frozen base with SDPA attention, in `dtype`, on `device`."""
-    model = _load(AutoModelForCausalLM, config, dtype=dtype, attn_implementation="sdpa")
+    model = load_pretrained(AutoModelForCausalLM, config, dtype=dtype, attn_implementation="sdpa")
     return model.to(device)
 
 
 def empty_base(config: dict):
     """The base without its weights (on the meta device): for counting and checking in a second."""
-    model_config = _load(AutoConfig, config)
+    model_config = load_pretrained(AutoConfig, config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config)
 
@@ -235,6 +163,8 @@ def load_adapter(base, folder: str, is_trainable: bool = False) -> PeftModel:
     path = check_adapter(folder)
     try:
         adapter = LoraConfig.from_pretrained(str(path))
+        with safe_open(path / "adapter_model.safetensors", "pt") as weights:
+            saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
         model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
     except Exception as error:  # PEFT, safetensors and json raise a dozen kinds for a folder that does not fit
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -242,8 +172,10 @@ def load_adapter(base, folder: str, is_trainable: bool = False) -> PeftModel:
             f"the adapter {folder} cannot be put on {base.config.name_or_path}: {reason}\n"
             "  It is broken, or was trained on another base model; give that one with --model."
         ) from None
-    kinds, _, _ = coverage(model)
-    targets = adapter.target_modules if isinstance(adapter.target_modules, set) else set(kinds)
-    if targets - set(kinds):
-        raise UserError(f"the adapter {folder} adapts {', '.join(sorted(targets - set(kinds)))}, which the base has not.")
+    adapted = coverage(model)[0].total()
+    if saved != adapted:  # PEFT passes over what has no place, and leaves at zero what it has no weights for
+        raise UserError(
+            f"the adapter {folder} has weights for {saved} modules, but {base.config.name_or_path} has {adapted} of them: it "
+            f"was trained on another base model, {adapter.base_model_name_or_path}. Give that one with --model."
+        )
     return model

@@ -14,8 +14,8 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TrackioCallback
 
 from phi2_grpo import report
-from phi2_grpo.model import render
 from phi2_grpo.rewards import Scorer
+from phi2_grpo.tokenizer import render
 
 # Healthy ranges (Axolotl's GRPO docs, "training stability"), judged on the mean of the last WINDOW steps so that one
 # noisy step raises no alarm. metric: (lowest, highest, what it means when left).

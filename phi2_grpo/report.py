@@ -106,11 +106,12 @@ def draw_curve(rows: list[dict], config: dict, path: Path) -> None:
         low, high = ([row["reward"] + sign * row["reward_std"] for row in rows] for sign in (-1, 1))
         reward.fill_between(steps, low, high, color=COLORS["reward"], alpha=0.1, linewidth=0, label="± 1 std of completions")
     reward.set(title="Reward (higher is better)", ylim=(0, None))
-    reward.legend(frameon=False, loc="lower right")
     plot(length, "answers/tokens", COLORS["length"], "mean answer")
     length.axhline(config["target_tokens"], color="grey", linestyle="--", linewidth=1, label="target")
     length.set(title="Answer length (tokens)", ylim=(0, None))
-    length.legend(frameon=False, loc="lower right")
+    for each in (reward, length):
+        if rows:
+            each.legend(frameon=False, loc="lower right")
     plot(ended, "answers/ended", COLORS["ended"], "ended")
     ended.set(title="Share of answers that ended by themselves", ylim=(0, 1.02), xlabel="step")
     plot(kl, "kl", COLORS["kl"], "KL")

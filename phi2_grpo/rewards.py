@@ -63,8 +63,10 @@ class Scorer:
                 target_tokens=self.target_tokens,
                 **columns,
             )
+            if len(scores) != len(self.last):
+                raise ValueError(f"it returned {len(scores)} rewards for {len(self.last)} completions")
             for row, value in zip(self.last, scores, strict=True):
-                row["score"] += value or 0.0
+                row["score"] += value if isinstance(value, int | float) else 0.0
             self._log_languages(reward.__name__, scores, columns)
             return scores
 

@@ -1,0 +1,65 @@
+"""How long prepare_data.py takes on as many rows as oasst1 has, and how its time and memory grow.
+
+  python benchmarks/prepare.py
+
+The rows are made from tiny/messages.jsonl: the same trees again with new ids and a counter in each text, so that nothing
+is a duplicate. Whole processes, imports included; memory is the largest of the process (ru_maxrss).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+ROWS = (88_838, 2 * 88_838)  # the ready trees of oasst1, and twice as many
+RUNS = 3
+
+
+def make_rows(path: Path, count: int) -> None:
+    sample = [json.loads(line) for line in (ROOT / "tiny" / "messages.jsonl").open(encoding="utf-8")]
+    with path.open("w", encoding="utf-8") as lines:
+        for i in range(count):
+            row, copy = dict(sample[i % len(sample)]), i // len(sample)
+            for key in ("message_id", "parent_id", "message_tree_id"):
+                row[key] = row[key] and f"{row[key]}-{copy}"
+            # oasst1's messages are about 500 characters long on average, the sample's 100.
+            row["text"] = f"{row['text']} ({copy}) " + (row["text"] + " ") * (3 if row["role"] == "assistant" else 0)
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def measure(source: Path, folder: Path) -> tuple[float, float]:
+    """Wall seconds and peak memory in GB of one run."""
+    command = [sys.executable, "prepare_data.py", "--preset", "tiny", "--dataset", str(source), "--data_dir", str(folder)]
+    started = time.perf_counter()
+    with open(os.devnull, "w") as nothing:
+        process = subprocess.Popen([*command, "--overwrite"], cwd=ROOT, stdout=nothing)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"prepare_data.py failed with status {status}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    from benchmarks.results import write_section
+
+    lines = ["| rows | file | seconds (lowest to highest of 3) | peak memory |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as scratch:
+        for rows in ROWS:
+            source = Path(scratch) / f"{rows}.jsonl"
+            make_rows(source, rows)
+            found = [measure(source, Path(scratch) / "data") for _ in range(RUNS)]
+            seconds, memory = zip(*found, strict=True)
+            size = source.stat().st_size / 1e6
+            cells = f"{rows:,} | {size:.0f} MB | {min(seconds):.1f} to {max(seconds):.1f} | {max(memory):.2f} GB"
+            lines.append(f"| {cells} |")
+    write_section("prepare_data", "python benchmarks/prepare.py", "\n".join(lines), "datasets", "tokenizers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What the tests share: a way to call a script, a micro model made on the spot, and data prepared for it."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"  # real rows and the real tokenizer, where a checkout has them beside it
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach out
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def script(name: str, *arguments: str) -> SimpleNamespace:
+    """Run a script as the shell would, in a new process, from the repo's root."""
+    done = subprocess.run([sys.executable, f"{name}.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run a script's main in this process: the same code without the seconds that importing torch takes."""
+    monkeypatch.chdir(ROOT)
+
+    def run(name: str, *arguments) -> SimpleNamespace:
+        from phi2_grpo import cli
+
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        code = 0
+        try:
+            cli.run(importlib.import_module(name).main)
+        except SystemExit as stop:
+            code = stop.code
+        captured = capfd.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return run
+
+
+def make_micro(folder: Path, seed: int = 0, texts: list[str] | None = None, **shape) -> Path:
+    """A random Phi of a few thousand parameters with a byte-level tokenizer, saved as a base model is."""
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM
+
+    from phi2_grpo import tiny
+
+    torch.manual_seed(seed)
+    tokenizer = tiny._tokenizer(texts or ["How do I keep a plant alive? Water it once a week. ¿Por qué? 为什么"])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    end = tokenizer.eos_token_id
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=len(tokenizer),
+            **{**sizes, "max_position_embeddings": 512, **shape},
+            resid_pdrop=0.1,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    )
+    # It writes plain letters, and ends about one answer in eight at each token: so that rewards differ.
+    bias = [0.0 if tokenizer.decode([i]).isascii() else -9.0 for i in range(len(tokenizer))]
+    bias[end] = 3.0
+    model.lm_head.bias.data = torch.tensor(bias)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory) -> Path:
+    return make_micro(tmp_path_factory.mktemp("micro") / "base")
+
+
+@pytest.fixture(scope="session")
+def prepared(micro, tmp_path_factory) -> Path:
+    """The tiny sample prepared for the micro model's tokenizer."""
+    data_dir = tmp_path_factory.mktemp("data") / "prepared"
+    options = ("--preset", "tiny", "--model", micro, "--data_dir", data_dir, "--max_prompt_tokens", "100")
+    done = script("prepare_data", *options)
+    assert done.code == 0, done.err
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def quick(micro, prepared) -> tuple:
+    """Flags of a run that takes seconds: micro model, short completions, no tracker."""
+    return ("--preset", "tiny", "--model", micro, "--data_dir", prepared, "--max_completion_length", "12", "--target_tokens",
+            "6", "--per_device_train_batch_size", "8", "--num_generations", "4", "--report_to", "none")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(quick, tmp_path_factory) -> Path:
+    """A finished run of six steps with checkpoints at 2, 4 and 6; its output_dir."""
+    output = tmp_path_factory.mktemp("run") / "grpo"
+    done = script("train_grpo", "6", *quick, "--output_dir", output, "--save_steps", "2", "--sample_steps", "3")
+    assert done.code == 0, done.err
+    (output.parent / "printed.txt").write_text(done.out)
+    return output

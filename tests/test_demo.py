@@ -1,0 +1,47 @@
+"""The demo's commands on the embedded default, as the Makefile and the README have them."""
+
+import json
+import re
+
+from conftest import ROOT, script
+
+
+def test_the_tiny_chain(tmp_path):
+    """Prepare, inspect, train and validate the real tiny model: after 40 steps it is better on prompts it has not seen."""
+    where = ("--data_dir", tmp_path / "data")
+    assert script("prepare_data", "--preset", "tiny", *where).code == 0
+    assert script("inspect_data", "--preset", "tiny", *where).code == 0
+    options = ("--output_dir", tmp_path / "grpo", "--report_to", "none")
+    trained = script("train_grpo", "40", "--preset", "tiny", *where, *options)
+    assert trained.code == 0, trained.err
+    checked = ("--adapter", tmp_path / "grpo-final", "--validation_dir", tmp_path / "v")
+    done = script("validate_model", "--preset", "tiny", *where, *checked)
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
+    assert metrics["reward"]["difference"] > metrics["reward"]["half_width"]
+    assert metrics["ended"]["difference"] > 0
+    for printed in (trained.err, done.err):
+        assert "Warning" not in printed
+
+
+def test_readme_names_real_files_and_flags():
+    readme = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|jsonl|txt|md|png))`", readme):
+        made = ("reward.png", "metrics.jsonl", "run.json", "inspect.png", "report.json", "messages.jsonl.gz")
+        assert (ROOT / path).exists() or path.split("/")[-1] in made or (ROOT / "phi2_grpo" / path).exists(), path
+    from config import CONFIG
+
+    own = {"preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt", "torch-backend"}
+    for flag in re.findall(r"--([a-z_-]+)", readme):
+        assert flag in CONFIG or flag in own, f"README names --{flag}"
+    assert "make demo" in readme and "make test" in readme
+
+
+def test_pins_are_exact():
+    for line in (ROOT / "requirements.txt").read_text().split() + (ROOT / "requirements-dev.txt").read_text().split()[2:]:
+        assert re.fullmatch(r"[\w-]+==[\d.]+", line), line
+
+
+def test_pictures_the_readme_shows_are_there():
+    for picture in re.findall(r"!\[.*?\]\((.+?)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")

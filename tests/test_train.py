@@ -1,0 +1,214 @@
+"""The main job on a micro model: what moves, what is written, what can be repeated and resumed."""
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, script
+from safetensors.torch import load_file
+from trl import GRPOTrainer
+
+from phi2_grpo import checks, monitor, report
+
+SELF_DESCRIBING = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                   "chat_template.jinja", "generation_config.json", "README.md", "run.json", "metrics.jsonl", "reward.png"}  # fmt: skip
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_lora_weight_moves_and_no_base_weight_does(call, quick, micro, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    kept = {}
+    original = GRPOTrainer.train
+
+    def train(self, *arguments, **keywords):
+        kept["model"] = self.model
+        kept["before"] = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(GRPOTrainer, "train", train)
+    # Three steps: in the first, B is zero and A gets no gradient; constant learning rate, without warm-up.
+    done = call("train_grpo", 3, *quick, "--output_dir", tmp_path / "o", "--warmup_steps", 0)
+    assert done.code == 0, done.err
+    fresh = AutoModelForCausalLM.from_pretrained(micro).state_dict()
+    lora = 0
+    for name, parameter in kept["model"].named_parameters():
+        if "lora_" in name:
+            lora += 1
+            assert parameter.requires_grad and not torch.equal(parameter, kept["before"][name]), f"{name} did not move"
+        else:
+            assert not parameter.requires_grad
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, fresh[plain]), f"{name} moved"
+    assert lora == 2 * 6 * 2, "A and B of six kinds in two layers"
+
+
+def test_final_folder_describes_itself(trained):
+    final = trained.with_name("grpo-final")
+    assert {path.name for path in final.iterdir()} == SELF_DESCRIBING, "no pickles, nothing missing"
+    run = json.loads((final / "run.json").read_text())
+    assert run["finished"] and run["steps"] == 6 and run["config"]["max_steps"] == 6 and run["preset"] == "tiny"
+    assert set(run["versions"]) >= {"torch", "trl", "peft"} and run["data"]["fingerprint"] and run["seconds"] > 0
+    rows = rows_of(final)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] == [row["step"] for row in rows_of(trained)]
+    wanted = {"reward", "reward_std", "frac_reward_zero_std", "answers/tokens", "answers/ended", "kl", "step_time", "grad_norm",
+              "rewards/length/mean", "rewards/length/en", "rewards/length/es"}  # fmt: skip
+    assert wanted <= set().union(*rows)
+    assert rows[0]["kl"] == 0, "dropout is off, and the untrained adapter is the base"
+    card = (final / "README.md").read_text()
+    assert f"{sum(row['reward'] for row in rows[-3:]) / 3:.3g}" in card and "AutoPeftModelForCausalLM" in card
+    assert (final / "reward.png").read_bytes().startswith(b"\x89PNG")
+    generation = json.loads((final / "generation_config.json").read_text())
+    assert "\nInstruct:" in generation["stop_strings"] and generation["max_new_tokens"] == 12
+
+
+def test_the_card_s_code_runs(trained):
+    """The model card's example, as it stands there, on the folder it stands in."""
+    final = trained.with_name("grpo-final")
+    code = re.search(r"```python\n(.+?)```", (final / "README.md").read_text(), re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=final, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_checkpoints_are_whole_adapter_folders(trained):
+    names = sorted(path.name for path in trained.glob("checkpoint-*"))
+    assert names == ["checkpoint-4", "checkpoint-6"], "save_total_limit 2"
+    for name in names:
+        present = {path.name for path in (trained / name).iterdir()}
+        assert SELF_DESCRIBING | {"optimizer.pt", "trainer_state.json", "rng_state.pth"} <= present
+        assert json.loads((trained / name / "run.json").read_text())["finished"] is False
+    assert not (trained / "README.md").exists()
+
+
+def test_what_is_printed(trained):
+    printed = (trained.parent / "printed.txt").read_text()
+    assert "12 modules (dense 2, fc1 2, fc2 2, k_proj 2, q_proj 2, v_proj 2)" in printed
+    assert len(re.findall(r"^ +\d/6 +\d\.\d{3}", printed, re.MULTILINE)) == 6, "a line a step"
+    assert "step 3, best: reward" in printed and "step 6, worst: reward" in printed
+    assert "Mean reward, first to last steps" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines() if "/6" in line), "fits a terminal"
+    assert "Traceback" not in printed and "Warning" not in printed
+
+
+def test_same_seed_same_adapter_and_another_seed_another(quick, trained, tmp_path):
+    """Bit for bit on the CPU; and a run stopped at step 4 and resumed ends with the same adapter as one never stopped."""
+    options = (*quick, "--save_steps", "2", "--sample_steps", "3")
+    reference = load_file(trained.with_name("grpo-final") / "adapter_model.safetensors")
+    first = script("train_grpo", "4", *options, "--output_dir", tmp_path / "a")
+    assert first.code == 0, first.err
+    resumed = script("train_grpo", "6", *options, "--output_dir", tmp_path / "a", "--resume")
+    assert resumed.code == 0 and "resuming at checkpoint-4" in resumed.out, resumed.err
+    ended = load_file(tmp_path / "a-final" / "adapter_model.safetensors")
+    assert reference.keys() == ended.keys() and all(torch.equal(reference[key], ended[key]) for key in reference)
+    assert [row["step"] for row in rows_of(tmp_path / "a-final")] == [1, 2, 3, 4, 5, 6], "no gap, no double"
+    other = script("train_grpo", "2", *options, "--output_dir", tmp_path / "b", "--seed", "1")
+    assert other.code == 0
+    assert rows_of(tmp_path / "b")[0]["reward"] != rows_of(tmp_path / "a")[0]["reward"]
+
+
+def test_a_run_is_not_overwritten_unasked(call, quick, trained, tmp_path):
+    refused = call("train_grpo", 2, *quick, "--output_dir", trained)
+    assert refused.code == 2 and "--resume" in refused.err and "--overwrite" in refused.err
+    assert (trained / "checkpoint-6" / "run.json").exists()
+    # A finished adapter alone counts too; a checkpoint that was never finished does not.
+    output = tmp_path / "o"
+    (tmp_path / "o-final").mkdir()
+    assert "holds a run" in call("train_grpo", "--check", *quick, "--output_dir", output).err
+    (output / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "o-final").rmdir()
+    assert checks.whole_checkpoints(str(output)) == []
+    done = call("train_grpo", "--check", *quick, "--output_dir", output, "--resume")
+    assert done.code == 0 and "no whole checkpoint: starting at step 0" in " ".join(done.out.split())
+
+
+def test_check_trains_nothing(call, quick, tmp_path):
+    done = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o")
+    text = " ".join(done.out.replace("│", " ").split())
+    assert done.code == 0 and list(tmp_path.iterdir()) == []
+    for part in ("CPU", "12 modules", "8 completions an update = 2 prompts x 4", "length 0.", "weights", "for checkpoints"):
+        assert part in text
+
+
+def test_init_adapter_starts_there_and_keeps_the_base_as_reference(quick, trained, tmp_path):
+    final = trained.with_name("grpo-final")
+    options = (*quick, "--init_adapter", final, "--learning_rate", "1e-9", "--output_dir", tmp_path / "o")
+    done = script("train_grpo", "1", *options)
+    assert done.code == 0, done.err
+    assert rows_of(tmp_path / "o-final")[0]["kl"] > 0, "the KL is to the base, not to the adapter it started from"
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (final, tmp_path / "o-final"))
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    assert any(value.abs().max() > 1e-5 for key, value in after.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(quick, tmp_path, number, code):
+    command = [
+        sys.executable,
+        "train_grpo.py",
+        "500",
+        *map(str, quick),
+        "--output_dir",
+        str(tmp_path / "o"),
+        "--save_steps",
+        "2",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        waited = time.monotonic()
+        while not checks.whole_checkpoints(str(tmp_path / "o")) and time.monotonic() - waited < 120:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == code and "--resume" in error and "Traceback" not in error
+    assert checks.whole_checkpoints(str(tmp_path / "o")) and not (tmp_path / "o-final").exists()
+
+
+def test_the_tracker_is_local_and_quiet(quick, tmp_path):
+    options = [option for option in map(str, quick) if option not in ("--report_to", "none")]
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "tracks")}
+    command = [sys.executable, "train_grpo.py", "2", *options, "--output_dir", str(tmp_path / "o")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "trackio" not in done.stdout.lower() and "upload" not in done.stdout.lower()
+    assert list((tmp_path / "tracks").glob("phi2-grpo*")), "its table stands in TRACKIO_DIR"
+
+
+def test_warnings_once_each(capsys):
+    watch = monitor.Monitor(None, None, {}, 10)
+    healthy = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 0.1, "grad_norm": 0.5, "entropy": 2.0}
+    watch.warn([healthy] * 20)
+    assert capsys.readouterr().out == ""
+    watch.warn([{**healthy, "kl": 3.0}] * (monitor.WINDOW - 1))
+    assert capsys.readouterr().out == "", "not before there are enough steps"
+    watch.warn([{**healthy, "kl": 3.0, "frac_reward_zero_std": 1.0}] * 20)
+    watch.warn([{**healthy, "kl": 3.0}] * 20)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("warning: kl is 3") == 1 and printed.count("frac_reward_zero_std is 1") == 1 and "diverged" in printed
+
+
+def test_curve_and_card_of_an_odd_run(tmp_path):
+    """One step, or values that were not finite: still a picture and valid JSON."""
+    config = {"target_tokens": 8}
+    rows = report.step_rows(
+        [{"reward": 0.5, "reward_std": 0.1, "kl": float("nan"), "answers/tokens": 3.0, "step": 1}, {"loss": 1}]
+    )
+    assert rows == [{"reward": 0.5, "reward_std": 0.1, "kl": None, "answers/tokens": 3.0, "step": 1}]
+    for part in (rows, []):
+        report.draw_curve(part, config, tmp_path / "x.png")
+        assert (tmp_path / "x.png").stat().st_size > 1000
+    assert report.window(rows, "reward") == (0.5, 0.5) and report.window(rows, "kl") is None
+
+
+def test_the_private_method_that_a_rollout_will_replace():
+    """FACTS of TRL 1.16 that the project rests on; if this fails, read the new trainer."""
+    assert list(inspect.signature(GRPOTrainer._generate_single_turn).parameters) == [
+        "self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]  # fmt: skip
