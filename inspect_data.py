@@ -112,7 +112,8 @@ def draw(rows: list[dict], lengths: list[int], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.hist(lengths, bins=min(40, max(lengths)), color="#4c72b0")
+    width = 1 + (max(lengths) - min(lengths)) // 40  # whole tokens, or the bars would have gaps
+    left.hist(lengths, bins=range(min(lengths), max(lengths) + width + 1, width), color="#4c72b0")
     left.set(xlabel="prompt length (tokens, chat template included)", ylabel="prompts", title=f"{len(rows):,} prompts")
     counts = {split: Counter(row["lang"] for row in rows if row["split"] == split) for split in ("train", "validation")}
     languages = [language for language, _ in Counter(row["lang"] for row in rows).most_common(20)]

@@ -105,7 +105,8 @@ def train(config: dict, arguments, console, found: dict) -> None:
         set_peft_model_state_dict(trainer.model, weights)
     trainer.create_model_card = lambda *_, **__: None  # ours is written with each checkpoint
     adapted = model.describe_coverage(trainer.model)
-    facts = report.run_facts(config, arguments.preset, device, dtype, found["funnel"], adapted)
+    read = {key: config[key] for key in KEYS}
+    facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
     watch = monitor.Monitor(scorer, tokenizer, facts, config["sample_steps"])
     monitor.quiet(trainer)
     trainer.add_callback(watch)

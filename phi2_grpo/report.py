@@ -124,7 +124,7 @@ def draw_curve(rows: list[dict], config: dict, path: Path) -> None:
 
 def model_card(facts: dict, rows: list[dict], seconds: float, finished: bool) -> str:
     """A card for the Hub. Every number in it comes from the run's own metrics."""
-    config = facts["config"]
+    config, dataset = facts["config"], facts["data"]["dataset"]
     hub_base = config["model"] if config["model"] != "tiny" and not Path(config["model"]).exists() else None
     base = hub_base or ("the tiny Phi of this project, made on the spot" if config["model"] == "tiny" else config["model"])
     lines = [
@@ -133,7 +133,7 @@ def model_card(facts: dict, rows: list[dict], seconds: float, finished: bool) ->
         "library_name: peft",
         "pipeline_tag: text-generation",
         "license: mit",
-        *([f"datasets:\n- {config['dataset']}"] if "/" in config["dataset"] and not Path(config["dataset"]).exists() else []),
+        *([f"datasets:\n- {dataset}"] if "/" in dataset and not Path(dataset).exists() else []),
         "tags:\n- grpo\n- trl\n- lora",
         "---",
         "",
