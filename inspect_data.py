@@ -28,7 +28,8 @@ def main() -> None:
     from rich.console import Console
 
     from phi2_grpo import data
-    from phi2_grpo.tokenizer import count_tokens, load_tokenizer, render
+    from phi2_grpo.chat import count_tokens, render
+    from phi2_grpo.loading import load_tokenizer
 
     console = Console()
     tokenizer = load_tokenizer(config)

@@ -38,7 +38,8 @@ def main() -> None:
         raise cli.UserError(f"{data_dir} holds prepared data. Replace it: --overwrite, or choose another --data_dir.")
 
     from phi2_grpo import data
-    from phi2_grpo.tokenizer import count_tokens, load_tokenizer
+    from phi2_grpo.chat import count_tokens
+    from phi2_grpo.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config)
     with console.status("reading messages"):

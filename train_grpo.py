@@ -12,7 +12,7 @@ and the advantage is not divided by the group's spread (Dr. GRPO, arXiv 2503.207
 prompts weigh more. One update per batch, so nothing is ever clipped.
 """
 
-import shutil
+import json
 from pathlib import Path
 
 from phi2_grpo import cli, environment
@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     config, arguments = cli.parse(parser)
     if arguments.steps is not None:
+        if arguments.max_steps not in (None, arguments.steps):
+            raise cli.UserError(f"MAX_STEPS is {arguments.steps} and --max_steps {arguments.max_steps}. Give one of them.")
         config["max_steps"] = cli.parse_value("max_steps", arguments.steps)
     environment.prepare(config["model"])
 
@@ -61,16 +63,16 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from dataclasses import fields
 
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
-    from transformers import set_seed
+    from transformers import TrainerState, set_seed
     from trl import GRPOConfig, GRPOTrainer
 
-    from phi2_grpo import checks, files, model, monitor, report
+    from phi2_grpo import checks, files, model, monitor, progress, report
 
     device, dtype = found["device"]
     tokenizer, scorer = found["tokenizer"], found["scorer"]
     checkpoints = checks.whole_checkpoints(config["output_dir"]) if arguments.resume else []
     if not checkpoints:
-        shutil.rmtree(config["output_dir"], ignore_errors=True)
+        checks.remove_run(Path(config["output_dir"]))
 
     set_seed(config["seed"])
     base = model.load_base(config, device, dtype)
@@ -107,11 +109,17 @@ def train(config: dict, arguments, console, found: dict) -> None:
     adapted = model.describe_coverage(trainer.model)
     read = {key: config[key] for key in KEYS}
     facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
-    watch = monitor.Monitor(scorer, tokenizer, facts, config["sample_steps"])
-    monitor.quiet(trainer)
+    before = json.loads((checkpoints[-1] / "run.json").read_text())["seconds"] if checkpoints else 0.0
+    watch = monitor.Monitor(scorer, tokenizer, facts, config["sample_steps"], before)
+    progress.quiet(trainer)
     trainer.add_callback(watch)
     console.print(f"LoRA on {adapted}", highlight=False)
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    if checkpoints and int(checkpoints[-1].name.split("-")[-1]) >= config["max_steps"]:
+        # Nothing is left to do (and the trainer would do one step more): only the final folder may be missing.
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoints[-1]), device=str(device)))
+        trainer.state = TrainerState.load_from_json(str(checkpoints[-1] / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
 
     if trainer.accelerator.is_main_process:
         final = checks.final_folder(config)
@@ -120,9 +128,9 @@ def train(config: dict, arguments, console, found: dict) -> None:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             report.describe_folder(folder, tokenizer, facts, rows, watch.seconds(), finished=True)
-        before, after = report.window(rows, "reward")
+        first, last = report.window(rows, "reward")
         console.print(
-            f"Mean reward, first to last steps: {before:.3f} -> {after:.3f}, in {monitor.duration(watch.seconds())}.\n"
+            f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {monitor.duration(watch.seconds())}.\n"
             f"Adapter: {final}   curve: {final / 'reward.png'}\n"
             f"Is it better on prompts it has not seen? python validate_model.py --adapter {final}",
             highlight=False,

@@ -36,7 +36,7 @@ def main() -> None:
     from rich.console import Console
 
     from phi2_grpo import data, files, model
-    from phi2_grpo.tokenizer import load_tokenizer
+    from phi2_grpo.loading import load_tokenizer
 
     console = Console()
     console.print(f"validate_model: {cli.differences(config, KEYS)}", highlight=False)
@@ -69,8 +69,8 @@ def show_samples(console, policy, tokenizer, config: dict, questions: list[str])
     from transformers import GenerationConfig
 
     from phi2_grpo.answers import trim
+    from phi2_grpo.chat import render
     from phi2_grpo.rollout import complete
-    from phi2_grpo.tokenizer import render
 
     generation = GenerationConfig.from_pretrained(config["adapter"])
     texts = render(tokenizer, [[{"role": "user", "content": question}] for question in questions])
@@ -97,9 +97,9 @@ def measure(console, policy, tokenizer, config: dict, held_out) -> dict:
     from rich.progress import Progress
     from transformers import GenerationConfig
 
+    from phi2_grpo.chat import render
     from phi2_grpo.rewards import Scorer
     from phi2_grpo.rollout import complete
-    from phi2_grpo.tokenizer import render
 
     rows = held_out.shuffle(seed=config["seed"]).select(range(min(config["max_prompts"], len(held_out)))).to_list()
     repeated = [row for row in rows for _ in range(config["samples_per_prompt"])]

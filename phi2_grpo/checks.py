@@ -11,9 +11,10 @@ from peft import PeftModel
 from rich.table import Table
 
 from phi2_grpo import data, files, model
+from phi2_grpo.chat import count_tokens
 from phi2_grpo.cli import UserError
+from phi2_grpo.loading import load_tokenizer
 from phi2_grpo.rewards import Scorer, try_rewards
-from phi2_grpo.tokenizer import count_tokens, load_tokenizer
 
 GB = 1e9
 
@@ -85,7 +86,17 @@ def _device(config: dict):
 def final_folder(config: dict) -> Path:
     """Where the finished adapter goes."""
     output = Path(config["output_dir"])
+    if not output.name:  # "." or "/"
+        output = output.resolve()
     return output.with_name(f"{output.name}-final")
+
+
+def remove_run(output: Path) -> None:
+    """Remove what a run wrote into its folder, and nothing else: the folder may be any of the user's."""
+    for checkpoint in output.glob("checkpoint-*"):
+        if checkpoint.name.removeprefix("checkpoint-").isdecimal():
+            shutil.rmtree(checkpoint)
+    (output / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def whole_checkpoints(output_dir: str) -> list[Path]:

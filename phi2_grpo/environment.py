@@ -1,7 +1,9 @@
 """What the libraries must be told before they are imported."""
 
+import ctypes
 import os
 import socket
+import sys
 import warnings
 from pathlib import Path
 from urllib.parse import urlparse
@@ -19,11 +21,24 @@ def prepare(*hub_names: str) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRACKIO_DIR", str(Path("results/trackio").resolve()))
+    _keep_memory()
     # Ours to heed when a pin moves (the tests show them), not the user's.
     warnings.filterwarnings("ignore", category=FutureWarning)
     remote = [name for name in hub_names if name != "tiny" and not Path(name).expanduser().exists()]
     if remote and "HF_HUB_OFFLINE" not in os.environ and not _reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _keep_memory() -> None:
+    """Let glibc keep freed memory for the next tensor, instead of a page fault for each page of each large one.
+
+    M_TRIM_THRESHOLD (-1) and M_MMAP_THRESHOLD (-3) of mallopt(3), at the largest int; an older glibc refuses the second.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt:
+            mallopt(-1, 2**31 - 1)
+            mallopt(-3, 2**31 - 1)
 
 
 def _reachable() -> bool:

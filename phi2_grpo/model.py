@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Phi
 
 from phi2_grpo.answers import STOP_STRINGS
 from phi2_grpo.cli import UserError
-from phi2_grpo.tokenizer import load_pretrained, resolve_model
+from phi2_grpo.loading import load_pretrained, resolve_model
 
 # microsoft/phi-2's config.json, as far as it differs from PhiConfig's defaults or decides about size: with it, tests and
 # benchmarks build the full-size model without a download.

@@ -1,21 +1,16 @@
 """What people see while it trains: progress with time left, a line a step, samples in full, and warnings."""
 
-import io
 import json
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 
-from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from transformers import PrinterCallback, TrainerCallback
-from transformers.integrations import TrackioCallback
 
 from phi2_grpo import report
+from phi2_grpo.chat import render
+from phi2_grpo.progress import ProgressBar
 from phi2_grpo.rewards import Scorer
-from phi2_grpo.tokenizer import render
 
 # Healthy ranges (Axolotl's GRPO docs, "training stability"), judged on the mean of the last WINDOW steps so that one
 # noisy step raises no alarm. metric: (lowest, highest, what it means when left).
@@ -32,26 +27,6 @@ HEALTHY = {
 }  # fmt: skip
 
 
-class ProgressBar(TrainerCallback):
-    """A rich progress bar over the steps, in place of the trainer's own printing. Shows nothing where no terminal is."""
-
-    def __init__(self, name: str):
-        self.console = Console()
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-
-    def on_train_begin(self, args, state, control, **_):
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
-        if state.is_world_process_zero:
-            self.progress.start()
-
-    def on_step_end(self, args, state, control, **_):
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_train_end(self, args, state, control, **_):
-        self.progress.stop()
-
-
 def duration(seconds: float) -> str:
     """1:05 or 2:03:04."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -59,33 +34,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class QuietTrackio(TrackioCallback):
-    """trackio without its banner: the command there would look in another folder, and nothing is uploaded."""
-
-    def setup(self, *arguments, **keywords):
-        with redirect_stdout(io.StringIO()):
-            super().setup(*arguments, **keywords)
-
-    def on_train_end(self, *arguments, **keywords):
-        with redirect_stdout(io.StringIO()):
-            super().on_train_end(*arguments, **keywords)
-
-
-def quiet(trainer) -> None:
-    """What stands here replaces the trainer's own printing of raw dicts, and trackio's of advice."""
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(TrackioCallback):
-        trainer.add_callback(QuietTrackio())
-
-
 class Monitor(ProgressBar):
     """Prints and records each step, and completes every checkpoint to a self-describing folder."""
 
-    def __init__(self, scorer: Scorer, tokenizer, facts: dict, sample_steps: int):
+    def __init__(self, scorer: Scorer, tokenizer, facts: dict, sample_steps: int, seconds_before: float = 0.0):
         super().__init__("training")
         self.scorer, self.tokenizer, self.facts, self.sample_steps = scorer, tokenizer, facts, sample_steps
         self.warned: set[str] = set()
-        self.seconds_before = 0.0  # of the run that is resumed
+        self.seconds_before = seconds_before  # of the run that is resumed
+        self.started = time.monotonic()
 
     def on_train_begin(self, args, state, control, **_):
         super().on_train_begin(args, state, control)

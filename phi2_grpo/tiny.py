@@ -42,7 +42,7 @@ def _tokenizer(texts: list[str]):
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from phi2_grpo.tokenizer import prepare_tokenizer
+    from phi2_grpo.chat import prepare_tokenizer
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=RECIPE["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False)
@@ -79,8 +79,8 @@ def _build(dialogues: list[dict], folder: Path) -> float:
     from transformers import PhiConfig, PhiForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from phi2_grpo.monitor import ProgressBar, quiet
-    from phi2_grpo.tokenizer import render
+    from phi2_grpo.chat import render
+    from phi2_grpo.progress import ProgressBar, quiet
 
     tokenizer = _tokenizer([text for dialogue in dialogues for text in dialogue.values()])
     prompts = render(tokenizer, [[{"role": "user", "content": d["prompt"]}] for d in dialogues])

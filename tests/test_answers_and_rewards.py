@@ -4,7 +4,7 @@ import pytest
 
 from phi2_grpo import answers, rewards
 from phi2_grpo.cli import UserError
-from phi2_grpo.tokenizer import load_tokenizer
+from phi2_grpo.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -219,12 +219,12 @@ def test_inspection(call, micro, prepared, flags, expected):
 
 @pytest.mark.parametrize("name", ["prepare_data", "inspect_data", "validate_model"])
 def test_ctrl_c(call, micro, monkeypatch, name):
-    from phi2_grpo import model, tokenizer
+    from phi2_grpo import loading, model
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenizer, "load_tokenizer", interrupt)
+    monkeypatch.setattr(loading, "load_tokenizer", interrupt)
     monkeypatch.setattr(model, "check_adapter", interrupt)
     done = call(name, "--preset", "tiny", "--model", micro, "--data_dir", "nowhere")
     assert done.code == 130 and "interrupted" in done.err and "Traceback" not in done.err

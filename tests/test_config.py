@@ -102,6 +102,7 @@ def test_order_is_config_then_preset_then_flags():
         (["0"], "--max_steps is '0'"),
         (["-5"], "-5"),
         (["many"], "whole number"),
+        (["5", "--max_steps", "6"], "Give one of them"),
     ],
 )
 def test_wrong_flags(call, argv, expected):

@@ -12,7 +12,7 @@ import inspect_data
 from config import CONFIG, PRESETS
 from phi2_grpo import data, oasst
 from phi2_grpo.cli import UserError
-from phi2_grpo.tokenizer import load_tokenizer
+from phi2_grpo.loading import load_tokenizer
 
 
 def row(id: str, text: str, parent: str | None = None, **other) -> dict:
@@ -238,7 +238,7 @@ def test_real_rows_with_the_real_tokenizer(call, tmp_path):
     assert funnel["train"]["rows"] + funnel["validation"]["rows"] == 1050
     tokenizer = load_tokenizer({"model": str(model), "model_revision": "main"})
     roots = [json.loads(line)["prompt"] for line in (SHARED / "oasst1" / "root_prompts.jsonl").open(encoding="utf-8")]
-    from phi2_grpo.tokenizer import count_tokens
+    from phi2_grpo.chat import count_tokens
 
     lengths = sorted(count_tokens(tokenizer, [[{"role": "user", "content": text}] for text in roots]))
     assert 20 < lengths[len(lengths) // 2] < 40, "the median oasst1 root has about 26 tokens, and the template adds a few"

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from config import CONFIG
 from phi2_grpo import model
-from phi2_grpo import tokenizer as tokenizers
+from phi2_grpo.chat import count_tokens, render
 from phi2_grpo.cli import UserError
+from phi2_grpo.loading import load_tokenizer
 
 
 def full_size():
@@ -71,31 +72,25 @@ def test_a_target_that_matches_nothing_is_an_error(micro, base, targets):
 
 
 def test_chat_template(micro):
-    tokenizer = tokenizers.load_tokenizer({"model": str(micro), "model_revision": "main"})
+    tokenizer = load_tokenizer({"model": str(micro), "model_revision": "main"})
     talk = [
         {"role": "user", "content": " Why?\n"},
         {"role": "assistant", "content": "Because."},
         {"role": "user", "content": "And {{ then }}?"},
     ]
     prompt = "Instruct: Why?\nOutput: Because.\nInstruct: And {{ then }}?\nOutput:"
-    assert tokenizers.render(tokenizer, [talk[:1], talk]) == ["Instruct: Why?\nOutput:", prompt]
+    assert render(tokenizer, [talk[:1], talk]) == ["Instruct: Why?\nOutput:", prompt]
     assert tokenizer.apply_chat_template(talk[:2], tokenize=False) == "Instruct: Why?\nOutput: Because."
-    assert (
-        tokenizers.count_tokens(tokenizer, [talk]) == [len(tokenizer(prompt)["input_ids"])]
-        and tokenizers.count_tokens(tokenizer, []) == []
-    )
+    assert count_tokens(tokenizer, [talk]) == [len(tokenizer(prompt)["input_ids"])] and count_tokens(tokenizer, []) == []
     assert tokenizer.pad_token == tokenizer.eos_token and tokenizer.padding_side == "left"
 
 
 def test_a_template_of_its_own_stays(micro, tmp_path):
-    tokenizer = tokenizers.load_tokenizer({"model": str(micro), "model_revision": "main"})
+    tokenizer = load_tokenizer({"model": str(micro), "model_revision": "main"})
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(tmp_path)
     shutil.copy(micro / "config.json", tmp_path)
-    assert (
-        tokenizers.load_tokenizer({"model": str(tmp_path), "model_revision": "main"}).chat_template
-        == "{{ messages[0]['content'] }}"
-    )
+    assert load_tokenizer({"model": str(tmp_path), "model_revision": "main"}).chat_template == "{{ messages[0]['content'] }}"
 
 
 def test_base_is_base_with_the_adapter_off(micro, trained):

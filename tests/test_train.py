@@ -131,6 +131,30 @@ def test_a_run_is_not_overwritten_unasked(call, quick, trained, tmp_path):
     assert done.code == 0 and "no whole checkpoint: starting at step 0" in " ".join(done.out.split())
 
 
+def test_only_the_run_is_removed(call, quick, tmp_path):
+    """--output_dir may be any folder of the user's; what stands there beside a run stays."""
+    (tmp_path / "o" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "o" / "checkpoint-old").mkdir()
+    (tmp_path / "o" / "thesis.txt").write_text("years of work")
+    done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o", "--overwrite")
+    assert done.code == 0, done.err
+    assert (tmp_path / "o" / "thesis.txt").read_text() == "years of work" and (tmp_path / "o" / "checkpoint-old").exists()
+    assert not (tmp_path / "o" / "checkpoint-2").exists()
+    assert checks.final_folder({"output_dir": "."}).name.endswith("-final")
+
+
+def test_a_finished_run_may_be_resumed_and_made_longer(quick, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "o")
+    for steps in ("6", "7"):  # the first has nothing left to do
+        done = script("train_grpo", steps, *quick, "--output_dir", tmp_path / "o", "--resume")
+        assert done.code == 0, done.err
+        assert rows_of(tmp_path / "o-final")[-1]["step"] == int(steps), done.out
+    run = json.loads((tmp_path / "o-final" / "run.json").read_text())
+    assert run["seconds"] > json.loads((trained.with_name("grpo-final") / "run.json").read_text())["seconds"]
+
+
 def test_check_trains_nothing(call, quick, tmp_path):
     done = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o")
     text = " ".join(done.out.replace("│", " ").split())

@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 import validate_model
 from config import CONFIG
 from phi2_grpo import model
+from phi2_grpo.loading import load_tokenizer
 from phi2_grpo.rollout import complete
-from phi2_grpo.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -1,0 +1,34 @@
+"""What the model sees: the chat template, prompts rendered by it, and their lengths."""
+
+# "Instruct: ...\nOutput:", the QA format of the model card. The answer follows with its leading space.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{ 'Instruct: ' + message['content'] | trim + '\\n' }}
+{%- elif message['role'] == 'assistant' -%}{{ 'Output: ' + message['content'] | trim }}{{ '' if loop.last else '\\n' }}
+{%- else -%}{{ message['content'] | trim + '\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Output:' }}{%- endif -%}"""
+
+
+def prepare_tokenizer(tokenizer) -> None:
+    """Set what a base model's tokenizer lacks; a chat template of its own stays."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+
+
+def render(tokenizer, conversations: list[list[dict]]) -> list[str]:
+    """Conversations as the model sees them, up to where its answer begins."""
+    return [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in conversations]
+
+
+def count_tokens(tokenizer, conversations: list[list[dict]]) -> list[int]:
+    """Prompt lengths in tokens, chat template included."""
+    if not conversations:
+        return []
+    # Not `tokenizer(...)["input_ids"]`: lists of Python ints for 10,000 prompts cost more than the tokenizing.
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(render(tokenizer, conversations), add_special_tokens=False)
+    return [len(encoding) for encoding in encodings]
