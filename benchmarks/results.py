@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import subprocess
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +15,18 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = "# Measured\n\nEach section was written by the script it names. Nothing here is an estimate.\n"
 
 
+def commit() -> str:
+    """The commit measured; "-dirty" where a file differs from it, the results themselves apart."""
+    others = ["git", "-C", str(RESULTS.parent.parent), "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/RESULTS.md"]
+    changed = subprocess.run(others, check=False).returncode
+    return str(git_commit()).removesuffix("-dirty") + ("-dirty" if changed else "")
+
+
 def write_section(title: str, command: str, body: str, *libraries: str) -> None:
     """Replace the section called `title`, or add it; `libraries` are named with their versions."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     made_with = ", ".join(["Python " + platform.python_version(), *(f"{name} {version(name)}" for name in libraries)])
-    note = f"`{command}`, {date.today()}, commit {git_commit()}, {machine}; {made_with}."
+    note = f"`{command}`, {date.today()}, commit {commit()}, {machine}; {made_with}."
     section = f"## {title}\n\n{note}\n\n{body.strip()}\n"
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEAD
     pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
