@@ -71,8 +71,6 @@ def train(config: dict, arguments, console, found: dict) -> None:
     device, dtype = found["device"]
     tokenizer, scorer = found["tokenizer"], found["scorer"]
     checkpoints = checks.whole_checkpoints(config["output_dir"]) if arguments.resume else []
-    if not checkpoints:
-        checks.remove_run(Path(config["output_dir"]))
 
     set_seed(config["seed"])
     base = model.load_base(config, device, dtype)
@@ -119,6 +117,8 @@ def train(config: dict, arguments, console, found: dict) -> None:
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoints[-1]), device=str(device)))
         trainer.state = TrainerState.load_from_json(str(checkpoints[-1] / "trainer_state.json"))
     else:
+        if not checkpoints:
+            checks.remove_run(Path(config["output_dir"]))  # as late as can be: loading the model may still fail
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
 
     if trainer.accelerator.is_main_process:
@@ -132,7 +132,8 @@ def train(config: dict, arguments, console, found: dict) -> None:
         console.print(
             f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {monitor.duration(watch.seconds())}.\n"
             f"Adapter: {final}   curve: {final / 'reward.png'}\n"
-            f"Is it better on prompts it has not seen? python validate_model.py --adapter {final}",
+            "Is it better on prompts it has not seen?\n"
+            f"  python validate_model.py --preset {arguments.preset} --adapter {final}",
             highlight=False,
         )
 

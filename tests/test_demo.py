@@ -37,6 +37,27 @@ def test_readme_names_real_files_and_flags():
     assert "make demo" in readme and "make test" in readme
 
 
+def test_the_readme_s_reward_runs_as_it_stands_there(micro):
+    from phi2_grpo import rewards
+    from phi2_grpo.loading import load_tokenizer
+
+    code = re.search(r"```python\n(def polite.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    names = {"length": rewards.length}
+    exec(code, names)
+    scorer = rewards.Scorer(load_tokenizer({"model": str(micro), "model_revision": "main"}), 8, names["REWARDS"])
+    rows = [{"prompt": [], "lang": "en", "message_id": "1", "reference": text} for text in ("Yes, please.", "No.")]
+    assert rewards.try_rewards(scorer, rows)["polite"] == [1.0, 0.0]
+
+
+def test_readme_s_numbers_are_the_measured_ones():
+    """The table over seeds, and the sentence at the top, are those that benchmarks/seeds.py wrote."""
+    readme, results = ((ROOT / path).read_text() for path in ("README.md", "benchmarks/RESULTS.md"))
+    rows = [line for line in results.splitlines() if re.match(r"\| \d \| 0", line)]
+    assert len(rows) == 3 and all(row in readme for row in rows)
+    for number in re.findall(r"[+-]?\d\.\d+(?: ± \d\.\d+)?", rows[0]):
+        assert number in readme.split("![")[0], f"{number} of seed 0 is missing at the top"
+
+
 def test_pins_are_exact():
     for line in (ROOT / "requirements.txt").read_text().split() + (ROOT / "requirements-dev.txt").read_text().split()[2:]:
         assert re.fullmatch(r"[\w-]+==[\d.]+", line), line
