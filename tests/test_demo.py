@@ -31,8 +31,9 @@ def test_readme_names_real_files_and_flags():
         assert (ROOT / path).exists() or path.split("/")[-1] in made or (ROOT / "phi2_grpo" / path).exists(), path
     from config import CONFIG
 
-    own = {"preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt", "torch-backend"}
-    for flag in re.findall(r"--([a-z_-]+)", readme):
+    own = {"preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt"}
+    own |= {"torch-backend", "extra-index-url"}  # uv's and pip's
+    for flag in re.findall(r"(?<!-)--([a-z][a-z_-]*)", readme):
         assert flag in CONFIG or flag in own, f"README names --{flag}"
     assert "make demo" in readme and "make test" in readme
 
