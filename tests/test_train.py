@@ -186,7 +186,10 @@ def test_interrupted(quick, tmp_path, number, code):
         "--save_steps",
         "2",
     ]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background job, as a CI may be, ignores SIGINT and hands that down.
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, **options, **heeding) as process:
         waited = time.monotonic()
         while not checks.whole_checkpoints(str(tmp_path / "o")) and time.monotonic() - waited < 120:
             time.sleep(0.1)
