@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP_FLAGS ?=
 TINY := --preset tiny
 
-.PHONY: demo test lint bench dashboard clean
+.PHONY: demo app test lint bench dashboard clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -13,6 +13,13 @@ demo: .venv/ready
 	$(BIN)/python inspect_data.py $(TINY) --samples 2
 	$(BIN)/python train_grpo.py $(TINY) --overwrite
 	$(BIN)/python validate_model.py $(TINY)
+
+app: .venv/ready results/tiny-grpo-final/run.json
+	$(BIN)/python hf_app/app.py --adapter results/tiny-grpo-final --base results/tiny-base
+
+# There only when the demo has run to its end.
+results/tiny-grpo-final/run.json:
+	$(MAKE) demo
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest

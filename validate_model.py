@@ -17,13 +17,6 @@ KEYS = ("model", "model_revision", "device", "dtype", "data_dir", "adapter", "ma
         "top_k", "target_tokens", "max_prompts", "samples_per_prompt", "eval_batch_size", "seed",
         "validation_dir")  # fmt: skip
 
-SAMPLE_PROMPTS = [
-    "Explain the theory of relativity to a 5 year old.",
-    "Write a python function to calculate fibonacci numbers.",
-    "What are the benefits of exercise?",
-    "Tengo un problema con mi coche, hace un ruido extraño.",
-]
-
 
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS)
@@ -35,7 +28,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import data, files, model
+    from phi2_grpo import chat, data, files, model
     from phi2_grpo.loading import load_tokenizer
 
     console = Console()
@@ -50,7 +43,7 @@ def main() -> None:
     with console.status("loading the model"):
         policy = model.load_adapter(model.load_base(config, device, dtype), config["adapter"])
 
-    samples = show_samples(console, policy, tokenizer, config, arguments.prompt or SAMPLE_PROMPTS)
+    samples = show_samples(console, policy, tokenizer, config, arguments.prompt or chat.SAMPLE_PROMPTS)
     measured = measure(console, policy, tokenizer, config, prompts["validation"])
     show_measured(console, measured)
     files.write_json(Path(config["validation_dir"]) / "report.json", {"config": config, "samples": samples, **measured})

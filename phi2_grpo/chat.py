@@ -1,5 +1,13 @@
 """What the model sees: the chat template, prompts rendered by it, and their lengths."""
 
+# Answered by validate_model.py and export_model.py, and offered by the app.
+SAMPLE_PROMPTS = [
+    "Explain the theory of relativity to a 5 year old.",
+    "Write a python function to calculate fibonacci numbers.",
+    "What are the benefits of exercise?",
+    "Tengo un problema con mi coche, hace un ruido extraño.",
+]
+
 # "Instruct: ...\nOutput:", the QA format of the model card. The answer follows with its leading space.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}

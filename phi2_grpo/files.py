@@ -48,6 +48,15 @@ def write_json(path: Path, data) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object from disk; {} where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def nearest_existing(path: Path) -> Path:
     """`path`, or the first of its parents that exists."""
     path = path.resolve()

@@ -6,6 +6,8 @@ from pathlib import Path
 import transformers
 from transformers import AutoTokenizer
 
+from config import CONFIG
+from phi2_grpo import files
 from phi2_grpo.chat import prepare_tokenizer
 from phi2_grpo.cli import UserError
 from phi2_grpo.tiny import tiny_base
@@ -46,3 +48,23 @@ def load_tokenizer(config: dict):
     tokenizer = load_pretrained(AutoTokenizer, config)
     prepare_tokenizer(tokenizer)
     return tokenizer
+
+
+def check_adapter(folder: str) -> Path:
+    """The adapter folder, if it is whole. Raises UserError saying what is missing."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"no adapter at {folder}. Train one: python train_grpo.py, or give another folder: --adapter DIR")
+    needed = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "generation_config.json")
+    missing = [name for name in needed if not (path / name).is_file() or not (path / name).stat().st_size]
+    if missing:
+        raise UserError(f"the adapter {folder} is incomplete: {', '.join(missing)} missing or empty. Copy it again whole.")
+    return path
+
+
+def use_base_of(adapter: Path, config: dict) -> None:
+    """Where no other --model was given, take the base that the adapter names, at its revision."""
+    named = files.read_json(adapter / "adapter_config.json")
+    if config["model"] == CONFIG["model"] and named.get("base_model_name_or_path"):
+        config["model"] = named["base_model_name_or_path"]
+        config["model_revision"] = named.get("revision") or config["model_revision"]

@@ -1,7 +1,6 @@
 """The base model and the LoRA on it."""
 
 from collections import Counter
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Phi
 
 from phi2_grpo.answers import STOP_STRINGS
 from phi2_grpo.cli import UserError
-from phi2_grpo.loading import load_pretrained, resolve_model
+from phi2_grpo.loading import check_adapter, load_pretrained, resolve_model
 
 # microsoft/phi-2's config.json, as far as it differs from PhiConfig's defaults or decides about size: with it, tests and
 # benchmarks build the full-size model without a download.
@@ -141,18 +140,6 @@ def generation_config(tokenizer, config: dict) -> GenerationConfig:
         top_p=config["chat_top_p"],
         stop_strings=STOP_STRINGS,
     )
-
-
-def check_adapter(folder: str) -> Path:
-    """The adapter folder, if it is whole. Raises UserError saying what is missing."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"no adapter at {folder}. Train one: python train_grpo.py, or give another folder: --adapter DIR")
-    needed = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "generation_config.json")
-    missing = [name for name in needed if not (path / name).is_file() or not (path / name).stat().st_size]
-    if missing:
-        raise UserError(f"the adapter {folder} is incomplete: {', '.join(missing)} missing or empty. Copy it again whole.")
-    return path
 
 
 def load_adapter(base, folder: str, is_trainable: bool = False) -> PeftModel:

@@ -1,7 +1,9 @@
 """What the tests share: a way to call a script, a micro model made on the spot, and data prepared for it."""
 
 import importlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +103,45 @@ def trained(quick, tmp_path_factory) -> Path:
     assert done.code == 0, done.err
     (output.parent / "printed.txt").write_text(done.out)
     return output
+
+
+@pytest.fixture(scope="session")
+def final(trained) -> Path:
+    """The finished adapter of that run."""
+    return trained.with_name(f"{trained.name}-final")
+
+
+@pytest.fixture(scope="session")
+def loud(final, tmp_path_factory) -> Path:
+    """That adapter with its effect made large: tuned and base answer differently, which six steps hardly reach."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("loud") / "grpo-final"
+    shutil.copytree(final, folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: value * (60 if "lora_B" in name else 1) for name, value in weights.items()}, folder / "adapter_model.safetensors"
+    )
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "max_new_tokens": 512}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def roomy(micro, tmp_path_factory) -> Path:
+    """The micro base with Phi-2's context (its positions are computed, not learnt)."""
+    folder = tmp_path_factory.mktemp("roomy") / "base"
+    shutil.copytree(micro, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(loud, roomy, tmp_path_factory):
+    """The app, with a model that says what a test wants (tests/serve_app.py)."""
+    from app_server import AppServer
+
+    running = AppServer(loud, roomy, tmp_path_factory.mktemp("server"))
+    yield running
+    running.close()

@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT
 
 import config as settings
+import deploy_space
+import export_model
 import inspect_data
 import prepare_data
 import train_grpo
@@ -19,6 +21,8 @@ SCRIPTS = {
     "inspect_data": inspect_data,
     "train_grpo": train_grpo,
     "validate_model": validate_model,
+    "deploy_space": deploy_space,
+    "export_model": export_model,
 }
 
 

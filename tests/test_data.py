@@ -155,10 +155,10 @@ def test_the_sample_has_what_it_should():
         "follow-up turns": any(r["role"] == "prompter" and r["parent_id"] in ids for r in rows),
     }
     assert all(traps.values()), traps
-    import validate_model
+    from phi2_grpo import chat
 
     folded = {oasst.fold([{"content": r["text"]}]) for r in rows}
-    assert not folded & {oasst.fold([{"content": prompt}]) for prompt in validate_model.SAMPLE_PROMPTS}
+    assert not folded & {oasst.fold([{"content": prompt}]) for prompt in chat.SAMPLE_PROMPTS}
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real rows are not beside this checkout")

@@ -28,11 +28,16 @@ def test_readme_names_real_files_and_flags():
     readme = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|jsonl|txt|md|png))`", readme):
         made = ("reward.png", "metrics.jsonl", "run.json", "inspect.png", "report.json", "messages.jsonl.gz")
-        assert (ROOT / path).exists() or path.split("/")[-1] in made or (ROOT / "phi2_grpo" / path).exists(), path
+        assert (
+            (ROOT / path).exists()
+            or path.split("/")[-1] in made
+            or any((ROOT / folder / path).exists() for folder in ("phi2_grpo", "hf_app"))
+        ), path
     from config import CONFIG
 
     own = {"preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt"}
-    own |= {"torch-backend", "extra-index-url"}  # uv's and pip's
+    own |= {"dry_run", "out", "push_to_hub", "merged", "host", "share"}
+    own |= {"torch-backend", "extra-index-url", "outfile"}  # uv's, pip's and llama.cpp's
     for flag in re.findall(r"(?<!-)--([a-z][a-z_-]*)", readme):
         assert flag in CONFIG or flag in own, f"README names --{flag}"
     assert "make demo" in readme and "make test" in readme

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 import validate_model
 from config import CONFIG
-from phi2_grpo import model
+from phi2_grpo import chat, model
 from phi2_grpo.loading import load_tokenizer
 from phi2_grpo.rollout import complete
 
@@ -23,8 +23,8 @@ def validated(call, quick, trained, tmp_path):
 
 def test_report(validated):
     done, found = validated
-    assert [sample["prompt"] for sample in found["samples"]] == validate_model.SAMPLE_PROMPTS
-    for prompt in validate_model.SAMPLE_PROMPTS:
+    assert [sample["prompt"] for sample in found["samples"]] == chat.SAMPLE_PROMPTS
+    for prompt in chat.SAMPLE_PROMPTS:
         assert prompt in done.out
     assert found["prompts"] == 12 and set(found["metrics"]) == {"reward", "answer tokens", "ended"}
     reward = found["metrics"]["reward"]

@@ -1,0 +1,179 @@
+"""Merge an adapter into its base, for engines that read plain weights; send the adapter or the merged model to the Hub.
+
+  python export_model.py --out results/phi2-grpo-merged                 # full weights: vLLM, llama.cpp, transformers
+  python export_model.py --push_to_hub USER/NAME                        # the adapter with its card
+  python export_model.py --out DIR --push_to_hub USER/NAME --merged     # the full weights
+
+Merged in float32 and rounded once. What was written is read back and compared with the adapter on the sample prompts.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from phi2_grpo import cli, environment, files
+
+KEYS = ("model", "model_revision", "dtype", "adapter")
+
+
+def main() -> None:
+    parser = cli.make_parser(__doc__, KEYS)
+    parser.add_argument("--out", metavar="DIR", help="folder for the merged model")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="send the adapter there, or with --merged the merged model")
+    parser.add_argument("--merged", action="store_true", help="send the merged model of --out")
+    parser.add_argument("--private", action="store_true", help="only you see the model on the Hub")
+    config, arguments = cli.parse(parser)
+    if not arguments.out and not arguments.push_to_hub:
+        raise cli.UserError("nothing to do. Give --out DIR to merge, or --push_to_hub USER/NAME to send the adapter.")
+    if arguments.merged and not (arguments.out and arguments.push_to_hub):
+        raise cli.UserError("--merged sends a merged model: give --out DIR and --push_to_hub USER/NAME with it.")
+    environment.prepare(config["model"])
+
+    from rich.console import Console
+
+    from phi2_grpo import hub, loading
+
+    console = Console()
+    adapter = loading.check_adapter(config["adapter"])
+    loading.use_base_of(adapter, config)
+    console.print(f"export_model: {cli.differences(config, KEYS)}", highlight=False)
+    if arguments.push_to_hub:
+        hub.check_account(hub.check_name(arguments.push_to_hub))
+    if arguments.out:
+        merge(console, config, adapter, Path(arguments.out), arguments.overwrite)
+    if arguments.push_to_hub:
+        folder = Path(arguments.out) if arguments.merged else adapter
+        send(console, arguments.push_to_hub, folder, arguments.private, only_adapter=not arguments.merged)
+
+
+def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> None:
+    """Write the merged model to `out`, whole or not at all, and show how it differs from the adapter."""
+    if out.exists() and not overwrite:
+        raise cli.UserError(f"{out} is there already. Replace it: --overwrite; or choose another --out.")
+    files.check_writable(out)
+
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from phi2_grpo import chat, model
+    from phi2_grpo.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(config)
+    empty = model.empty_base(config)
+    stored = empty.config.dtype or torch.float32
+    dtype = getattr(torch, config["dtype"]) if config["dtype"] != "auto" else _export_dtype(stored)
+    needed = empty.num_parameters() * dtype.itemsize
+    free = shutil.disk_usage(files.nearest_existing(out)).free
+    if free < 1.05 * needed:
+        raise cli.UserError(f"{out} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Choose another disk: --out.")
+
+    with console.status("merging in float32"):
+        cpu = torch.device("cpu")  # once, and exactly: there is no hurry, and a card may be too small for float32
+        tuned = model.load_adapter(model.load_base(config, cpu, torch.float32), str(adapter)).eval()
+        expected = [greedy(tuned, tokenizer, question) for question in chat.SAMPLE_PROMPTS]
+        merged = tuned.merge_and_unload().to(dtype)
+        # The adapter's own file says how to chat; but stop strings would make plain `generate(**inputs)` and pipelines fail.
+        generation = GenerationConfig.from_pretrained(str(adapter))
+        generation.stop_strings = None
+        merged.generation_config = generation
+    with files.whole_folder(out) as folder:
+        with console.status("writing"):
+            merged.save_pretrained(folder, max_shard_size="5GB")
+            tokenizer.save_pretrained(folder)
+            files.write_text(folder / "README.md", card(config, adapter, dtype))
+            del tuned, merged
+        with console.status("reading it back"):
+            written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            compare(console, written, tokenizer, expected)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    console.print(f"Merged model: {out}, {str(dtype).removeprefix('torch.')}, {size / 1e9:.2f} GB", highlight=False)
+
+
+def _export_dtype(stored):
+    """bfloat16, which Phi-2 needs (it overflows in float16); a base kept in float32 stays in it."""
+    import torch
+
+    return torch.float32 if stored == torch.float32 else torch.bfloat16
+
+
+def greedy(language_model, tokenizer, question: str) -> tuple[str, list[int], list[float]]:
+    """The likeliest answer to a question: the prompt, token ids, and the log-prob of each."""
+    from phi2_grpo.chat import render
+
+    prompt = render(tokenizer, [[{"role": "user", "content": question}]])[0]
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    options = {"max_new_tokens": 64, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    output = language_model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **options, **ends)
+    ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return prompt, ids, log_probs(language_model, tokenizer, prompt, ids)
+
+
+def log_probs(language_model, tokenizer, prompt: str, ids: list[int]) -> list[float]:
+    """log p of each of `ids` after `prompt`, in nats."""
+    import torch
+
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = language_model(torch.tensor([before + ids])).logits.float()  # (1, T, V)
+    rows = logits[0, len(before) - 1 : -1].log_softmax(-1)  # (answer, V)
+    return rows[range(len(ids)), ids].tolist()
+
+
+def compare(console, written, tokenizer, expected: list[tuple[str, list[int], list[float]]]) -> None:
+    """What was written against the adapter on its float32 base: the greedy answers, and the log-probs of the adapter's."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from phi2_grpo import chat
+
+    table = Table(
+        "sample prompt", "greedy answers", "largest log-prob difference", title="Merged against adapter", title_justify="left"
+    )
+    table.columns[2].justify = "right"
+    for question, (prompt, ids, wanted) in zip(chat.SAMPLE_PROMPTS, expected, strict=True):
+        same = len(os.path.commonprefix([ids, greedy(written, tokenizer, question)[1]]))
+        found = log_probs(written, tokenizer, prompt, ids)
+        largest = max((abs(a - b) for a, b in zip(found, wanted, strict=True)), default=0.0)
+        words = "the same" if same == len(ids) else f"the same for {same} of {len(ids)} tokens"
+        table.add_row(Text(question), words, f"{largest:.2g} nats")
+    console.print(table)
+
+
+def card(config: dict, adapter: Path, dtype) -> str:
+    """The adapter's own card, for the merged model: other metadata, other code."""
+    text = (adapter / "README.md").read_text(encoding="utf-8") if (adapter / "README.md").is_file() else "---\n---\n"
+    _, header, body = text.split("---\n", 2)
+    header = header.replace("library_name: peft", "library_name: transformers")
+    before, _, after = body.partition("## Use\n")
+    use = (
+        f"## Use\n\nMerged in float32, written in {str(dtype).removeprefix('torch.')}: plain weights, which transformers, vLLM "
+        "and llama.cpp's converter read. Stop strings are left out, for plain `generate` refuses them: cut an answer before "
+        '"\\nInstruct:" or "\\nExercise".\n\n'
+        "```python\nfrom transformers import pipeline\n\n"
+        'chat = pipeline("text-generation", "DIR or USER/NAME")\n'
+        'print(chat([{"role": "user", "content": "What are the benefits of exercise?"}])[0]["generated_text"][-1]["content"])\n'
+        "```\n\n"
+    )
+    rest = after[after.index("## How it was made") :] if "## How it was made" in after else ""
+    picture = "![reward curve](reward.png)\n\n"
+    before = before.replace(picture, "").replace("# A LoRA adapter for", "# Merged: a LoRA adapter for")
+    return f"---\n{header}---\n{before}{use}{rest}"
+
+
+def send(console, name: str, folder: Path, private: bool, only_adapter: bool) -> None:
+    """Upload an adapter's own files, or a merged model's folder, in one commit; makes the repository at the first time."""
+    from huggingface_hub import HfApi
+
+    from phi2_grpo import hub
+
+    patterns = [path.name for path in hub.adapter_files(folder)] if only_adapter else None
+    with hub.plain_errors(name):
+        HfApi().create_repo(name, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=patterns, commit_message="Upload")
+    console.print(f"https://huggingface.co/{name}", highlight=False)
+
+
+if __name__ == "__main__":
+    cli.run(main)

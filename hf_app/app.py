@@ -1,0 +1,477 @@
+"""Chat with a small language model tuned by GRPO, and see it beside its base.
+
+  python app.py                                  # the adapter in model_adapters/, its base from the Hub
+  python app.py --adapter DIR --base DIR         # other folders
+  python app.py --check                          # load, answer one question, print what answers, and end
+
+Listens on this machine only, unless --host says otherwise. APP_AUTH=user:password asks for a password.
+"""
+
+import argparse
+import html
+import json
+import os
+import secrets
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_port(host: str, port: int) -> None:
+    if not 1 <= port <= 65535:
+        fail(f"--port is {port}, but it takes 1 to 65535.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            fail(f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or leave it out.")
+
+
+def password() -> tuple[str, str] | None:
+    given = os.environ.get("APP_AUTH", "")
+    user, colon, secret = given.partition(":")
+    if given and not (user and colon and secret):
+        fail("APP_AUTH must be user:password, both not empty.")
+    return (user, secret) if given else None
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", metavar="DIR", help="folder of the adapter (default: model_adapters beside this file)")
+    parser.add_argument("--base", default="", metavar="NAME", help="Hub id or folder (default: the one the adapter names)")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1; 0.0.0.0 for the whole network)")
+    parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
+    parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers, for a week")
+    parser.add_argument("--check", action="store_true", help="load, answer one question, print what answers, and end")
+    options = parser.parse_args(argv)
+    password()
+    if options.port is not None and not options.check:
+        check_port(options.host or "127.0.0.1", options.port)
+    return options
+
+
+if __name__ == "__main__":
+    OPTIONS = parse_options()  # here, because what comes next takes seconds
+
+try:
+    import spaces  # ZeroGPU's, only there; it must come before torch
+except ImportError:
+    spaces = None
+
+import gradio as gr
+import transformers
+from engine import BASE, MAX_CHARACTERS, RUNNING, TUNED, Answer, BadInput, Engine, NoBase, Settings, read_json
+
+EXAMPLES = [
+    "Explain the theory of relativity to a 5 year old.",
+    "Write a python function to calculate fibonacci numbers.",
+    "What are the benefits of exercise?",
+    "Tengo un problema con mi coche, hace un ruido extraño.",
+]
+ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # one queue for chat, comparison and API
+MAX_WAITING = 32  # people in the queue; more are told to come back
+HERE = Path(__file__).resolve().parent
+
+engine: Engine  # set by main, before the page opens; ZeroGPU's processes are forked with it
+
+
+# --- answers
+
+
+def gpu_seconds(messages: list[dict], model: str, settings: Settings) -> int:
+    """How long ZeroGPU reserves its card for an answer: loading, and ten tokens a second at worst."""
+    return min(120, 15 + settings.max_new_tokens // 10)
+
+
+def generate(messages: list[dict], model: str, settings: Settings) -> Iterator[Answer]:
+    yield from engine.stream(messages, model, settings)
+
+
+if spaces:
+    generate = spaces.GPU(duration=gpu_seconds)(generate)
+
+
+def answer(messages: list[dict], model: str, **given) -> Iterator[Answer]:
+    """The answer as it grows. Raises BadInput for what the asker can mend."""
+    settings = engine.settings(**given)
+    engine.prompt(messages, settings.max_new_tokens)  # before a card is asked for
+    try:
+        yield from generate(messages, model, settings)
+    except (MemoryError, RuntimeError) as error:  # torch's error for a full card is a RuntimeError
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
+            raise
+        raise BadInput("There is not enough memory for this. Ask for a shorter answer.") from None
+
+
+@contextmanager
+def shown_as_error() -> Iterator[None]:
+    """BadInput as a readable error, on the page and through the API. Gradio reads HTML in it."""
+    try:
+        yield
+    except BadInput as error:
+        raise gr.Error(html.escape(str(error), quote=False), title="Not like this", print_exception=False) from None
+
+
+def ask(
+    prompt: str,
+    model: str = TUNED,
+    max_new_tokens: int = 128,
+    sample: bool = True,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int = -1,
+    stop: bool = True,
+) -> Iterator[str]:
+    """Answers one prompt; streams the text so far, the last of which is the whole answer.
+
+    model: "tuned" or "base". sample: false takes the likeliest token each time. seed: -1 draws a new one. stop: at the end of
+    the first answer; false lets the model run on, as a base model does.
+    """
+    given = {"max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature, "top_p": top_p, "seed": seed}
+    with shown_as_error():
+        for so_far in answer([{"role": "user", "content": prompt}], model, **given, stop=stop):
+            yield so_far.text
+
+
+# --- the page
+
+
+def plain(content: str | list) -> str:
+    """The text of a chat message: a plain string from the API, a list of blocks from the page."""
+    blocks = [content] if isinstance(content, str) else content
+    return "".join(block if isinstance(block, str) else block.get("text", "") for block in blocks)
+
+
+LINE = '<div class="note">'  # cannot stand in an escaped text
+
+
+def to_page(message: dict) -> dict:
+    """A message with its text escaped, and the line about it, `metadata["log"]`, below."""
+    line = (message.get("metadata") or {}).get("log")
+    text = html.escape(plain(message["content"])) + (f"{LINE}{html.escape(line)}</div>" if line else "")
+    # As a block, not a string: of a string, Gradio removes the indentation.
+    return {"role": message["role"], "content": [{"type": "text", "text": text}], "metadata": {}}
+
+
+def from_page(message: dict) -> dict:
+    """What `to_page` was given."""
+    text, _, line = plain(message["content"]).partition(LINE)
+    metadata = {"log": html.unescape(line.removesuffix("</div>"))} if line else {}
+    return {"role": message["role"], "content": html.unescape(text), "metadata": metadata}
+
+
+def show_exactly(chatbot: gr.Chatbot) -> gr.Chatbot:
+    """gr.Chatbot reads HTML in messages even with render_markdown=False: escape on the way to the page, undo on the way back.
+
+    By wrapping, not in a subclass: Gradio writes an app.pyi beside any file that defines a component.
+    """
+    to, back = chatbot.postprocess, chatbot.preprocess
+    chatbot.postprocess = lambda messages: to([to_page(message) for message in messages or []])
+    chatbot.preprocess = lambda payload: [from_page(message) for message in back(payload) or []]
+    return chatbot
+
+
+def put_question(question: str, talk: list[dict]) -> tuple[dict, list[dict]]:
+    """The question into the conversation. Raises gr.Error for one that nobody could answer."""
+    with shown_as_error():
+        engine.check_question(question)
+    return gr.update(value="", interactive=False, submit_btn=False, stop_btn=True), [
+        *talk,
+        {"role": "user", "content": question},
+    ]
+
+
+def put_example(talk: list[dict], chosen: gr.SelectData) -> tuple[dict, list[dict]]:
+    return put_question(chosen.value["text"], talk)
+
+
+def ask_again(talk: list[dict], chosen: gr.RetryData) -> tuple[dict, list[dict]]:
+    """The conversation up to the question that is to be answered anew."""
+    return gr.update(interactive=False, submit_btn=False, stop_btn=True), talk[: chosen.index + 1]
+
+
+def take_back(talk: list[dict], chosen: gr.UndoData) -> tuple[str, list[dict]]:
+    """The last question back into the box."""
+    return talk[chosen.index]["content"], talk[: chosen.index]
+
+
+def chat(talk: list[dict], earlier: bool, *drawing) -> Iterator[list[dict]]:
+    """The conversation with the answer to its last question, as that grows. What went wrong is said in the answer's place."""
+    try:
+        for so_far in answer(past(talk) + talk[-1:] if earlier else talk[-1:], TUNED, **drawing_settings(drawing)):
+            yield [*talk, {"role": "assistant", "content": so_far.text, "metadata": {"log": so_far.summary()}}]
+    except (BadInput, gr.Error) as error:  # ZeroGPU says with a gr.Error that a visitor's time is used up
+        yield [*talk, {"role": "assistant", "content": "", "metadata": {"log": f"Not answered. {error}"}}]
+
+
+def past(talk: list[dict]) -> list[dict]:
+    """The questions before the last, and their answers; one without an answer is passed over."""
+    pairs = [
+        (one, two) for one, two in zip(talk, talk[1:], strict=False) if (one["role"], two["role"]) == ("user", "assistant")
+    ]
+    return [message for pair in pairs if pair[1]["content"] for message in pair]
+
+
+def say_stopped(talk: list[dict]) -> list[dict]:
+    """After Stop: the line below the part that is there says so."""
+    if talk and (log := talk[-1].get("metadata", {}).get("log", "")).endswith(RUNNING):
+        talk[-1]["metadata"]["log"] = log.removesuffix(RUNNING) + "stopped by you"
+    return talk
+
+
+def compare(question: str, *drawing) -> Iterator[tuple[str, str, str, str]]:
+    """Base, then tuned, on the same question with the same seed."""
+    settings = {"seed": -1, **drawing_settings(drawing)}
+    settings["seed"] = settings["seed"] if settings["seed"] >= 0 else secrets.randbelow(2**31)
+    shown = {BASE: ("", "waits for its turn"), TUNED: ("", "waits for its turn")}
+    with shown_as_error():
+        for model in shown:
+            for so_far in answer([{"role": "user", "content": question}], model, **settings):
+                shown[model] = (so_far.text, so_far.summary())
+                yield *_pane(shown[BASE]), *_pane(shown[TUNED])
+
+
+def _pane(shown: tuple[str, str]) -> tuple[str, str]:
+    text, line = shown
+    return text, f'<div class="note">{html.escape(line)}</div>'
+
+
+def drawing_settings(drawing: tuple) -> dict:
+    """The parameters' values, in the page's order, by their names. A cleared number field means: the default."""
+    names = ("max_new_tokens", "sample", "temperature", "top_p", "seed", "stop")
+    return {name: value for name, value in zip(names, drawing, strict=True) if value is not None}
+
+
+CSS = """
+.gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; }
+.status { display: flex; gap: .6em; align-items: baseline; line-height: 1.5; }
+.status .dot { flex: none; width: .7em; height: .7em; border-radius: 50%; }
+.status.tuned .dot { background: #16a34a; }
+.status.base .dot { background: #d97706; }
+.status.broken .dot { background: #dc2626; }
+.status small, .note { color: color-mix(in srgb, var(--body-text-color) 68%, transparent); font-size: .85em; }
+.status a { margin-left: .9em; }
+.note { min-height: 1.4em; margin-top: .4em; white-space: normal; }
+#chat .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+#facts td:not(:first-child) { white-space: nowrap; }
+"""
+
+
+def status_line() -> str:
+    status = engine.status
+    links = {"GRPO": "https://arxiv.org/abs/2402.03300", "oasst1": "https://huggingface.co/datasets/OpenAssistant/oasst1"}
+    if not Path(engine.base).exists():
+        links = {engine.base_name: f"https://huggingface.co/{engine.base}", **links}
+    anchors = "".join(f'<a href="{url}" target="_blank" rel="noopener">{name}</a>' for name, url in links.items())
+    return (
+        f'<div class="status {status.kind}"><span class="dot"></span><span>{html.escape(status.text)}'
+        f"<br><small>{html.escape(status.device)}{anchors}</small></span></div>"
+    )
+
+
+def make_page() -> gr.Blocks:
+    own = engine.settings()
+    with gr.Blocks(title="Phi-2 GRPO", analytics_enabled=False) as page:
+        gr.Markdown("# Phi-2 GRPO")
+        gr.HTML(status_line(), elem_id="status", padding=False)
+        parameters = gr.Accordion("Parameters", open=False, render=False)
+        with parameters, gr.Row():
+            with gr.Column(min_width=280):
+                length = gr.Slider(1, engine.longest_answer, own.max_new_tokens, step=1, label="Most tokens of an answer")
+                stop = gr.Checkbox(True, label="Stop at the first answer", info="off: see how the model runs on")
+                earlier = gr.Checkbox(True, label="Use earlier turns", info="Chat: the model sees the conversation so far")
+            with gr.Column(min_width=280):
+                sample = gr.Checkbox(own.sample, label="Sampling", info="off: always the likeliest token")
+                temperature = gr.Slider(0.05, 2.0, own.temperature, step=0.05, label="Temperature")
+                top_p = gr.Slider(0.05, 1.0, own.top_p, step=0.05, label="Top-p")
+                seed = gr.Number(-1, precision=0, minimum=-1, maximum=2**31 - 1, label="Seed", info="-1: a new one each time")
+        drawing = [length, sample, temperature, top_p, seed, stop]
+        with gr.Tab("Chat"):
+            conversation([earlier, *drawing])
+        with gr.Tab("Compare"):
+            if engine.tuned:
+                comparison(drawing)
+            else:
+                gr.Markdown("There is nothing to compare: " + html.escape(engine.status.text))
+        with gr.Tab("About"):
+            about()
+        parameters.render()
+        gr.api(ask, api_name="ask", **ONE_AT_A_TIME)
+    return page
+
+
+def conversation(parameters: list) -> None:
+    chatbot = gr.Chatbot(
+        examples=[{"text": example} for example in EXAMPLES],
+        elem_id="chat",
+        show_label=False,
+        height="55vh",
+        min_height=280,
+        render_markdown=False,
+        latex_delimiters=[],
+        allow_tags=False,
+        buttons=[],
+        layout="bubble",
+    )
+    show_exactly(chatbot)
+    box = gr.Textbox(
+        placeholder="Ask something", show_label=False, label="Question", submit_btn=True, max_lines=8, elem_id="ask"
+    )
+    at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    asked = [
+        # Through the queue, though it has nothing to wait for: the page shows the errors of queued events only.
+        box.submit(put_question, [box, chatbot], [box, chatbot], **{**at_once, "queue": True}),
+        chatbot.example_select(put_example, chatbot, [box, chatbot], **at_once),
+        chatbot.retry(ask_again, chatbot, [box, chatbot], **at_once),
+    ]
+    answered = [
+        event.success(chat, [chatbot, *parameters], chatbot, show_progress="full", api_visibility="private", **ONE_AT_A_TIME)
+        for event in asked
+    ]
+    for event in answered:
+        for ended in (event.then, event.failure):  # `then` alone would leave the box shut after an error
+            ended(lambda: gr.update(interactive=True, submit_btn=True, stop_btn=False), None, box, **at_once)
+    box.stop(say_stopped, chatbot, chatbot, cancels=answered, **at_once)
+    chatbot.undo(take_back, chatbot, [box, chatbot], **at_once)
+
+
+def comparison(drawing: list) -> None:
+    question = gr.Textbox(label="One question to both, with the same seed", value=EXAMPLES[2], lines=2, max_lines=8)
+    with gr.Row():
+        go = gr.Button("Compare", variant="primary", min_width=100, elem_id="compare")
+        halt = gr.Button("Stop", min_width=100, elem_id="halt")
+    panes = []
+    with gr.Row():
+        for name in ("Base", "Tuned"):
+            with gr.Column(min_width=300):
+                panes.append(
+                    gr.Textbox(label=name, lines=8, max_lines=24, interactive=False, buttons=["copy"], elem_id=name.lower())
+                )
+                panes.append(gr.HTML('<div class="note"></div>', padding=False))
+    running = gr.on(
+        [go.click, question.submit],
+        compare,
+        [question, *drawing],
+        panes,
+        show_progress="minimal",
+        api_visibility="private",
+        **ONE_AT_A_TIME,
+    )
+    halt.click(None, cancels=[running], api_visibility="private")
+
+
+def about() -> None:
+    """What was trained and how, from the adapter's own files, as far as they are there."""
+    if engine.tuned:
+        run = read_json(engine.adapter / "run.json")
+        gr.Markdown(training_facts(run, engine.adapter / "metrics.jsonl"), elem_id="facts")
+        if (engine.adapter / "reward.png").is_file():
+            gr.Image(str(engine.adapter / "reward.png"), show_label=False, buttons=[], container=False)
+    shown, _ = engine.prompt([{"role": "user", "content": EXAMPLES[2]}], engine.settings().max_new_tokens)
+    gr.Textbox(shown, label="A prompt, as the model sees it", lines=2, interactive=False)
+    stops = ", ".join(json.dumps(stop.strip()) for stop in engine.defaults.stop_strings or [])
+    gr.Markdown(
+        f"""
+An answer ends at the model's end token, or before the first of: {stops or "(no stop strings)"}. A base model runs on into
+the next question or exercise; *Stop at the first answer*, switched off, shows how.
+
+**Limits.** {MAX_CHARACTERS:,} characters of question; {engine.context:,} tokens of question and answer together, at most
+{engine.longest_answer:,} of them answer; three minutes an answer; one answer at a time, {MAX_WAITING} waiting. A small model
+states false things fluently. It was trained on what its reward paid for, and on nothing else.
+
+**Privacy.** Nothing you write is stored or sent on: there is no log and no analytics. On a Space it passes through Hugging
+Face's servers.
+"""
+    )
+
+
+def training_facts(run: dict, metrics: Path) -> str:
+    """A table of what changed over the training, and how it was done."""
+    lines = ["| over training, first ten to last ten steps | from | to |", "|---|---|---|"]
+    try:
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        rows = []
+    names = {"reward": "mean reward", "answers/ended": "answers that ended by themselves", "answers/tokens": "answer tokens",
+             "kl": "KL from the base"}  # fmt: skip
+    for key, name in names.items():
+        values = [row[key] for row in rows if isinstance(row, dict) and isinstance(row.get(key), (int, float))]
+        if values:
+            first, last = (sum(part) / len(part) for part in (values[:10], values[-10:]))
+            lines.append(f"| {name} | {first:.3g} | {last:.3g} |")
+    text = "\n".join(lines) + "\n\n" if len(lines) > 2 else ""
+    config = run.get("config") or {}
+    facts = {
+        "Base": engine.base_name,
+        "Data": config.get("dataset"),
+        "LoRA": config and f"r {config.get('lora_r')}, alpha {config.get('lora_alpha')}, on {run.get('adapted')}",
+        "GRPO": config
+        and f"{run.get('steps')} steps, {config.get('num_generations')} answers per prompt, learning rate "
+        f"{config.get('learning_rate')}, beta {config.get('beta')}, seed {config.get('seed')}",
+        "Reward": config and f"answers near {config.get('target_tokens')} tokens that end by themselves",
+        "Made on": run.get("hardware") and f"{run['hardware']}, {run.get('seconds', 0) / 60:.0f} minutes",
+        "Versions": ", ".join(f"{name} {number}" for name, number in (run.get("versions") or {}).items()),
+    }
+    return text + "\n".join(f"- **{name}**: {html.escape(str(fact))}" for name, fact in facts.items() if fact)
+
+
+# --- start
+
+
+def main(options: argparse.Namespace) -> None:
+    global engine
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        engine = Engine(Path(options.adapter or HERE / "model_adapters"), options.base)
+    except NoBase as error:
+        fail(str(error))
+    print(engine.status.text, engine.status.device, sep="\n", flush=True)
+    try:
+        if options.check:
+            run_check(strict=bool(options.adapter))
+        else:
+            page = make_page().queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+            page.launch(
+                server_name=options.host,
+                server_port=options.port,
+                share=options.share,
+                auth=password(),
+                ssr_mode=False,
+                state_session_capacity=100,  # the page keeps nothing there, and each caller of the API opens a session
+                footer_links=["api"],
+                theme=gr.themes.Default(
+                    primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+                ),
+                css=CSS,
+            )
+    finally:
+        engine.close()
+
+
+def run_check(strict: bool) -> None:
+    """Answers one question; exit code 2 where an adapter was asked for and is not what answered."""
+    for model in (TUNED, BASE) if engine.tuned else (BASE,):
+        *_, last = engine.stream([{"role": "user", "content": EXAMPLES[2]}], model, engine.settings(seed=0))
+        print(f"\n{model}: {last.text}\n  ({last.summary()})")
+    if strict and not engine.tuned:
+        fail("the adapter did not answer; see above.")
+
+
+if __name__ == "__main__":
+    main(OPTIONS)

@@ -1,0 +1,89 @@
+"""Talking to the Hub: who we are there, and its refusals in plain words. The token is never printed nor written."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from phi2_grpo.cli import UserError
+
+# What an adapter folder may hold; nothing else of it is sent anywhere.
+ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                 "chat_template.jinja", "generation_config.json", "run.json", "metrics.jsonl", "evaluation.jsonl",
+                 "reward.png")  # fmt: skip
+
+LOG_IN = "`hf auth login` asks for a token and keeps it, HF_TOKEN=... gives one; it needs the right to write"
+
+
+def check_name(name: str) -> str:
+    """USER/NAME as the Hub takes it. Raises UserError."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is no name on the Hub: {str(error).splitlines()[0]} Give USER/NAME.") from None
+    if not re.fullmatch(r"[^/]+/[^/]+", name):
+        raise UserError(f"{name!r} is no name on the Hub. Give USER/NAME, with your user or organization before the slash.")
+    return name
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The adapter's own files, as far as they are there; no checkpoints, no optimizer state."""
+    return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
+
+
+def check_account(name: str) -> str:
+    """Who is logged in, if they may write under `name`'s owner. Raises UserError."""
+    if not get_token():
+        raise UserError(f"no token for the Hub. {LOG_IN}.")
+    with plain_errors(name):
+        me = HfApi().whoami()
+    owner = name.split("/")[0]
+    mine = [me["name"], *(group["name"] for group in me.get("orgs", []))]
+    if owner not in mine:
+        raise UserError(f"the token is {me['name']}'s, who may write to {', '.join(mine)}, not to {owner}. Name one of those.")
+    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise UserError(f"the token of {me['name']} can only read. Make one that can write: {LOG_IN}.")
+    return me["name"]
+
+
+@contextmanager
+def plain_errors(name: str) -> Iterator[None]:
+    """Turns what the Hub, or the way to it, refuses into a UserError with the next step."""
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise UserError(f"no token for the Hub. {LOG_IN}.") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        said = (error.server_message or str(error)).strip().splitlines()[0]
+        raise UserError(hide_token(_explain(status, name, said))) from None
+    except (OSError, HTTPError) as error:
+        raise UserError(hide_token(f"the Hub cannot be reached: {error}. Look at the network, then run this again.")) from None
+
+
+def _explain(status: int, name: str, said: str) -> str:
+    if status == 401:
+        return f"the Hub does not know the token ({said}). {LOG_IN}."
+    if status == 402:
+        return (
+            f"the Hub wants a paid plan for this ({said}).\n"
+            "  A free account can host Gradio Spaces on ZeroGPU (--hardware zero-a10g), within limits; CPU ones need PRO.\n"
+            "  See the billing page of your account, or run the app on your machine: make app"
+        )
+    if status == 403:
+        return f"the token may not write to {name} ({said}). {LOG_IN}."
+    if status == 409:
+        return f"{name} exists already ({said}). Choose another name, or --update to replace the files there."
+    if status == 429:
+        return f"too many requests to the Hub ({said}). Wait some minutes, then run this again."
+    return f"the Hub answered {status}: {said}. Run this again; what is uploaded already is not sent twice."
+
+
+def hide_token(text: str) -> str:
+    token = get_token()
+    return text.replace(token, "hf_***") if token else text

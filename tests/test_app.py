@@ -1,0 +1,475 @@
+"""The app without a browser: the engine itself, and the running server through its API."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from app_server import AppServer
+from conftest import ROOT, make_micro
+from serve_app import CODE, HOSTILE, SAYS
+
+sys.path.insert(0, str(ROOT / "hf_app"))
+
+
+@pytest.fixture(scope="module")
+def engine(loud, micro):
+    from engine import Engine
+
+    running = Engine(loud, str(micro))
+    yield running
+    running.close()
+
+
+def ask(engine, question="How do I keep a plant alive?", model="tuned", **given):
+    *_, last = engine.stream([{"role": "user", "content": question}], model, engine.settings(**given))
+    return last
+
+
+# --- the engine
+
+
+def test_what_stands_alone_says_the_same_as_the_project():
+    """hf_app imports nothing of the project, so these facts stand twice; this holds them together."""
+    import engine as app_engine
+
+    from phi2_grpo import answers, chat
+
+    assert app_engine.CHAT_TEMPLATE == chat.CHAT_TEMPLATE and app_engine.STOP_STRINGS == answers.STOP_STRINGS
+    source = (ROOT / "hf_app" / "app.py").read_text()
+    assert all(repr(prompt).strip("'") in source for prompt in chat.SAMPLE_PROMPTS)
+    for file in (ROOT / "hf_app").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (phi2_grpo|config)\b", file.read_text(), re.MULTILINE), file
+
+
+STOPS = ["\nInstruct:", "\nExercise 3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "expected"),
+    [
+        (" Four.", True, ("Four.", "")),
+        (" Four.\nInstruct: and", False, ("Four.", "Instruct:")),
+        (" Four.\nInstr", False, ("Four.", "")),  # may become a stop
+        (" Four.\nInstr", True, ("Four.\nInstr", "")),  # did not
+        (" Four.\nInstructors help", False, ("Four.\nInstructors help", "")),
+        (" Exercise 3", True, ("Exercise 3", "")),  # not at a line's start
+        (" a\nExercise 3 b\nInstruct: c", True, ("a", "Exercise 3")),  # the first one counts
+        (" é�", False, ("é", "")),  # half of a character
+        ("", False, ("", "")),
+        ("\n", True, ("", "")),
+    ],
+)
+def test_trimming_holds_back_what_may_become_a_stop(text, finished, expected):
+    from engine import trim
+
+    assert trim(text, STOPS, finished) == expected
+
+
+def test_trimmed_as_the_validation_trims(engine):
+    """The same text, count and reason to end as phi2_grpo.answers gives the very same tokens."""
+    from phi2_grpo import answers
+
+    for said in ("plain", "stop", "near", "code"):
+        ids = engine.tokenizer(" " + SAYS[said][0], add_special_tokens=False)["input_ids"] + [engine.tokenizer.eos_token_id]
+        ours = answers.trim([ids], engine.tokenizer)[0]
+        from engine import trim
+
+        text, _ = trim(engine.tokenizer.decode(ids, skip_special_tokens=True), engine.defaults.stop_strings, True)
+        assert text == ours.text
+
+
+@pytest.mark.parametrize("model", ["tuned", "base"])
+def test_both_answer_as_a_direct_run_of_the_libraries(engine, loud, micro, model):
+    """Token for token what PEFT, or a base that no adapter was ever put on, draws with the same seed."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(loud)
+    plain = AutoModelForCausalLM.from_pretrained(micro, dtype=torch.float32)
+    direct = PeftModel.from_pretrained(plain, loud).eval() if model == "tuned" else plain.eval()
+    talk = [{"role": "user", "content": "How do I keep a plant alive?"}]
+    inputs = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    config = GenerationConfig.from_pretrained(loud)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        output = direct.generate(**inputs, generation_config=config, tokenizer=tokenizer, max_new_tokens=30)
+        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert ask(engine, seed=seed, max_new_tokens=30, model=model).text == text.split("\nInstruct:")[0].strip()
+
+
+def test_base_and_tuned_do_not_mix_under_concurrent_use(engine):
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = {(model, seed): ask(engine, model=model, seed=seed).text for model in ("tuned", "base") for seed in range(4)}
+    assert any(alone["tuned", seed] != alone["base", seed] for seed in range(4)), "the two must differ for this to prove much"
+    with ThreadPoolExecutor(4) as pool:
+        wanted = [*alone] * 3
+        for (model, seed), last in zip(
+            wanted, pool.map(lambda one: ask(engine, model=one[0], seed=one[1]), wanted), strict=True
+        ):
+            assert last.text == alone[model, seed]
+
+
+def test_parameters_take_effect(engine):
+    assert ask(engine, seed=1).text == ask(engine, seed=1).text
+    assert len({ask(engine, seed=seed).text for seed in range(6)}) > 1
+    assert len({ask(engine).seed for _ in range(3)}) == 3, "-1 draws a new seed each time"
+    assert ask(engine, sample=False, seed=1).text == ask(engine, sample=False, seed=2).text
+    assert ask(engine, max_new_tokens=1).tokens <= 1
+    assert ask(engine, temperature=0.05, seed=1).text == ask(engine, temperature=0.05, seed=2).text
+
+
+def test_earlier_turns_are_seen_and_the_oldest_leave_first(engine):
+    talk = [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "second"},
+    ]
+    text, left_out = engine.prompt(talk, 16)
+    assert text == "Instruct: first\nOutput: one\nInstruct: second\nOutput:" and left_out == 0
+    long = [{"role": role, "content": "plant " * 60} for role in ("user", "assistant") * 4] + [
+        {"role": "user", "content": "now"}
+    ]
+    text, left_out = engine.prompt(long, 200)
+    assert 0 < left_out < len(long) and left_out % 2 == 0 and text.endswith("Instruct: now\nOutput:")
+    assert f"{left_out} earlier messages left out" in ask_all(engine, long).summary()
+
+
+def ask_all(engine, messages):
+    *_, last = engine.stream(messages, "tuned", engine.settings(max_new_tokens=200, seed=0))
+    return last
+
+
+@pytest.mark.parametrize(
+    ("question", "given", "expected"),
+    [
+        ("", {}, "empty"),
+        (" \n\t ", {}, "empty"),
+        ("\x00\x01\x7f", {}, "empty"),  # control characters are no question
+        ("x" * 100_000, {}, "100,000 characters, and 20,000 are the limit"),
+        ("plant " * 2_000, {}, "there is room for"),
+        ("Why?", {"temperature": 0.0}, "temperature is 0.0, but it takes a number from 0.05 to 2.0"),
+        ("Why?", {"temperature": float("nan")}, "temperature is nan"),
+        ("Why?", {"temperature": "hot"}, "temperature is 'hot'"),
+        ("Why?", {"top_p": 1.5}, "top_p is 1.5"),
+        ("Why?", {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ("Why?", {"max_new_tokens": 10_000}, "a whole number from 1 to 256"),
+        ("Why?", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ("Why?", {"seed": -2}, "seed is -2"),
+        ("Why?", {"seed": 2**40}, "seed is"),
+        ("Why?", {"model": "gpt"}, "model is 'gpt'"),
+    ],
+)
+def test_bad_input_to_the_engine(engine, question, given, expected):
+    from engine import BadInput
+
+    with pytest.raises(BadInput, match=re.escape(expected)):
+        ask(engine, question, **given)
+
+
+@pytest.mark.parametrize(
+    "question", ["\u202eשלום\u202c עולם", "👋🏽" * 50, "a\u0000b", "\ud800", "\r\n a \r", "<|endoftext|> a"]
+)
+def test_odd_questions_are_answered(engine, question):
+    if question == "\ud800":
+        question += "a"
+    assert ask(engine, question, max_new_tokens=4).why
+
+
+def test_the_time_limit_ends_an_answer(engine, monkeypatch):
+    import engine as app_engine
+
+    monkeypatch.setattr(app_engine, "MAX_SECONDS", 0.0)
+    ends = [ask(engine, "Why?", max_new_tokens=200, seed=seed) for seed in range(6)]
+    assert all(last.tokens <= 1 for last in ends) and any(last.why == "cut off at the time limit" for last in ends)
+
+
+def _broken(folder: Path, kind: str, other: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    if kind == "gone":
+        shutil.rmtree(folder)
+    elif kind == "empty":
+        [path.unlink() for path in folder.iterdir()]
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    elif kind == "corrupt":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif kind == "no config":
+        (folder / "adapter_config.json").unlink()
+    elif kind == "config is no JSON":
+        (folder / "adapter_config.json").write_text("{")
+    elif kind == "wrong target":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["Wqkv"]}))
+    elif kind == "other target":  # a layer that is there, for which the file has no weights
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["fc1"]}))
+    elif kind == "tokenizer is no JSON":
+        (folder / "tokenizer.json").write_text("{")
+    elif kind == "pickle":
+        weights.rename(folder / "adapter_model.bin")
+    elif kind == "other base":
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "reason"),
+    [
+        ("gone", "base", "No adapter in"),
+        ("empty", "base", "No adapter in"),
+        ("no weights", "broken", "adapter_model.safetensors is missing"),
+        ("no config", "broken", "adapter_config.json is missing"),
+        ("pointer", "broken", "Git LFS pointer"),
+        ("corrupt", "broken", "is broken"),
+        ("config is no JSON", "broken", "cannot be read"),
+        ("wrong target", "broken", "Target modules"),
+        ("other target", "broken", "made for another base"),
+        ("tokenizer is no JSON", "broken", "is broken"),
+        ("pickle", "broken", "adapter_model.safetensors is missing"),
+        ("other base", "broken", "size mismatch"),
+    ],
+)
+def test_without_a_whole_adapter_it_starts_and_is_the_base(final, micro, tmp_path, kind, status, reason):
+    import torch
+    from engine import Engine
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(final, folder)
+    base = make_micro(tmp_path / "wide", hidden_size=48) if kind == "other base" else micro
+    _broken(folder, kind, base)
+    running = Engine(folder, str(base))
+    assert running.status.kind == status and reason in running.status.text and not running.tuned
+    assert str(tmp_path) not in running.status.text, "a public page does not show paths of the machine"
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    inputs = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(running.model(inputs).logits, fresh(inputs).logits)
+    assert ask(running, model="tuned", max_new_tokens=5, seed=0).why
+    running.close()
+
+
+def test_an_adapter_that_vanishes_while_it_runs_is_not_missed(final, micro, tmp_path):
+    from engine import Engine
+
+    shutil.copytree(final, tmp_path / "adapter")
+    running = Engine(tmp_path / "adapter", str(micro))
+    before = ask(running, seed=1).text
+    shutil.rmtree(tmp_path / "adapter")
+    assert ask(running, seed=1).text == before
+    running.close()
+
+
+def test_a_base_that_is_nowhere(tmp_path):
+    from engine import Engine, NoBase
+
+    with pytest.raises(NoBase, match="nobody/nothing cannot be loaded"):
+        Engine(tmp_path, "nobody/nothing")
+
+
+# --- the command
+
+
+def command(*arguments, **env):
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+    run = [sys.executable, "hf_app/app.py", *map(str, arguments)]
+    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=settings, timeout=120)
+
+
+def test_check_answers_and_ends(final, micro):
+    done = command("--adapter", final, "--base", micro, "--check")
+    assert done.returncode == 0, done.stderr
+    assert "Tuned: base with adapter grpo-final, 12 LoRA layers, 6 steps" in done.stdout
+    assert "tuned: " in done.stdout and "base: " in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "expected"),
+    [
+        (("--base", "/nope/base"), {}, "the base model /nope/base cannot be loaded"),
+        (("--port", "70000"), {}, "takes 1 to 65535"),
+        (("--port", "TAKEN"), {}, "cannot listen on 127.0.0.1"),
+        (("--host", "203.0.113.9", "--port", "7999"), {}, "cannot listen on 203.0.113.9"),
+        ((), {"APP_AUTH": "nopassword"}, "APP_AUTH must be user:password"),
+        (("--adapter", "/nope", "--base", "MICRO", "--check"), {}, "the adapter did not answer"),
+    ],
+)
+def test_bad_commands(micro, server, arguments, env, expected):
+    arguments = [{"TAKEN": str(server.port), "MICRO": str(micro)}.get(argument, argument) for argument in arguments]
+    done = command(*arguments, **env)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+    assert "nopassword" not in done.stderr
+
+
+# --- the running server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from gradio_client import Client
+
+    return Client(server.url, verbose=False)
+
+
+def test_an_answer_streams_in_growing_parts(client):
+    job = client.submit("say plain", api_name="/ask")
+    assert job.result() == SAYS["plain"][0]
+    parts = [part for part in job.outputs() if part]
+    assert len(set(parts)) >= 3
+    assert all(late.startswith(early) for early, late in zip(parts, parts[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("stop", "Four."), ("near", SAYS["near"][0]), ("hostile", HOSTILE), ("code", CODE), ("scripts", SAYS["scripts"][0])],
+)
+def test_the_text_is_exact_and_no_stop_is_ever_shown(client, said, expected):
+    job = client.submit(f"say {said}", max_new_tokens=512, api_name="/ask")
+    assert job.result() == expected
+    assert not any(bad in part for part in job.outputs() for bad in ("Exercise 3", "Instruct:", "<|endoftext|>"))
+
+
+def test_stop_switched_off_lets_the_model_run_on(client):
+    assert client.predict("say stop", stop=False, api_name="/ask") == SAYS["stop"][0]
+
+
+def test_settings_through_the_api(client):
+    def drawn(**given):
+        return client.predict("How are you?", api_name="/ask", **given)
+
+    assert drawn(seed=5) == drawn(seed=5)
+    assert len({drawn(seed=seed) for seed in range(6)}) > 1
+    assert {drawn(seed=seed, model="tuned") for seed in range(4)} != {drawn(seed=seed, model="base") for seed in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("question", "given", "expected"),
+    [
+        ("", {}, "empty"),
+        ("x" * 100_000, {}, "100,000 characters"),
+        ("plant " * 2_000, {}, "there is room for"),
+        ("Why?", {"temperature": 99}, "temperature is 99"),
+        ("Why?", {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ("Why?", {"top_p": 0}, "top_p is 0"),
+        ("Why?", {"seed": "a"}, "seed is 'a'"),
+        ("Why?", {"model": "gpt"}, "model is 'gpt', but it takes 'tuned' or 'base'"),
+        (7, {}, "The prompt is 7"),
+        (None, {}, "The prompt is None"),
+    ],
+)
+def test_bad_input_through_the_api_is_a_readable_error(client, server, question, given, expected):
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match=re.escape(expected)):
+        client.predict(question, api_name="/ask", **given)
+    assert client.predict("say plain", api_name="/ask") == SAYS["plain"][0], "it lives on"
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_only_ask_is_documented(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert list(endpoints) == ["/ask"]
+    names = [parameter["parameter_name"] for parameter in endpoints["/ask"]["parameters"]]
+    assert names == ["prompt", "model", "max_new_tokens", "sample", "temperature", "top_p", "seed", "stop"]
+
+
+def test_by_curl(server):
+    call = f"{server.url}/gradio_api/call/ask"
+    body = json.dumps({"data": ["say plain", "tuned", 64, True, 0.7, 0.9, 1, True]})
+    event = json.loads(subprocess.run(["curl", "-s", call, "-H", "Content-Type: application/json", "-d", body],
+                                      capture_output=True, text=True, check=True).stdout)["event_id"]  # fmt: skip
+    said = subprocess.run(["curl", "-sN", f"{call}/{event}"], capture_output=True, text=True, check=True).stdout
+    last = said.rsplit("event: complete\ndata: ", 1)[1].splitlines()[0]
+    assert json.loads(last) == [SAYS["plain"][0]]
+
+
+@pytest.mark.parametrize(
+    "path", ["/gradio_api/file=/etc/passwd", "/file=/etc/passwd", "/gradio_api/file=app.py", "/gradio_api/file=../engine.py"]
+)
+def test_files_of_the_machine_are_not_served(server, path):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(server.url + path)
+    assert refused.value.code in (403, 404)
+
+
+def test_a_client_that_is_killed_ends_its_generation(server):
+    code = f"from gradio_client import Client; Client({server.url!r}, verbose=False).predict('say slow', max_new_tokens=512, api_name='/ask')"
+    before = server.steps()
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while server.steps() < before + 5:
+        assert caller.poll() is None
+    caller.kill()
+    assert server.idle_within(3), "it writes for nobody"
+    assert server.steps() < before + 120
+
+
+def test_the_second_waits_with_its_rank_and_a_full_queue_says_so(server, client):
+    import time
+
+    from gradio_client import Client
+
+    first = client.submit("say slow", max_new_tokens=512, api_name="/ask")
+    while not first.outputs():
+        time.sleep(0.05)
+    second = Client(server.url, verbose=False).submit("say plain", api_name="/ask")
+    while second.status().rank is None:
+        assert not second.done()
+        time.sleep(0.05)
+    assert second.status().rank == 0 and second.status().queue_size >= 1
+    crowd = [client.submit("say plain", api_name="/ask") for _ in range(40)]
+    refusals = []
+    while not refusals:
+        refusals = [job.exception() for job in crowd if job.done()]
+        time.sleep(0.05)
+    assert "queue is full" in str(refusals[0]).lower(), refusals[0]
+    for job in [first, *crowd]:
+        job.cancel()
+    assert second.result() == SAYS["plain"][0]
+
+
+def test_a_password_is_asked_for(final, micro, tmp_path):
+    running = AppServer(final, micro, tmp_path, APP_AUTH="me:secret")
+    try:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{running.url}/config")
+        assert refused.value.code == 401
+        from gradio_client import Client
+
+        client = Client(running.url, auth=("me", "secret"), verbose=False)
+        assert client.predict("say plain", api_name="/ask") == SAYS["plain"][0]
+        assert "secret" not in running.log.read_text()
+    finally:
+        running.close()
+
+
+def test_zerogpu_is_used_where_it_is(tmp_path):
+    """With a `spaces` package that looks like Hugging Face's: imported before torch, and what generates is decorated."""
+    (tmp_path / "spaces.py").write_text(
+        "import sys\nassert 'torch' not in sys.modules, 'spaces must come before torch'\n"
+        "def GPU(duration):\n    def mark(function):\n        function.duration = duration\n        return function\n    return mark\n"
+    )
+    code = (
+        "import sys; sys.path[:0] = [sys.argv[1], 'hf_app']\nimport app\nfrom engine import Settings\n"
+        "print(app.generate.duration([], 'tuned', Settings(max_new_tokens=100)), app.generate.duration([], 'base', Settings(max_new_tokens=5000)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["25", "120"], done.stderr
+
+
+@pytest.mark.slow
+def test_fifty_callers_for_a_minute(server):
+    from benchmarks.callers import crowd
+
+    found = crowd(server.url, server.process.pid, callers=50, seconds=60)
+    assert found["mixed"] == 0 and found["failed"] == 0 and found["right"] > 50, found
+    assert found["late"] < found["early"] + 50, "memory grows"
