@@ -159,7 +159,8 @@ def test_compare_differs_and_uses_one_seed(visit):
     page.get_by_role("button", name="Parameters").click()
     same = []
     for seed in range(4):
-        page.get_by_label("Seed").fill(str(seed))
+        page.get_by_role("spinbutton", name="Seed").fill(str(seed))
+        page.wait_for_timeout(100)
         page.locator("#compare").click()
         wait_for(page, lambda seed=seed: page.locator(".note:visible", has_text=f"seed {seed}").count() == 2)
         base, tuned = (page.locator(f"#{pane} textarea").input_value() for pane in ("base", "tuned"))
