@@ -130,21 +130,23 @@ def shown_as_error() -> Iterator[None]:
 def ask(
     prompt: str,
     model: str = TUNED,
-    max_new_tokens: int = 128,
-    sample: bool = True,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
+    max_new_tokens: int | None = None,
+    sample: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
     seed: int = -1,
     stop: bool = True,
 ) -> Iterator[str]:
     """Answers one prompt; streams the text so far, the last of which is the whole answer.
 
-    model: "tuned" or "base". sample: false takes the likeliest token each time. seed: -1 draws a new one. stop: at the end of
-    the first answer; false lets the model run on, as a base model does.
+    model: "tuned" or "base". max_new_tokens, sample, temperature, top_p: the adapter's own where left out; sample: false takes
+    the likeliest token each time. seed: -1 draws a new one. stop: at the end of the first answer; false lets the model run on,
+    as a base model does.
     """
-    given = {"max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature, "top_p": top_p, "seed": seed}
+    given = {"max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature, "top_p": top_p}
+    given = {name: value for name, value in given.items() if value is not None}
     with shown_as_error():
-        for so_far in answer([{"role": "user", "content": prompt}], model, **given, stop=stop):
+        for so_far in answer([{"role": "user", "content": prompt}], model, **given, seed=seed, stop=stop):
             yield so_far.text
 
 
@@ -186,14 +188,16 @@ def show_exactly(chatbot: gr.Chatbot) -> gr.Chatbot:
     return chatbot
 
 
+# The box for questions, while an answer is being written and after it.
+BUSY = gr.update(interactive=False, submit_btn=False, stop_btn=True)
+READY = gr.update(interactive=True, submit_btn=True, stop_btn=False)
+
+
 def put_question(question: str, talk: list[dict]) -> tuple[dict, list[dict]]:
     """The question into the conversation. Raises gr.Error for one that nobody could answer."""
     with shown_as_error():
         engine.check_question(question)
-    return gr.update(value="", interactive=False, submit_btn=False, stop_btn=True), [
-        *talk,
-        {"role": "user", "content": question},
-    ]
+    return {**BUSY, "value": ""}, [*talk, {"role": "user", "content": question}]
 
 
 def put_example(talk: list[dict], chosen: gr.SelectData) -> tuple[dict, list[dict]]:
@@ -202,7 +206,7 @@ def put_example(talk: list[dict], chosen: gr.SelectData) -> tuple[dict, list[dic
 
 def ask_again(talk: list[dict], chosen: gr.RetryData) -> tuple[dict, list[dict]]:
     """The conversation up to the question that is to be answered anew."""
-    return gr.update(interactive=False, submit_btn=False, stop_btn=True), talk[: chosen.index + 1]
+    return BUSY, talk[: chosen.index + 1]
 
 
 def take_back(talk: list[dict], chosen: gr.UndoData) -> tuple[str, list[dict]]:
@@ -345,7 +349,7 @@ def conversation(parameters: list) -> None:
     ]
     for event in answered:
         for ended in (event.then, event.failure):  # `then` alone would leave the box shut after an error
-            ended(lambda: gr.update(interactive=True, submit_btn=True, stop_btn=False), None, box, **at_once)
+            ended(lambda: READY, None, box, **at_once)
     box.stop(say_stopped, chatbot, chatbot, cancels=answered, **at_once)
     chatbot.undo(take_back, chatbot, [box, chatbot], **at_once)
 

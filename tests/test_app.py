@@ -437,8 +437,8 @@ def test_the_second_waits_with_its_rank_and_a_full_queue_says_so(server, client)
     assert second.result() == SAYS["plain"][0]
 
 
-def test_a_password_is_asked_for(final, micro, tmp_path):
-    running = AppServer(final, micro, tmp_path, APP_AUTH="me:secret")
+def test_a_password_is_asked_for(loud, roomy, tmp_path):
+    running = AppServer(loud, roomy, tmp_path, APP_AUTH="me:secret")
     try:
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{running.url}/config")
