@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP_FLAGS ?=
 TINY := --preset tiny
 
-.PHONY: demo app test lint bench dashboard clean
+.PHONY: demo demo-reward app test lint bench dashboard clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -13,6 +13,13 @@ demo: .venv/ready
 	$(BIN)/python inspect_data.py $(TINY) --samples 2
 	$(BIN)/python train_grpo.py $(TINY) --overwrite
 	$(BIN)/python validate_model.py $(TINY)
+
+# The same with a reward model, learnt from people's rankings.
+demo-reward: .venv/ready
+	$(BIN)/python prepare_data.py $(TINY) --overwrite
+	$(BIN)/python train_reward.py $(TINY) --overwrite
+	$(BIN)/python train_grpo.py $(TINY) --rewards results/tiny-reward-model,ending --output_dir results/tiny-reward-grpo --overwrite
+	$(BIN)/python validate_model.py $(TINY) --adapter results/tiny-reward-grpo-final --validation_dir results/tiny-reward-validation
 
 app: .venv/ready results/tiny-grpo-final/run.json
 	$(BIN)/python hf_app/app.py --adapter results/tiny-grpo-final --base results/tiny-base

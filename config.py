@@ -36,7 +36,13 @@ CONFIG = {
     "chat_temperature": 0.7,  # written to the adapter's generation_config.json for chats; metrics use temperature
     "chat_top_p": 0.9,  # as above
     # --- reward
+    "rewards": ["length:1.0"],  # name:weight,...: a built-in, path/file.py:function, package.module:function, a reward model
     "target_tokens": 128,  # length of answer that the length reward pays most for
+    # --- reward model (train_reward.py; what is not here is as in training below)
+    "reward_dir": "./results/reward-model",  # folder of the finished reward model
+    "reward_learning_rate": 1e-4,  # TRL's for a LoRA reward model; the head and the adapter start from nothing
+    "reward_epochs": 1,  # passes over the ranked pairs; more than 2 learn the pairs by heart
+    "reward_max_length": 1024,  # tokens of prompt and reply; pairs with a longer one are left out of the training
     # --- training (sources: TRL's LoRA and paper guides, Dr. GRPO arXiv 2503.20783, DeepSeekMath 2402.03300)
     "max_steps": 100,  # optimizer steps: 100 to see it work, 200-300 for a demo, 500 and more for a claim
     "learning_rate": 4e-5,  # 4e-5 for 100 steps, 1e-5 for 500: what counts is the sum over the steps
@@ -56,6 +62,7 @@ CONFIG = {
     "save_steps": 25,  # optimizer steps between checkpoints
     "save_total_limit": 2,  # checkpoints kept; 2 at least, so that one is whole while the next is written
     "sample_steps": 10,  # optimizer steps between best and worst completions printed in full
+    "stop_on_collapse": False,  # end the run at the first sign of collapse, with the last good checkpoint as the result
     "report_to": "trackio",  # trackio (local, offline: make dashboard), tensorboard, wandb, none
     # --- validation
     "adapter": "./results/phi2-grpo-final",  # adapter folder that validate_model.py compares with its base
@@ -78,6 +85,9 @@ PRESETS = {
         "validation_fraction": 0.3,
         "max_completion_length": 64,
         "target_tokens": 32,
+        "reward_dir": "./results/tiny-reward-model",
+        "reward_learning_rate": 1e-3,
+        "reward_epochs": 3,
         "learning_rate": 1e-3,  # a 2M model takes, and needs, far more than a 2.7B one
         "per_device_train_batch_size": 32,
         "gradient_accumulation_steps": 1,
@@ -111,6 +121,9 @@ LIMITS = {
     "chat_temperature": (0.01, 10.0),
     "chat_top_p": (0.01, 1.0),
     "target_tokens": (1, 50_000),
+    "reward_learning_rate": (1e-9, 1.0),
+    "reward_epochs": (1, 1000),
+    "reward_max_length": (8, 1_000_000),
     "max_steps": (1, 10_000_000),
     "learning_rate": (1e-9, 1.0),
     "lr_scheduler_type": {"constant_with_warmup", "constant", "linear", "cosine"},

@@ -19,10 +19,11 @@ from phi2_grpo import cli, environment
 
 KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
         "init_adapter", "data_dir", "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
-        "chat_temperature", "chat_top_p", "target_tokens", "max_steps", "learning_rate", "lr_scheduler_type",
+        "chat_temperature", "chat_top_p", "rewards", "target_tokens", "max_steps", "learning_rate", "lr_scheduler_type",
         "warmup_steps", "beta", "loss_type", "scale_rewards", "per_device_train_batch_size",
         "gradient_accumulation_steps", "steps_per_generation", "activation_checkpointing", "max_grad_norm", "seed",
-        "output_dir", "save_steps", "save_total_limit", "sample_steps", "report_to")  # fmt: skip
+        "output_dir", "save_steps", "save_total_limit", "sample_steps", "stop_on_collapse",
+        "report_to")  # fmt: skip
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
         if arguments.max_steps not in (None, arguments.steps):
             raise cli.UserError(f"MAX_STEPS is {arguments.steps} and --max_steps {arguments.max_steps}. Give one of them.")
         config["max_steps"] = cli.parse_value("max_steps", arguments.steps)
-    environment.prepare(config["model"])
+    environment.prepare(config["model"], *cli.reward_models(config["rewards"]))
 
     from rich.console import Console
 
@@ -50,12 +51,8 @@ def main() -> None:
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    try:
+    with checks.advice_when_interrupted(Path(config["output_dir"])):
         train(config, arguments, console, found)
-    except KeyboardInterrupt as interrupt:
-        left = checks.whole_checkpoints(config["output_dir"])
-        advice = f"{left[-1]} is whole: go on with --resume." if left else "No checkpoint was written yet."
-        raise type(interrupt)(advice) from None
 
 
 def train(config: dict, arguments, console, found: dict) -> None:
@@ -63,10 +60,10 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from dataclasses import fields
 
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
-    from transformers import TrainerState, set_seed
+    from transformers import set_seed
     from trl import GRPOConfig, GRPOTrainer
 
-    from phi2_grpo import checks, files, model, monitor, progress, report
+    from phi2_grpo import checks, files, model, monitor, progress, report, scoring
 
     device, dtype = found["device"]
     tokenizer, scorer = found["tokenizer"], found["scorer"]
@@ -74,6 +71,10 @@ def train(config: dict, arguments, console, found: dict) -> None:
 
     set_seed(config["seed"])
     base = model.load_base(config, device, dtype)
+    for judge in scorer.models:
+        judge.load(config, base, device, dtype)
+    if scorer.models:
+        scoring.try_rewards(scorer, checks.real_rows(found["prompts"]))
     if config["init_adapter"]:
         lora = LoraConfig.from_pretrained(config["init_adapter"])
         lora.inference_mode = False
@@ -85,6 +86,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
         reward_funcs=scorer.functions,
         args=GRPOConfig(
             **{key: value for key, value in config.items() if key in names},
+            reward_weights=[reward.weight for reward in scorer.chosen],
             bf16=dtype.itemsize == 2 and device.type == "cuda",  # autocast fails in a CPU's layer norm
             use_cpu=device.type == "cpu",
             disable_dropout=True,  # Phi-2 ships resid_pdrop 0.1: rollout and log-probs would see two models
@@ -107,28 +109,43 @@ def train(config: dict, arguments, console, found: dict) -> None:
     adapted = model.describe_coverage(trainer.model)
     read = {key: config[key] for key in KEYS}
     facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
+    facts["rewards"] = scoring.describe(scorer.chosen)
     before = json.loads((checkpoints[-1] / "run.json").read_text())["seconds"] if checkpoints else 0.0
-    watch = monitor.Monitor(scorer, tokenizer, facts, config["sample_steps"], before)
-    progress.quiet(trainer)
+    track = config["report_to"] == "trackio"
+    watch = monitor.Monitor(scorer, tokenizer, facts, config["sample_steps"], before, config["stop_on_collapse"], track)
     trainer.add_callback(watch)
+    progress.quiet(trainer)
     console.print(f"LoRA on {adapted}", highlight=False)
-    if checkpoints and int(checkpoints[-1].name.split("-")[-1]) >= config["max_steps"]:
+    if checkpoints and checks.step_of(checkpoints[-1]) >= config["max_steps"]:
         # Nothing is left to do (and the trainer would do one step more): only the final folder may be missing.
-        set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoints[-1]), device=str(device)))
-        trainer.state = TrainerState.load_from_json(str(checkpoints[-1] / "trainer_state.json"))
+        model.take_up(trainer, checkpoints[-1])
     else:
         if not checkpoints:
             checks.remove_run(Path(config["output_dir"]))  # as late as can be: loading the model may still fail
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        except scoring.BadReward as error:
+            raise cli.UserError(f"{error}\n  {save_now(trainer, config)}") from None
 
+    rows, kept = report.step_rows(trainer.state.log_history), None
+    if watch.collapsed_at:
+        good = [path for path in checks.whole_checkpoints(config["output_dir"])
+                if checks.step_of(path) <= watch.collapsed_at - monitor.WINDOW]  # fmt: skip
+        if not good:
+            raise cli.UserError(
+                f"it collapsed at step {watch.collapsed_at}, before there was a good checkpoint, so there is no result. Mend "
+                "the reward, lower --learning_rate or --save_steps, or raise --beta; then --overwrite."
+            )
+        model.take_up(trainer, good[-1])
+        kept = checks.step_of(good[-1])
+        console.print(f"Stopped at step {watch.collapsed_at}. The result is {good[-1].name}.", style="bold red")
     if trainer.accelerator.is_main_process:
         final = checks.final_folder(config)
-        rows = report.step_rows(trainer.state.log_history)
         with files.whole_folder(final) as folder:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            report.describe_folder(folder, tokenizer, facts, rows, watch.seconds(), finished=True)
-        first, last = report.window(rows, "reward")
+            report.describe_folder(folder, tokenizer, facts, rows, watch.seconds(), finished=True, kept=kept)
+        first, last = report.window([row for row in rows if kept is None or row["step"] <= kept], "reward")
         console.print(
             f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {monitor.duration(watch.seconds())}.\n"
             f"Adapter: {final}   curve: {final / 'reward.png'}\n"
@@ -136,6 +153,20 @@ def train(config: dict, arguments, console, found: dict) -> None:
             f"  python validate_model.py --preset {arguments.preset} --adapter {final}",
             highlight=False,
         )
+
+
+def save_now(trainer, config: dict) -> str:
+    """Save what the last whole step left, where no checkpoint has it yet; says what there is."""
+    from phi2_grpo import checks
+
+    step = trainer.state.global_step
+    if step and step not in map(checks.step_of, checks.whole_checkpoints(config["output_dir"])):
+        trainer._save_checkpoint(trainer.model, trial=None)  # private; a test holds it
+        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    left = checks.whole_checkpoints(config["output_dir"])
+    return (
+        f"{left[-1]} is whole: mend the reward and go on with --resume." if left else "No step was finished: nothing is lost."
+    )
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ chat (the adapter's generation_config.json); the numbers are measured at the tra
 from contextlib import nullcontext
 from pathlib import Path
 
-from phi2_grpo import cli, environment
+from phi2_grpo import cli, environment, files
 
 KEYS = ("model", "model_revision", "device", "dtype", "data_dir", "adapter", "max_completion_length", "temperature", "top_p",
-        "top_k", "target_tokens", "max_prompts", "samples_per_prompt", "eval_batch_size", "seed",
+        "top_k", "rewards", "target_tokens", "max_prompts", "samples_per_prompt", "eval_batch_size", "seed",
         "validation_dir")  # fmt: skip
 
 
@@ -24,11 +24,14 @@ def main() -> None:
     config, arguments = cli.parse(parser)
     if any(not prompt.strip() for prompt in arguments.prompt or []):
         raise cli.UserError("--prompt is empty. Give it a question.")
-    environment.prepare(config["model"])
+    if arguments.rewards is None:  # those it was trained with
+        trained_with = files.read_json(Path(config["adapter"]) / "run.json").get("config", {})
+        config["rewards"] = trained_with.get("rewards") or config["rewards"]
+    environment.prepare(config["model"], *cli.reward_models(config["rewards"]))
 
     from rich.console import Console
 
-    from phi2_grpo import chat, data, files, model
+    from phi2_grpo import chat, data, model, scoring
     from phi2_grpo.loading import load_tokenizer
 
     console = Console()
@@ -40,11 +43,15 @@ def main() -> None:
     prompts, _, _ = data.load_prompts(config, tokenizer)
     if not len(prompts["validation"]):
         raise cli.UserError(f"{config['data_dir']} has no validation prompt. Prepare it with a larger --validation_fraction.")
+    scorer = scoring.Scorer(tokenizer, config["target_tokens"], scoring.choose_rewards(config["rewards"]))
     with console.status("loading the model"):
-        policy = model.load_adapter(model.load_base(config, device, dtype), config["adapter"])
+        base = model.load_base(config, device, dtype)
+        for judge in scorer.models:
+            judge.load(config, base, device, dtype)
+        policy = model.load_adapter(base, config["adapter"])
 
     samples = show_samples(console, policy, tokenizer, config, arguments.prompt or chat.SAMPLE_PROMPTS)
-    measured = measure(console, policy, tokenizer, config, prompts["validation"])
+    measured = measure(console, policy, tokenizer, scorer, config, prompts["validation"])
     show_measured(console, measured)
     files.write_json(Path(config["validation_dir"]) / "report.json", {"config": config, "samples": samples, **measured})
     console.print(f"Report: {Path(config['validation_dir']) / 'report.json'}", highlight=False)
@@ -85,20 +92,18 @@ def show_samples(console, policy, tokenizer, config: dict, questions: list[str])
     return samples
 
 
-def measure(console, policy, tokenizer, config: dict, held_out) -> dict:
-    """Mean reward, answer length and ended share of base and tuned on the held-out prompts, and the paired difference."""
-    from rich.progress import Progress
+def measure(console, policy, tokenizer, scorer, config: dict, held_out) -> dict:
+    """Mean rewards, answer length and ended share of base and tuned on the held-out prompts, and the paired differences."""
     from transformers import GenerationConfig
 
     from phi2_grpo.chat import render
-    from phi2_grpo.rewards import Scorer
+    from phi2_grpo.progress import counting
     from phi2_grpo.rollout import complete
 
     rows = held_out.shuffle(seed=config["seed"]).select(range(min(config["max_prompts"], len(held_out)))).to_list()
     repeated = [row for row in rows for _ in range(config["samples_per_prompt"])]
     columns = {key: [row[key] for row in repeated] for key in repeated[0] if key != "prompt"}
     conversations = [row["prompt"] for row in repeated]
-    scorer = Scorer(tokenizer, config["target_tokens"])
     generation = GenerationConfig(
         do_sample=True,
         **{key: config[key] for key in ("temperature", "top_p", "top_k")},
@@ -106,40 +111,45 @@ def measure(console, policy, tokenizer, config: dict, held_out) -> dict:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    per_prompt = {}
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("held-out prompts", total=2 * len(repeated))
+    per_prompt: dict[str, dict] = {}
+    with counting(console, "held-out prompts", 2 * len(repeated)) as advance:
         for name, switch in both(policy):
             with switch():
-                ids = complete(
-                    policy,
-                    tokenizer,
-                    render(tokenizer, conversations),
-                    generation,
-                    config["eval_batch_size"],
-                    config["seed"],
-                    lambda count: progress.advance(task, count),
-                )
+                texts, batch, seed = render(tokenizer, conversations), config["eval_batch_size"], config["seed"]
+                ids = complete(policy, tokenizer, texts, generation, batch, seed, advance)
             scores = scorer.score(conversations, ids, columns)
             answers = [row["answer"] for row in scorer.last]
-            per_prompt[name] = {
-                "reward": _mean_per_prompt(scores, config["samples_per_prompt"]),
-                "answer tokens": _mean_per_prompt([a.tokens for a in answers], config["samples_per_prompt"]),
-                "ended": _mean_per_prompt([float(a.ended) for a in answers], config["samples_per_prompt"]),
-            }
+            found = {"reward": scores}
+            if len(scorer.chosen) > 1:
+                found |= {reward.name: [row["scores"][reward.name] for row in scorer.last] for reward in scorer.chosen}
+            found |= {"answer tokens": [a.tokens for a in answers], "ended": [float(a.ended) for a in answers]}
+            per_prompt[name] = {key: _mean_per_prompt(values, config["samples_per_prompt"]) for key, values in found.items()}
     metrics = {metric: compare(per_prompt["base"][metric], per_prompt["tuned"][metric]) for metric in per_prompt["base"]}
-    return {"prompts": len(rows), "samples_per_prompt": config["samples_per_prompt"], "metrics": metrics}
+    return {
+        "prompts": len(rows),
+        "samples_per_prompt": config["samples_per_prompt"],
+        "rewards": config["rewards"],
+        "metrics": {metric: found for metric, found in metrics.items() if found},
+    }
 
 
-def _mean_per_prompt(values: list[float], samples: int) -> list[float]:
-    """Samples of one prompt stand next to each other."""
-    return [sum(values[i : i + samples]) / samples for i in range(0, len(values), samples)]
+def _mean_per_prompt(values: list[float | None], samples: int) -> list[float | None]:
+    """Samples of one prompt stand next to each other. None for a prompt that a reward does not score."""
+    groups = [values[i : i + samples] for i in range(0, len(values), samples)]
+    return [None if None in group else sum(group) / samples for group in groups]
 
 
-def compare(base: list[float], tuned: list[float]) -> dict[str, float]:
-    """Means, and the mean paired difference with the half-width of its 95 % interval (1.96 standard errors over prompts)."""
+def compare(base: list[float | None], tuned: list[float | None]) -> dict[str, float] | None:
+    """Means, and the mean paired difference with the half-width of its 95 % interval (1.96 standard errors over prompts).
+
+    Over the prompts that both have; None where there is none.
+    """
     import numpy
 
+    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None]
+    if not pairs:
+        return None
+    base, tuned = zip(*pairs, strict=True)
     difference = numpy.subtract(tuned, base)
     error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else float("inf")
     means = {"base": numpy.mean(base), "tuned": numpy.mean(tuned), "difference": difference.mean(), "half_width": 1.96 * error}

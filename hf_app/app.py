@@ -427,7 +427,8 @@ def training_facts(run: dict, metrics: Path) -> str:
         "GRPO": config
         and f"{run.get('steps')} steps, {config.get('num_generations')} answers per prompt, learning rate "
         f"{config.get('learning_rate')}, beta {config.get('beta')}, seed {config.get('seed')}",
-        "Reward": config and f"answers near {config.get('target_tokens')} tokens that end by themselves",
+        "Rewards": "; ".join(f"{r.get('name')} x {r.get('weight')}: {r.get('pays_for')}" for r in run.get("rewards") or []),
+        "Target": config and f"{config.get('target_tokens')} tokens",
         "Made on": run.get("hardware") and f"{run['hardware']}, {run.get('seconds', 0) / 60:.0f} minutes",
         "Versions": ", ".join(f"{name} {number}" for name, number in (run.get("versions") or {}).items()),
     }

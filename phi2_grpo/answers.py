@@ -16,9 +16,14 @@ class Answer:
     """A completion, trimmed."""
 
     text: str
-    tokens: int  # of `text`, so that neither what follows a stop nor trailing white space counts
+    ids: tuple[int, ...]  # the tokens of `text`: neither what follows a stop nor trailing white space counts
     ended: bool  # by itself: the end token came, and no stop string before it
     why: str  # for people
+
+    @property
+    def tokens(self) -> int:
+        """The length of the answer."""
+        return len(self.ids)
 
 
 def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:
@@ -33,9 +38,9 @@ def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:
     raw = tokenizer.batch_decode(cut, skip_special_tokens=True)
     stops = [min(((i, s) for s in STOP_STRINGS if (i := text.find(s)) >= 0), default=None) for text in raw]
     texts = [text[: stop[0]].rstrip() if stop else text.rstrip() for text, stop in zip(raw, stops, strict=True)]
-    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    kept = tokenizer(texts, add_special_tokens=False)["input_ids"]
     answers = []
-    for text, count, stop, end in zip(texts, counts, stops, has_end, strict=True):
+    for text, ids, stop, end in zip(texts, kept, stops, has_end, strict=True):
         why = f"ran on into {stop[1].strip()!r}" if stop else "ended by itself" if end else "cut off at the limit"
-        answers.append(Answer(text.strip(), count, end and stop is None, why))
+        answers.append(Answer(text.strip(), tuple(ids), end and stop is None, why))
     return answers

@@ -3,7 +3,8 @@
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from phi2_grpo import data, files, model
 from phi2_grpo.chat import count_tokens
 from phi2_grpo.cli import UserError
 from phi2_grpo.loading import load_tokenizer
-from phi2_grpo.rewards import Scorer, try_rewards
+from phi2_grpo.reward_model import conversations
+from phi2_grpo.scoring import Scorer, choose_rewards, try_rewards
 
 GB = 1e9
 
@@ -53,22 +55,33 @@ class Checklist:
 
 
 def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, dict]:
-    """Check a training run. Returns the checklist and what was loaded: device, dtype, tokenizer, prompts, funnel, scorer."""
+    """Check a GRPO run. Returns the checklist and what was loaded: device, dtype, tokenizer, prompts, funnel, scorer."""
     checks = Checklist()
     device = checks.run("device", _device, config)
-    checks.run("output folder", _output, config, resume, overwrite)
+    checks.run("output folder", _output, Path(config["output_dir"]), final_folder(config), resume, overwrite)
     checks.run("settings", _settings, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
     wrapped = checks.run("LoRA", _lora, config) if tokenizer else None
     longest = checks.run("context", _context, config, tokenizer, prompts, wrapped)
     checks.run("batch", _batch, config, prompts)
-    scorer = Scorer(tokenizer, config["target_tokens"]) if tokenizer else None
-    checks.run("rewards", _rewards, scorer, prompts)
-    checks.run("memory", _memory, config, wrapped, longest, device)
-    checks.run("disk", _disk, config, wrapped)
+    scorer = checks.run("rewards", _rewards, config, tokenizer, prompts)
+    checks.run("memory", _memory, config, wrapped, longest, device, scorer)
+    checks.run("disk", _disk, config, wrapped, Path(config["output_dir"]))
     found = {"device": device, "tokenizer": tokenizer, "prompts": prompts, "funnel": funnel, "scorer": scorer}
     return checks, found
+
+
+def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, dict]:
+    """The same for the training of a reward model; loads device, dtype, tokenizer, pairs, funnel, steps and left_out."""
+    checks = Checklist()
+    device = checks.run("device", _device, config)
+    checks.run("output folder", _output, run_folder(config), Path(config["reward_dir"]), resume, overwrite)
+    tokenizer = checks.run("base model", _tokenizer, config)
+    found = checks.run("data", _pairs, config, tokenizer) or {}
+    wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}) if tokenizer else None
+    checks.run("disk", _disk, config, wrapped, Path(config["reward_dir"]))
+    return checks, {"device": device, "tokenizer": tokenizer, **found}
 
 
 def _device(config: dict):
@@ -76,8 +89,7 @@ def _device(config: dict):
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         raise UserError(
-            f"{gpus} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python train_grpo.py ..., "
-            "or all: accelerate launch train_grpo.py ..."
+            f"{gpus} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python ..., or all: accelerate launch ..."
         )
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return (device, dtype), f"{name}, {str(dtype).removeprefix('torch.')}"
@@ -91,6 +103,23 @@ def final_folder(config: dict) -> Path:
     return output.with_name(f"{output.name}-final")
 
 
+def run_folder(config: dict) -> Path:
+    """Where the checkpoints of a reward model's training stand until it is finished."""
+    reward_dir = Path(config["reward_dir"]).resolve()
+    return reward_dir.with_name(f"{reward_dir.name}-run")
+
+
+@contextmanager
+def advice_when_interrupted(output: Path) -> Iterator[None]:
+    """Adds to a Ctrl-C or SIGTERM what is left, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        left = whole_checkpoints(output)
+        advice = f"{left[-1]} is whole: go on with --resume." if left else "No checkpoint was written yet."
+        raise type(interrupt)(advice) from None
+
+
 def remove_run(output: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else: the folder may be any of the user's."""
     for checkpoint in output.glob("checkpoint-*"):
@@ -99,24 +128,28 @@ def remove_run(output: Path) -> None:
     (output / "metrics.jsonl").unlink(missing_ok=True)
 
 
-def whole_checkpoints(output_dir: str) -> list[Path]:
+def whole_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints that were written to their end, oldest first: run.json is the last file of each."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    whole = [path for path in found if (path / "run.json").is_file()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted((path for path in found if (path / "run.json").is_file()), key=step_of)
 
 
-def _output(config: dict, resume: bool, overwrite: bool):
-    output, final = Path(config["output_dir"]), final_folder(config)
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder is of."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _output(output: Path, final: Path, resume: bool, overwrite: bool):
+    """`output` is for the checkpoints, `final` for what a finished run leaves."""
     files.check_writable(output)
     files.check_writable(final)
-    checkpoints = whole_checkpoints(config["output_dir"])
+    checkpoints = whole_checkpoints(output)
     # Only what cost time to make counts as a run: a first checkpoint that was never finished does not.
     run = checkpoints[-1] if checkpoints else final if final.exists() else None
     if resume:
         return output, f"resuming at {checkpoints[-1].name}" if checkpoints else "no whole checkpoint: starting at step 0"
     if run and not overwrite:
-        raise UserError(f"{run} holds a run. Go on with it: --resume; replace it: --overwrite; or choose an --output_dir.")
+        raise UserError(f"{run} holds a run. Go on with it: --resume; replace it: --overwrite; or choose another folder.")
     return output, f"{output}{', replacing the run there' if run else ''}"
 
 
@@ -143,6 +176,34 @@ def _data(config: dict, tokenizer):
         raise UserError(f"{config['data_dir']} has no train prompt. Make it again: python prepare_data.py --overwrite")
     counts = f"{len(prompts['train']):,} train and {len(prompts['validation']):,} validation prompts"
     return (prompts, funnel), ". ".join([counts, *notes])
+
+
+def _pairs(config: dict, tokenizer):
+    pairs, funnel, notes = data.load_preferences(config, tokenizer)
+    for split, table in pairs.items():
+        if not len(table):
+            raise UserError(
+                f"{config['data_dir']} has no ranked pair of replies in its {split} split: a reward model learns from pairs "
+                "that people ranked, and is measured on others. Prepare a source that has ranks, with a --validation_fraction."
+            )
+    table = pairs["train"]
+    texts = [conversations(tokenizer, table["prompt"], [reply[0]["content"] for reply in table[side]])
+             for side in ("chosen", "rejected")]  # fmt: skip
+    lengths = [[len(ids) for ids in tokenizer(side, add_special_tokens=False)["input_ids"]] for side in texts]
+    fits = [i for i, both in enumerate(zip(*lengths, strict=True)) if max(both) <= config["reward_max_length"]]
+    left_out = len(pairs["train"]) - len(fits)
+    if not fits:
+        raise UserError(f"no pair has at most {config['reward_max_length']} tokens. Raise --reward_max_length.")
+    pairs["train"] = pairs["train"].select(fits)
+    update = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    steps = config["reward_epochs"] * math.ceil(len(fits) / update)
+    text = (
+        f"{len(fits):,} train and {len(pairs['validation']):,} validation pairs, ties of rank left out"
+        f"{f', {left_out:,} too long' if left_out else ''}; {steps} updates of {update} pairs"
+    )
+    if len(pairs["validation"]) < 50:
+        notes = [*notes, "So few validation pairs say little: the intervals will be wide"]
+    return {"pairs": pairs, "funnel": funnel, "steps": steps, "left_out": left_out}, ". ".join([text, *notes])
 
 
 def _lora(config: dict):
@@ -186,13 +247,25 @@ def _batch(config: dict, prompts):
     return True, f"{update} completions an update = {update / group:g} prompts x {group}; {sampled} sampled at once"
 
 
-def _rewards(scorer: Scorer, prompts):
-    found = try_rewards(scorer, prompts["train"].select(range(min(8, len(prompts["train"])))).to_list())
+def _rewards(config: dict, tokenizer, prompts):
+    chosen = choose_rewards(config["rewards"])
+    scorer = Scorer(tokenizer, config["target_tokens"], chosen)
+    found = try_rewards(scorer, real_rows(prompts))
     parts = []
-    for name, scores in found.items():
-        values = [score for score in scores if score is not None]
-        parts.append(f"{name} {min(values):.2f} to {max(values):.2f}" if values else f"{name} scores none of them")
-    return True, "human replies to real prompts score: " + ", ".join(parts)
+    for reward in chosen:
+        if reward.name in found:
+            values = [score for score in found[reward.name] if score is not None]
+            scored = f"{min(values):.2f} to {max(values):.2f} for human replies" if values else "scores none of the first rows"
+        else:
+            scored = reward.function.describe(config)
+        sign = ", negative: it is paid for less of it" if reward.weight < 0 else ""
+        parts.append(f"{reward.name} x {reward.weight:g} ({scored}{sign})")
+    return scorer, "; ".join(parts)
+
+
+def real_rows(prompts) -> list[dict]:
+    """A few train rows to try the rewards on."""
+    return prompts["train"].select(range(min(8, len(prompts["train"])))).to_list()
 
 
 def memory_plan(config: dict, wrapped: PeftModel, longest_prompt: int, dtype: torch.dtype) -> dict[str, float]:
@@ -219,9 +292,12 @@ def memory_plan(config: dict, wrapped: PeftModel, longest_prompt: int, dtype: to
     }
 
 
-def _memory(config: dict, wrapped: PeftModel, longest: int, device: tuple[torch.device, torch.dtype]):
+def _memory(config: dict, wrapped: PeftModel, longest: int, device: tuple[torch.device, torch.dtype], scorer: Scorer):
     plan = memory_plan(config, wrapped, longest, device[1])
-    need = plan["weights"] + plan["adapter, gradient, Adam"] + max(plan["KV cache"], plan["activations"])
+    if scorer.models:
+        plan["reward model"] = sum(judge.extra_bytes(config, device[1]) for judge in scorer.models)
+    taking_turns = ("KV cache", "activations")
+    need = sum(size for name, size in plan.items() if name not in taking_turns) + max(plan[name] for name in taking_turns)
     if device[0].type == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
@@ -233,11 +309,11 @@ def _memory(config: dict, wrapped: PeftModel, longest: int, device: tuple[torch.
     return True, text
 
 
-def _disk(config: dict, wrapped: PeftModel):
+def _disk(config: dict, wrapped: PeftModel, output: Path):
     _, trainable, _ = model.coverage(wrapped)
     # A checkpoint is adapter and two Adam moments in float32; one more is written before the oldest goes.
     need = trainable * 4 * 3 * (config["save_total_limit"] + 1) + trainable * 4
-    path = files.nearest_existing(Path(config["output_dir"]))
+    path = files.nearest_existing(output)
     free = shutil.disk_usage(path).free
     if need > free:
         raise UserError(f"checkpoints need {need / GB:.2f} GB, {path} has {free / GB:.2f} GB free. Make room there.")

@@ -19,6 +19,21 @@ class UserError(Exception):
     """Something the user can mend. Its text says what was given, what the rule is and what to do; the exit code is 2."""
 
 
+def split_weight(item: str) -> tuple[str, float]:
+    """ "length:0.5" is ("length", 0.5); without a number behind the last colon, the weight is 1."""
+    name, colon, weight = item.rpartition(":")
+    try:
+        return (name, float(weight)) if colon else (item, 1.0)
+    except ValueError:
+        return item, 1.0  # what stands behind the colon is a function's name
+
+
+def reward_models(items: list[str]) -> list[str]:
+    """Those of --rewards that name a folder or a Hub id."""
+    names = [split_weight(item)[0] for item in items]
+    return [name for name in names if "/" in name and ":" not in name]
+
+
 def _comments() -> dict[str, str]:
     """The comment behind each key of CONFIG, which is the flag's help. A test holds that every key has one."""
     source = Path(settings.__file__).read_text(encoding="utf-8").split("PRESETS = {")[0]
@@ -64,7 +79,8 @@ def make_parser(doc: str, keys: tuple[str, ...]) -> argparse.ArgumentParser:
         shown = ",".join(default) if isinstance(default, list) else default
         text = f"{helps[key]} (default: {shown})" if shown != "" else helps[key]
         # No default here: absence must be seen, so that a preset's value is not overwritten.
-        parser.add_argument(f"--{key}", metavar=type(default).__name__.upper(), help=text.replace("%", "%%"))
+        switch = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}  # --key alone is --key true
+        parser.add_argument(f"--{key}", metavar=type(default).__name__.upper(), help=text.replace("%", "%%"), **switch)
     return parser
 
 

@@ -65,6 +65,22 @@ def write_prepared(data_dir: Path, rows: dict[str, dict[str, list[dict]]], funne
     return load_from_disk(str(data_dir / PROMPTS))
 
 
+def load_preferences(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]:
+    """The ranked pairs, the funnel and notes; checked as `load_prompts` checks, which must find its own whole."""
+    _, funnel, notes = load_prompts(config, tokenizer)
+    data_dir = Path(config["data_dir"])
+    try:
+        pairs = load_from_disk(str(data_dir / PREFERENCES))
+        whole = all(table.features == FEATURES[PREFERENCES] for table in pairs.values()) and {"train", "validation"} <= set(
+            pairs
+        )
+    except Exception as error:
+        raise UserError(f"{data_dir / PREFERENCES} cannot be read ({error}). Run prepare_data.py --overwrite again.") from None
+    if not whole:
+        raise UserError(f"{data_dir / PREFERENCES} has another schema. Run prepare_data.py --overwrite again.")
+    return pairs, funnel, notes
+
+
 def load_prompts(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]:
     """The prepared prompts, the funnel, and notes where they were prepared with other settings than `config` has.
 

@@ -1,11 +1,19 @@
 """The base model and the LoRA on it."""
 
 from collections import Counter
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PhiConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PhiConfig,
+    TrainerState,
+)
 
 from phi2_grpo.answers import STOP_STRINGS
 from phi2_grpo.cli import UserError
@@ -62,6 +70,26 @@ def load_base(config: dict, device: torch.device, dtype: torch.dtype):
     return model.to(device)
 
 
+def load_judge(config: dict, device: torch.device, dtype: torch.dtype):
+    """The base with a new head of one output, to be trained as a reward model."""
+    options = {"num_labels": 1, "dtype": dtype, "attn_implementation": "sdpa"}
+    return new_head(load_pretrained(AutoModelForSequenceClassification, config, **options).to(device))
+
+
+def new_head(model):
+    """`model` with a new head of one output in float32, whatever its base is in: bfloat16 would lose the small updates."""
+    text_config = model.config.get_text_config()
+    head = torch.nn.Linear(text_config.hidden_size, 1, bias=False, device=model.device, dtype=torch.float32)
+    torch.nn.init.normal_(head.weight, std=text_config.initializer_range)
+    head.register_forward_pre_hook(_to_float32)
+    model.score = head
+    return model
+
+
+def _to_float32(head, inputs: tuple) -> tuple:
+    return (inputs[0].float(),)
+
+
 def empty_base(config: dict):
     """The base without its weights (on the meta device): for counting and checking in a second."""
     model_config = load_pretrained(AutoConfig, config)
@@ -74,8 +102,8 @@ def full_size_phi2():
     return AutoModelForCausalLM.from_config(PhiConfig(**PHI2))
 
 
-def lora_config(config: dict, model) -> LoraConfig:
-    """The LoRA for `model`. Phi's module names, old or new, reach what the native port has.
+def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """The LoRA for `model`. Phi's module names, old or new, reach what the native port has. SEQ_CLS trains the head, too.
 
     Raises UserError for a name that matches no linear module of the model.
     """
@@ -103,7 +131,7 @@ def lora_config(config: dict, model) -> LoraConfig:
         target_modules=modules,
         base_model_name_or_path=name,
         revision=revision,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
 
 
@@ -127,6 +155,13 @@ def wrap_empty(config: dict) -> PeftModel:
     model = empty_base(config)
     with torch.device("meta"):
         return get_peft_model(model, lora_config(config, model))
+
+
+def take_up(trainer, checkpoint: Path) -> None:
+    """Put the trainer where the checkpoint left it, without training: its weights and its state."""
+    weights = load_peft_weights(str(checkpoint), device=str(trainer.accelerator.device))
+    set_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model), weights)
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def generation_config(tokenizer, config: dict) -> GenerationConfig:

@@ -1,21 +1,22 @@
-"""What people see while it trains: progress with time left, a line a step, samples in full, and warnings."""
+"""What people see while it trains: progress with time left, a line a step, samples in full, and alarms."""
 
 import json
 import time
 from pathlib import Path
 
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
-from phi2_grpo import report
+from phi2_grpo import files, report
 from phi2_grpo.chat import render
-from phi2_grpo.progress import ProgressBar
-from phi2_grpo.rewards import Scorer
+from phi2_grpo.progress import ProgressBar, alert
+from phi2_grpo.scoring import Scorer
 
-# Healthy ranges (Axolotl's GRPO docs, "training stability"), judged on the mean of the last WINDOW steps so that one
-# noisy step raises no alarm. metric: (lowest, highest, what it means when left).
+# Judged on the mean of the last WINDOW steps, so that one noisy step raises no alarm.
 WINDOW = 5
 HEADER_EVERY = 25
+# metric: (lowest, highest, what it means when left). Healthy ranges of Axolotl's GRPO docs, "training stability".
 HEALTHY = {
     "frac_reward_zero_std": (0, 0.8, "most groups have one reward for all their completions, so they teach nothing: "
                              "the reward is too easy, too hard, or too coarse"),
@@ -23,8 +24,17 @@ HEALTHY = {
                                   "its answers (yet), or has no room for them"),
     "kl": (0, 0.5, "the policy is far from its base; above 2 it has diverged: lower learning_rate or raise beta"),
     "grad_norm": (0.001, 1, "gradients are vanishing (nothing is learnt) or exploding (lower learning_rate)"),
-    "entropy": (0.01, float("inf"), "sampling has collapsed to one answer: raise temperature or beta"),
 }  # fmt: skip
+# What no reward can excuse (see signs.py), and what --stop_on_collapse ends a run at.
+COLLAPSE = {
+    "kl": (0, 2, "the policy has diverged from its base: lower learning_rate or raise beta"),
+    "entropy": (0.01, float("inf"), "sampling has collapsed to one answer: raise temperature or beta"),
+    "signs/repetition": (0, 0.5, "answers repeat themselves: add the reward repetition, or raise beta"),
+    "signs/distinct_2": (0.2, 1, "all answers say the same: the reward pays for one phrase"),
+    "signs/one_language": (0, 0.5, "answers drift to one language: add the reward language"),
+    "signs/at_target": (0, 0.6, "answers are padded or cut to the target length: give length a companion"),
+    "signs/empty": (0, 0.5, "most answers say nothing: the reward pays for silence"),
+}
 
 
 def duration(seconds: float) -> str:
@@ -34,60 +44,111 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class Monitor(ProgressBar):
-    """Prints and records each step, and completes every checkpoint to a self-describing folder."""
+class Watch(ProgressBar):
+    """Times a run over its resumptions, and prints a line a step under a header that comes back."""
 
-    def __init__(self, scorer: Scorer, tokenizer, facts: dict, sample_steps: int, seconds_before: float = 0.0):
-        super().__init__("training")
-        self.scorer, self.tokenizer, self.facts, self.sample_steps = scorer, tokenizer, facts, sample_steps
-        self.warned: set[str] = set()
-        self.seconds_before = seconds_before  # of the run that is resumed
+    header = ""
+
+    def __init__(self, name: str, facts: dict, seconds_before: float):
+        super().__init__(name)
+        self.facts, self.seconds_before = facts, seconds_before
         self.started = time.monotonic()
 
     def on_train_begin(self, args, state, control, **_):
         super().on_train_begin(args, state, control)
-        self.metrics_file = Path(args.output_dir) / "metrics.jsonl"
-        rows = report.step_rows(state.log_history)
-        self.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self.started, self.first_step = time.monotonic(), state.global_step
 
     def seconds(self) -> float:
         """Wall time of the training, earlier parts of a resumed run included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if not state.is_world_process_zero or "reward" not in (logs or {}):
-            return
-        rows = report.step_rows(state.log_history)
-        row = rows[-1]
-        with self.metrics_file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+    def show(self, state, cells: str) -> None:
+        """One line: the step, `cells`, and the time left."""
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
         if (done - 1) % HEADER_EVERY == 0:
-            self.console.print("     step  reward  ± std  flat  tokens  ended     KL  s/step     left", style="bold")
-        kl = f"{row['kl']:.3f}" if row.get("kl") is not None else "-"
-        self.console.print(
-            f"{f'{state.global_step}/{state.max_steps}':>9}  {row['reward']:6.3f}  {row['reward_std']:5.2f}"
-            f"  {row['frac_reward_zero_std']:4.0%}  {row['answers/tokens']:6.0f}  {row['answers/ended']:5.0%}  {kl:>5}"
-            f"  {row['step_time']:6.1f}  {duration(left):>7}",
-            highlight=False,
-        )
-        self.warn(rows)
-        if state.global_step % self.sample_steps == 0:
-            self.show_samples(state.global_step)
+            self.console.print(f"     step  {self.header}     left", style="bold")
+        step = f"{state.global_step}/{state.max_steps}"
+        self.console.print(f"{step:>9}  {cells}  {duration(left):>7}", highlight=False)
 
-    def warn(self, rows: list[dict]) -> None:
-        """One warning per healthy range, the first time that it is left."""
-        for key, (low, high, meaning) in HEALTHY.items():
-            values = [row[key] for row in rows[-WINDOW:] if row.get(key) is not None]
-            if len(values) < WINDOW or key in self.warned:
-                continue
-            mean = sum(values) / len(values)
-            if not low <= mean <= high:
-                self.warned.add(key)
-                text = f"warning: {key} is {mean:.3g} over {WINDOW} steps, healthy is {low:g} to {high:g}: {meaning}"
-                self.console.print(text, style="yellow", highlight=False)
+
+class Monitor(Watch):
+    """Of a GRPO run: prints and records each step, raises alarms, and completes every checkpoint to a self-describing folder.
+
+    Args:
+        sample_steps: steps between samples printed in full, and between comparisons of the rewards.
+        stop_on_collapse: end the run at the first alarm of COLLAPSE; `collapsed_at` is its step then.
+        track: also raise alarms in trackio.
+    """
+
+    header = "reward  ± std  flat  tokens  ended     KL  s/step"
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer,
+        facts: dict,
+        sample_steps: int,
+        seconds_before: float = 0.0,
+        stop_on_collapse: bool = False,
+        track: bool = False,
+    ):
+        super().__init__("training", facts, seconds_before)
+        self.scorer, self.tokenizer, self.sample_steps = scorer, tokenizer, sample_steps
+        self.stop_on_collapse, self.track = stop_on_collapse, track
+        self.raised: set[tuple[str, str]] = set()
+        self.collapsed_at: int | None = None
+
+    def on_train_begin(self, args, state, control, **_):
+        super().on_train_begin(args, state, control)
+        self.metrics_file = Path(args.output_dir) / "metrics.jsonl"
+        rows = report.step_rows(state.log_history)
+        self.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self.raised = {tuple(alarm) for row in rows for alarm in row.get("alarms", [])}  # not again after a resume
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not state.is_world_process_zero or "reward" not in (logs or {}):
+            return
+        interval = state.global_step % self.sample_steps == 0
+        compared = self.scorer.compare() if interval else {}
+        logs.update(compared)  # for the trackers, which come after this callback
+        state.log_history[-1].update(compared)
+        rows = report.step_rows(state.log_history)
+        row = rows[-1]
+        kl = f"{row['kl']:.3f}" if row.get("kl") is not None else "-"
+        self.show(
+            state,
+            f"{row['reward']:6.3f}  {row['reward_std']:5.2f}  {row['frac_reward_zero_std']:4.0%}  {row['answers/tokens']:6.0f}"
+            f"  {row['answers/ended']:5.0%}  {kl:>5}  {row['step_time']:6.1f}",
+        )
+        if alarms := self.alarms(rows):
+            # In the log history, so that checkpoints, the curve and a resumed run know of them.
+            row["alarms"] = state.log_history[-1]["alarms"] = alarms
+            if self.stop_on_collapse and any(kind == "collapse" for kind, _ in alarms):
+                self.collapsed_at = state.global_step
+                control.should_training_stop = True
+        with self.metrics_file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        if interval:
+            self.show_samples(state.global_step)
+            self.show_comparison(compared)
+
+    def alarms(self, rows: list[dict]) -> list[tuple[str, str]]:
+        """(kind, metric) of the ranges that are left now for the first time; each is said."""
+        found = []
+        for kind, ranges in (("warning", HEALTHY), ("collapse", COLLAPSE)):
+            for key, (low, high, meaning) in ranges.items():
+                values = [row[key] for row in rows[-WINDOW:] if row.get(key) is not None]
+                mean = sum(values) / len(values) if len(values) == WINDOW else low
+                if not low <= mean <= high and (kind, key) not in self.raised:
+                    found.append((kind, key))
+                    text = f"{key} is {mean:.3g} over {WINDOW} steps, healthy is {low:g} to {high:g}: {meaning}"
+                    style = "yellow" if kind == "warning" else "bold red"
+                    self.console.print(f"{kind}: {text}", style=style, highlight=False)
+                    if self.track:
+                        alert(f"{kind}: {key}", text, serious=kind == "collapse")
+        self.raised.update(found)
+        return found
 
     def show_samples(self, step: int) -> None:
         """The best and the worst completion of the last batch, prompt and tokens as the model sees them."""
@@ -97,10 +158,49 @@ class Monitor(ProgressBar):
             body.append(self.tokenizer.decode(row["completion_ids"]), style="default")
             answer = row["answer"]
             title = f"step {step}, {name}: reward {row['score']:.3f}, {answer.tokens} tokens, {answer.why}"
-            self.console.print(Panel(body, title=Text(title), title_align="left", border_style=color))
+            parts = [f"{key} {'-' if value is None else f'{value:.2f}'}" for key, value in row["scores"].items()]
+            subtitle = Text(", ".join(parts)) if len(parts) > 1 else None
+            frame = {"title": Text(title), "title_align": "left", "subtitle": subtitle, "subtitle_align": "left"}
+            self.console.print(Panel(body, border_style=color, **frame))
+
+    def show_comparison(self, compared: dict[str, float]) -> None:
+        """Where there are several rewards: which of them does nothing, and which fights another."""
+        names = [key.removeprefix("same/") for key in compared if key.startswith("same/")]
+        if len(names) < 2:
+            return
+        table = Table("reward", "same in a group", *names[:-1], title="Rewards within groups", title_justify="left")
+        for i, name in enumerate(names):
+            cells = [
+                f"{value:+.2f}" if (value := compared.get(f"agreement/{other}~{name}")) is not None else ""
+                for other in names[:i]
+            ]
+            table.add_row(name, f"{compared[f'same/{name}']:.0%}", *cells)
+        self.console.print(table)
 
     def on_save(self, args, state, control, **_):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             rows = report.step_rows(state.log_history)
             report.describe_folder(folder, self.tokenizer, self.facts, rows, self.seconds(), finished=False)
+
+
+class RewardMonitor(Watch):
+    """Of the training of a reward model: a line a step, and a run.json in every checkpoint, which says that it is whole."""
+
+    header = "  loss  accuracy  margin  s/step"
+
+    def __init__(self, facts: dict, seconds_before: float):
+        super().__init__("reward model", facts, seconds_before)
+        self.last_step = time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if state.is_world_process_zero and "loss" in (logs or {}):
+            now = time.monotonic()
+            cells = f"{logs['loss']:6.3f}  {logs['accuracy']:8.0%}  {logs['margin']:6.2f}  {now - self.last_step:6.1f}"
+            self.show(state, cells)
+            self.last_step = now
+
+    def on_save(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files.write_json(folder / "run.json", {**self.facts, "finished": False, "seconds": round(self.seconds(), 1)})

@@ -1,7 +1,8 @@
 """A progress bar in place of what the trainers print."""
 
 import io
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,6 +40,22 @@ class QuietTrackio(TrackioCallback):
     def on_train_end(self, *arguments, **keywords):
         with redirect_stdout(io.StringIO()):
             super().on_train_end(*arguments, **keywords)
+
+
+def alert(title: str, text: str, serious: bool) -> None:
+    """An alarm on trackio's page. It has been said on the terminal already."""
+    import trackio
+
+    with redirect_stdout(io.StringIO()):
+        trackio.alert(title=title, text=text, level=trackio.AlertLevel.ERROR if serious else trackio.AlertLevel.WARN)
+
+
+@contextmanager
+def counting(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` things; yields what is told how many more are done. Shows nothing where no terminal is."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def quiet(trainer) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from phi2_grpo import files
+from phi2_grpo.accuracy import verdict
 from phi2_grpo.model import generation_config
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 COLORS = {"reward": "#4c72b0", "length": "#dd8452", "ended": "#55a868", "kl": "#c44e52"}
+ALARMS = {"warning": "#e0a800", "collapse": "#c44e52"}
 
 
 def step_rows(log_history: list[dict]) -> list[dict]:
@@ -21,7 +23,15 @@ def step_rows(log_history: list[dict]) -> list[dict]:
 
     What is not finite becomes None: JSON has no NaN.
     """
-    rows = [row for row in log_history if "reward" in row]
+    return _finite([row for row in log_history if "reward" in row])
+
+
+def loss_rows(log_history: list[dict]) -> list[dict]:
+    """The same of a reward model's training."""
+    return _finite([row for row in log_history if "loss" in row])
+
+
+def _finite(rows: list[dict]) -> list[dict]:
     return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
 
 
@@ -63,27 +73,39 @@ def run_facts(config: dict, preset: str, device: torch.device, dtype: torch.dtyp
     }
 
 
-def describe_folder(folder: Path, tokenizer, facts: dict, rows: list[dict], seconds: float, finished: bool) -> None:
+def describe_folder(
+    folder: Path, tokenizer, facts: dict, rows: list[dict], seconds: float, finished: bool, kept: int | None = None
+) -> None:
     """Make an adapter folder self-describing. run.json is written last: its presence says that the folder is whole.
 
     Args:
         folder: holds adapter and tokenizer already.
         rows: one per step (see `step_rows`).
         seconds: wall time of the training so far.
+        kept: the step that the weights are of, where it is not the last one: the run collapsed after it.
     """
     generation_config(tokenizer, facts["config"]).save_pretrained(folder)
     files.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    draw_curve(rows, facts["config"], folder / "reward.png")
-    files.write_text(folder / "README.md", model_card(facts, rows, seconds, finished))
-    last = rows[-1] if rows else {}
-    files.write_json(
-        folder / "run.json",
-        {**facts, "finished": finished, "steps": last.get("step", 0), "seconds": round(seconds, 1), "last_metrics": last},
-    )
+    draw_curve(rows, facts["config"], folder / "reward.png", kept)
+    used = rows if kept is None else [row for row in rows if row["step"] <= kept]
+    files.write_text(folder / "README.md", model_card(facts, used, seconds, finished, collapsed=kept is not None))
+    last = used[-1] if used else {}
+    ending = {"finished": finished, "steps": last.get("step", 0), "seconds": round(seconds, 1), "last_metrics": last}
+    files.write_json(folder / "run.json", {**facts, **ending, "collapsed_at": rows[-1]["step"] if kept is not None else None})
 
 
-def draw_curve(rows: list[dict], config: dict, path: Path) -> None:
-    """Reward, answer length, ended share and KL over the steps."""
+def describe_reward_folder(
+    folder: Path, facts: dict, rows: list[dict], seconds: float, scale: dict, measured: dict, left_out: int
+) -> None:
+    """The same for a reward model; `scale` is what its scores are centred and scaled by (see `reward_model.RewardModel`)."""
+    files.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    files.write_text(folder / "README.md", reward_card(facts, rows, seconds, measured, left_out))
+    steps = {"finished": True, "steps": rows[-1]["step"] if rows else 0, "seconds": round(seconds, 1)}
+    files.write_json(folder / "run.json", {**facts, **steps, "scores": scale, "validation": measured})
+
+
+def draw_curve(rows: list[dict], config: dict, path: Path, kept: int | None = None) -> None:
+    """Reward, answer length, ended share and KL over the steps; alarms and the step `kept` are marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
@@ -109,46 +131,84 @@ def draw_curve(rows: list[dict], config: dict, path: Path) -> None:
     plot(length, "answers/tokens", COLORS["length"], "mean answer")
     length.axhline(config["target_tokens"], color="grey", linestyle="--", linewidth=1, label="target")
     length.set(title="Answer length (tokens)", ylim=(0, None))
-    for each in (reward, length):
-        if rows:
-            each.legend(frameon=False, loc="lower right")
     plot(ended, "answers/ended", COLORS["ended"], "ended")
     ended.set(title="Share of answers that ended by themselves", ylim=(0, 1.02), xlabel="step")
     plot(kl, "kl", COLORS["kl"], "KL")
     kl.set(title="KL from the base (nats per token)", ylim=(0, None), xlabel="step")
+    marks = [(row["step"], kind, metric) for row in rows for kind, metric in row.get("alarms", [])]
+    for step, kind, _ in marks:
+        for each in axes.flat:
+            each.axvline(step, color=ALARMS[kind], linewidth=1, linestyle=":")
+    for step in {step for step, _, _ in marks}:
+        names = [metric.split("/")[-1] for at, _, metric in marks if at == step]
+        reward.text(step, 1.0, " " + ", ".join(names), rotation=90, va="top", ha="right", fontsize=7, color="#444444",
+                    transform=reward.get_xaxis_transform())  # fmt: skip
     for each in axes.flat:
+        if kept is not None:
+            each.axvline(kept, color="#55a868", linewidth=1.5, label="kept")
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.2)
+    for each in (reward, length):
+        if rows:
+            each.legend(frameon=False, loc="best")
     figure.savefig(path, dpi=120)
 
 
-def model_card(facts: dict, rows: list[dict], seconds: float, finished: bool) -> str:
-    """A card for the Hub. Every number in it comes from the run's own metrics."""
+def _card_top(facts: dict, pipeline: str, tags: list[str], title: str) -> list[str]:
+    """The Hub's metadata and the title; `title` with a place for the base."""
     config, dataset = facts["config"], facts["data"]["dataset"]
     hub_base = config["model"] if config["model"] != "tiny" and not Path(config["model"]).exists() else None
     base = hub_base or ("the tiny Phi of this project, made on the spot" if config["model"] == "tiny" else config["model"])
-    lines = [
+    return [
         "---",
         *([f"base_model: {hub_base}"] if hub_base else []),
         "library_name: peft",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {pipeline}",
         "license: mit",
         *([f"datasets:\n- {dataset}"] if "/" in dataset and not Path(dataset).exists() else []),
-        "tags:\n- grpo\n- trl\n- lora",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
         "---",
         "",
-        f"# A LoRA adapter for {base}, trained with GRPO",
+        f"# {title.format(base=base)}",
         "",
-        f"Reward: an answer near {config['target_tokens']} tokens that ends by itself. "
+    ]
+
+
+def _card_end(facts: dict, settings: str) -> list[str]:
+    config = facts["config"]
+    return [
+        "",
+        "## How it was made",
+        "",
+        f"- LoRA r={config['lora_r']}, alpha={config['lora_alpha']}, on {facts['adapted']}",
+        f"- {settings}, seed {config['seed']}",
+        "- " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
+        f"- code at commit {facts['git_commit'] or 'unknown'}; all settings in `run.json`, every step in `metrics.jsonl`",
+        "",
+    ]
+
+
+def model_card(facts: dict, rows: list[dict], seconds: float, finished: bool, collapsed: bool = False) -> str:
+    """A card for the Hub. Every number in it comes from the run's own metrics."""
+    config = facts["config"]
+    lines = [
+        *_card_top(facts, "text-generation", ["grpo", "trl", "lora"], "A LoRA adapter for {base}, trained with GRPO"),
+        "| reward | weight | |",
+        "|---|---|---|",
+        *(f"| {reward['name']} | {reward['weight']:g} | {reward['pays_for']} |" for reward in facts["rewards"]),
+        "",
         f"{rows[-1]['step'] if rows else 0} steps{'' if finished else ' (a checkpoint of a longer run)'}, "
-        f"{seconds / 60:.0f} minutes on {facts['hardware']}.",
+        f"{seconds / 60:.0f} minutes on {facts['hardware']}. Target: {config['target_tokens']} tokens."
+        + (" The run collapsed after it, so this earlier checkpoint was kept." if collapsed else ""),
         "",
         "| over training, first to last steps | from | to |",
         "|---|---|---|",
     ]
-    table = {"reward": "mean reward", "answers/ended": "ended share", "answers/tokens": "answer tokens",
-             "kl": "KL from the base"}  # fmt: skip
-    for key, name in table.items():
+    each = {f"rewards/{reward['name']}/mean": reward["name"] for reward in facts["rewards"]}
+    names = {"reward": "mean reward", **(each if len(each) > 1 else {}),
+             "answers/ended": "ended share", "answers/tokens": "answer tokens", "kl": "KL from the base"}  # fmt: skip
+    for key, name in names.items():
         if means := window(rows, key):
             lines.append(f"| {name} | {means[0]:.3g} | {means[1]:.3g} |")
     lines += [
@@ -173,14 +233,61 @@ def model_card(facts: dict, rows: list[dict], seconds: float, finished: bool) ->
         "output = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
         "```",
+        *_card_end(
+            facts,
+            f"learning rate {config['learning_rate']:g}, {config['num_generations']} generations per prompt, "
+            f"beta {config['beta']:g}, loss {config['loss_type']}",
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def reward_card(facts: dict, rows: list[dict], seconds: float, measured: dict, left_out: int) -> str:
+    """A card for a reward model: what it is worth, beside what costs nothing."""
+    config = facts["config"]
+
+    def cell(row: dict, key: str) -> str:
+        low, high = row[f"{key}_interval"]
+        return f"{100 * row[key]:.1f}" + (f" [{100 * low:.0f}, {100 * high:.0f}]" if low is not None else "")
+
+    lines = [
+        *_card_top(
+            facts, "text-classification", ["reward-model", "trl", "lora"], "A reward model on {base}: LoRA and a scalar head"
+        ),
+        verdict(measured),
         "",
-        "## How it was made",
+        "| held-out pairs | | agrees with people, % | the longer reply wins, % |",
+        "|---|---|---|---|",
+        *(f"| {row['group']} | {row['pairs']} | {cell(row, 'model')} | {cell(row, 'longer')} |" for row in measured["groups"]),
         "",
-        f"- LoRA r={config['lora_r']}, alpha={config['lora_alpha']}, on {facts['adapted']}",
-        f"- learning rate {config['learning_rate']:g}, {config['num_generations']} generations per prompt, "
-        f"beta {config['beta']:g}, loss {config['loss_type']}, seed {config['seed']}",
-        "- " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
-        f"- code at commit {facts['git_commit'] or 'unknown'}; all settings in `run.json`, every step in `metrics.jsonl`",
+        "95 % bootstrap intervals over prompts; chance is 50 %. Nearly equal length: at most 10 % apart, so that length cannot "
+        f"help. {measured['ties']} pairs were scored alike and count half; pairs that people ranked alike are not among "
+        f"them. Rank correlation of score and reply length: {measured['rank_correlation']}.",
         "",
+        "![scores of preferred and other replies](scores.png)",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import json",
+        "",
+        "from peft import AutoPeftModelForSequenceClassification",
+        "from transformers import AutoTokenizer",
+        "",
+        'folder = "."  # this folder',
+        "model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model.config.pad_token_id = tokenizer.pad_token_id",
+        'messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because it scatters light."}]',
+        'score = model(**tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)).logits[0, 0].item()',
+        'scale = json.load(open(f"{folder}/run.json"))["scores"]',
+        'print((score - scale["mean"]) / scale["std"])  # 0: as good as the mean human reply',
+        "```",
+        *_card_end(
+            facts,
+            f"{rows[-1]['step'] if rows else 0} updates of {config['per_device_train_batch_size']} x "
+            f"{config['gradient_accumulation_steps']} pairs ({left_out} too long), learning rate "
+            f"{config['reward_learning_rate']:g}, {seconds / 60:.0f} minutes on {facts['hardware']}",
+        ),
     ]
     return "\n".join(lines)

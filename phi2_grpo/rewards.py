@@ -1,111 +1,90 @@
-"""Rewards: what a good answer is paid for. Write your own as a function like `length` and name it in REWARDS.
+"""Rewards: what a good answer is paid for. Small pure functions in TRL's signature.
 
-A reward has TRL's signature (https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"): keyword
-arguments in, one float (or None: not scored) for each completion out. Beside TRL's `prompts`, `completions`,
-`completion_ids` and every column of the data set it gets, already trimmed, `answers` (texts), `answer_tokens`, `ended`,
-and `target_tokens`.
+Keyword arguments in, one float (or None: not scored) for each completion out
+(https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"). Beside TRL's `prompts`, `completions`,
+`completion_ids` and every column of the data set (`lang`, `reference`, ...), a reward gets the answers already trimmed:
+`answers` (texts), `answer_ids`, `answer_tokens` (counts), `ended`; and `target_tokens`. Choose, weigh and add your own with
+--rewards (see README.md). The first line of a docstring is what the model card says of it.
 """
 
 import functools
-import math
-from collections import defaultdict
-from collections.abc import Callable
-
-from phi2_grpo.answers import trim
-from phi2_grpo.cli import UserError
 
 
 def length(answer_tokens: list[int], ended: list[bool], target_tokens: int, **_) -> list[float]:
-    """Pays for an answer near `target_tokens` tokens that ends by itself. In [0, 1]. Gamed by padding to the target.
+    """Pays for answers of about `target_tokens` tokens that end by themselves. In [0, 1].
 
-    Half pay for what did not end is what lets a model learn to end at all: with an ending probability of 0.05, two
-    groups in three have no ended completion, and a reward of 0 for them all would teach nothing.
+    Half for the same length without an end, so that a group in which nothing ended still teaches. Gamed by padding: it
+    says nothing about sense, so give it a companion.
     """
-    near = [max(0.0, 1 - abs(tokens - target_tokens) / target_tokens) for tokens in answer_tokens]
+    near = [max(0.0, 1.0 - abs(tokens - target_tokens) / target_tokens) for tokens in answer_tokens]
     return [score if done else score / 2 for score, done in zip(near, ended, strict=True)]
 
 
-REWARDS = [length]  # all are summed; a reward model of your own can stand here too, as a function
+def ending(ended: list[bool], **_) -> list[float]:
+    """Pays for ending by itself. 0 or 1.
 
-
-class Scorer:
-    """The rewards as TRL calls them, with each batch trimmed once, and a look at the last batch for the printed samples."""
-
-    def __init__(self, tokenizer, target_tokens: int, rewards: list[Callable] | None = None):
-        self.tokenizer, self.target_tokens = tokenizer, target_tokens
-        self.functions = [self._for_trl(function) for function in (REWARDS if rewards is None else rewards)]
-        self.last = []  # of the last batch, one dict a completion: prompt, completion_ids, answer, score
-        self._seen = None  # the batch that `last` is of
-
-    def score(self, prompts: list, completion_ids: list[list[int]], columns: dict) -> list[float]:
-        """Summed rewards of completions outside training. `columns`: the data set's other columns, repeated likewise."""
-        for function in self.functions:
-            function(prompts=prompts, completions=completion_ids, completion_ids=completion_ids, **columns)
-        return [row["score"] for row in self.last]
-
-    def _for_trl(self, reward: Callable) -> Callable:
-        @functools.wraps(reward)  # TRL logs a reward under its name
-        def scored(prompts, completions, completion_ids, **columns):
-            if completion_ids is not self._seen:  # the first reward of a new batch
-                self._seen = completion_ids
-                answers = trim(completion_ids, self.tokenizer)
-                self.last = [{"prompt": p, "completion_ids": ids, "answer": a, "score": 0.0}
-                             for p, ids, a in zip(prompts, completion_ids, answers, strict=True)]  # fmt: skip
-                self._log_answers(columns)
-            answers = [row["answer"] for row in self.last]
-            scores = reward(
-                prompts=prompts,
-                completions=completions,
-                completion_ids=completion_ids,
-                answers=[answer.text for answer in answers],
-                answer_tokens=[answer.tokens for answer in answers],
-                ended=[answer.ended for answer in answers],
-                target_tokens=self.target_tokens,
-                **columns,
-            )
-            if len(scores) != len(self.last):
-                raise ValueError(f"it returned {len(scores)} rewards for {len(self.last)} completions")
-            for row, value in zip(self.last, scores, strict=True):
-                row["score"] += value if isinstance(value, int | float) else 0.0
-            self._log_languages(reward.__name__, scores, columns)
-            return scores
-
-        return scored
-
-    def _log_answers(self, columns: dict) -> None:
-        if log := columns.get("log_metric"):  # TRL's: the mean over a step, beside its own metrics
-            log("answers/ended", sum(row["answer"].ended for row in self.last) / len(self.last))
-            log("answers/tokens", sum(row["answer"].tokens for row in self.last) / len(self.last))
-
-    def _log_languages(self, name: str, scores: list, columns: dict) -> None:
-        by_language = defaultdict(list)
-        for language, value in zip(columns.get("lang") or [], scores, strict=False):
-            if value is not None:
-                by_language[language].append(value)
-        if (log := columns.get("log_metric")) and by_language:
-            for language, values in by_language.items():
-                log(f"rewards/{name}/{language}", sum(values) / len(values))
-
-
-def try_rewards(scorer: Scorer, rows: list[dict]) -> dict[str, list[float]]:
-    """Call each reward on real rows, their human replies taken as completions; scores by reward name.
-
-    Raises UserError naming the reward that has the wrong signature, count, type or a value that is not finite.
+    Gamed by ending at once: give it a companion that wants something said.
     """
-    texts = [row["reference"] or "I do not know." for row in rows]
-    completion_ids = [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]]
-    completions = [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    prompts = [row["prompt"] for row in rows]
-    found = {}
-    for function in scorer.functions:
-        name = function.__name__
-        try:
-            scores = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        except Exception as error:  # the user's own code may raise anything
-            raise UserError(f"the reward {name!r} failed on a real row: {type(error).__name__}: {error}") from error
-        bad = [v for v in scores if v is not None and not (isinstance(v, int | float) and math.isfinite(v))]
-        if bad:
-            raise UserError(f"the reward {name!r} returned {bad[0]!r}; it must return finite numbers, or None.")
-        found[name] = scores
-    return found
+    return [float(done) for done in ended]
+
+
+def repetition(answer_ids: list[tuple[int, ...]], **_) -> list[float]:
+    """Fines repeated runs of three tokens, by their share. In [-1, 0].
+
+    TRL's, from arXiv 2502.03373, C.2. Gamed by saying little: fewer than three tokens repeat nothing.
+    """
+    from trl.rewards import get_repetition_penalty_reward
+
+    return get_repetition_penalty_reward(ngram_size=3, max_penalty=-1.0)(completion_ids=answer_ids)
+
+
+def language(answers: list[str], lang: list[str], **_) -> list[float | None]:
+    """Pays for answering in the prompt's language, by py3langid's probability of it. In [0, 1].
+
+    An empty answer earns 0; a language unknown to py3langid is not scored. Gamed by a few very common words of it.
+    """
+    codes = [language_code(name) for name in lang]
+    known = language_identifier().labels
+    ranks = [dict(language_identifier().rank(answer)) if answer else {} for answer in answers]
+    return [float(rank.get(code, 0.0)) if code in known else None for rank, code in zip(ranks, codes, strict=True)]
+
+
+def reference(answers: list[str], reference: list[str | None], **_) -> list[float | None]:
+    """Pays for closeness to the best human reply, by sacrebleu's chrF. In [0, 1].
+
+    Not scored where there is no reply. Gamed by common letters and words; and an answer may be good and far from the one
+    reply that somebody happened to write.
+    """
+    return [
+        _chrf().sentence_score(answer, [best]).score / 100 if best else None
+        for answer, best in zip(answers, reference, strict=True)
+    ]
+
+
+BUILT_IN = {function.__name__: function for function in (length, ending, repetition, language, reference)}
+
+# oasst1's languages: a guess among these is better than one among all that py3langid knows.
+LANGUAGES = ["ar", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "eo", "es", "eu", "fa", "fi", "fr", "gl", "he", "hu", "id",
+             "it", "ja", "ko", "nl", "no", "pl", "pt", "ro", "ru", "sk", "sv", "th", "tr", "uk", "vi", "zh"]  # fmt: skip
+
+
+def language_code(name: str) -> str:
+    """oasst1's code as py3langid has it: pt-BR is pt, uk-UA is uk, and Bokmål (nb) is Norwegian."""
+    return name.split("-")[0].replace("nb", "no")
+
+
+@functools.cache
+def language_identifier():
+    """py3langid, with probabilities, restricted to LANGUAGES."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier.set_languages(LANGUAGES)
+    return identifier
+
+
+@functools.cache
+def _chrf():
+    from sacrebleu.metrics import CHRF
+
+    return CHRF()

@@ -13,12 +13,14 @@ import export_model
 import inspect_data
 import prepare_data
 import train_grpo
+import train_reward
 import validate_model
 from phi2_grpo import cli
 
 SCRIPTS = {
     "prepare_data": prepare_data,
     "inspect_data": inspect_data,
+    "train_reward": train_reward,
     "train_grpo": train_grpo,
     "validate_model": validate_model,
     "deploy_space": deploy_space,
@@ -84,6 +86,7 @@ def test_order_is_config_then_preset_then_flags():
     config, _ = cli.parse(parser, given)
     assert config["learning_rate"] == 2e-5 and config["lora_target_modules"] == ["fc1", "fc2"]
     assert config["activation_checkpointing"] is True
+    assert cli.parse(parser, ["--stop_on_collapse"])[0]["stop_on_collapse"] is True, "a switch needs no value"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,7 @@ def test_order_is_config_then_preset_then_flags():
         (["--device", "tpu"], "takes one of: auto, cpu, cuda"),
         (["--dtype", "float16"], "takes one of: auto, bfloat16, float32"),
         (["--max_steps"], "expected one argument"),
+        (["--stop_on_collapse", "perhaps"], "true or false"),
         (["0"], "--max_steps is '0'"),
         (["-5"], "-5"),
         (["many"], "whole number"),

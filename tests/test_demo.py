@@ -22,6 +22,7 @@ def test_the_tiny_chain(tmp_path):
     assert metrics["ended"]["difference"] > 0
     for printed in (trained.err, done.err):
         assert "Warning" not in printed
+    assert "collapse:" not in trained.out, "a sound run raises no alarm"
 
 
 def test_readme_names_real_files_and_flags():
@@ -43,16 +44,20 @@ def test_readme_names_real_files_and_flags():
     assert "make demo" in readme and "make test" in readme
 
 
-def test_the_readme_s_reward_runs_as_it_stands_there(micro):
-    from phi2_grpo import rewards
-    from phi2_grpo.loading import load_tokenizer
-
-    code = re.search(r"```python\n(def polite.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    names = {"length": rewards.length}
+def test_the_readme_s_reward_runs_as_it_stands_there(call, quick, tmp_path, monkeypatch):
+    """Five lines in a file of one's own, and the command below them."""
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(def polite.+?)```", readme, re.DOTALL)[1]
+    assert len(code.strip().splitlines()) <= 5
+    command = re.search(r"^python train_grpo.py (--preset tiny --rewards \S*polite\S*)", readme, re.MULTILINE)[1]
+    name = re.search(r"([\w./]+\.py):polite", command)[1]
+    (tmp_path / name).write_text(code)
+    flags = command.replace(name, str(tmp_path / name)).split()
+    done = call("train_grpo", 1, *flags, *quick[2:], "--output_dir", tmp_path / "o")
+    assert done.code == 0 and "polite x" in done.out, done.err
+    names = {}
     exec(code, names)
-    scorer = rewards.Scorer(load_tokenizer({"model": str(micro), "model_revision": "main"}), 8, names["REWARDS"])
-    rows = [{"prompt": [], "lang": "en", "message_id": "1", "reference": text} for text in ("Yes, please.", "No.")]
-    assert rewards.try_rewards(scorer, rows)["polite"] == [1.0, 0.0]
+    assert names["polite"](answers=["Yes, please.", "No."]) == [1.0, 0.0]
 
 
 def test_readme_s_numbers_are_the_measured_ones():

@@ -1,0 +1,215 @@
+"""A reward model as a reward: a sequence-classification head of one output, on the policy's own base wherever that can be.
+
+One base, three roles. The policy is the base with its adapter, the KL's reference is the base with that adapter off, and a
+reward model trained on the same base is that base with another adapter and a head. So the reward model here is a second tree of
+modules over the very tensors of the policy's base: judging costs an adapter, not another copy of the weights, and touches
+nothing of the policy. A reward model on another base is loaded beside it.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from phi2_grpo import files
+from phi2_grpo.chat import prepare_tokenizer
+from phi2_grpo.cli import UserError
+from phi2_grpo.loading import resolve_model
+from phi2_grpo.model import new_head
+
+BATCH = 16  # answers judged at once
+FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]  # what is taken from the Hub: no pickles, no code
+
+
+class RewardModel:
+    """Pays for what its model scores as good: its score, centred and scaled to the spread it has for human replies.
+
+    Args:
+        name: the folder or Hub id of a sequence-classification model with one output, or of a PEFT adapter of one.
+
+    Raises UserError where that cannot be found, is incomplete or gives no single score. Nothing large is loaded before `load`.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.folder = name, _find(name)
+        self.__name__ = self.folder.name if Path(name).expanduser().is_dir() else name.rpartition("/")[2]
+        self.adapter = (self.folder / "adapter_config.json").is_file()
+        try:
+            self._look()
+        except UserError:
+            raise
+        except Exception as error:  # json, safetensors, PEFT and transformers raise a dozen kinds for what they cannot read
+            raise UserError(f"the reward model {name} is broken: {str(error).strip().splitlines()[0]}") from None
+        scale = files.read_json(self.folder / "run.json").get("scores") or {}
+        self.scaled = bool(scale.get("std"))
+        self.mean, self.std = (scale["mean"], scale["std"]) if self.scaled else (0.0, 1.0)
+        self.model = None
+
+    def _look(self) -> None:
+        """Sets `base`, (name, revision) of the model under the adapter, after a look at the files."""
+        if not self.adapter:
+            config = AutoConfig.from_pretrained(self.folder)
+            kinds = config.architectures or []
+            if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+                raise UserError(
+                    f"{self.name} is {', '.join(kinds) or 'no model'}, not a sequence-classification (reward) model."
+                )
+            labels, self.base = config.num_labels, (str(self.folder), None)
+        else:
+            weights = self.folder / "adapter_model.safetensors"
+            if not weights.is_file() or not weights.stat().st_size:
+                raise UserError(f"the reward model {self.name} is incomplete: {weights.name} is missing or empty.")
+            config = PeftConfig.from_pretrained(self.folder)
+            self.base = (config.base_model_name_or_path, config.revision)
+            with safe_open(weights, "pt") as tensors:
+                heads = [key for key in tensors.keys() if key.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
+                labels = tensors.get_slice(heads[0]).get_shape()[0] if heads else 0
+        if labels == 0:
+            raise UserError(f"{self.name} is an adapter without a head, not a reward model. Train one: python train_reward.py")
+        if labels != 1:
+            raise UserError(f"the reward model {self.name} has {labels} labels, but a reward is one number. Take one with one.")
+
+    @property
+    def loaded(self) -> bool:
+        return self.model is not None
+
+    def shares_base_of(self, config: dict) -> bool:
+        """Whether it was trained on the very base that `config` names."""
+        name, revision = resolve_model(config)
+        if not self.adapter:
+            return False
+        if revision is None:  # a local folder
+            return Path(self.base[0]).exists() and Path(self.base[0]).resolve() == Path(name)
+        return self.base == (name, revision)
+
+    def describe(self, config: dict) -> str:
+        """One line: on whose weights it judges, and how its scores are scaled."""
+        where = (
+            "on the policy's own weights" if self.shares_base_of(config) else f"on another base, {self.base[0]}: loaded beside"
+        )
+        scale = f"scores less {self.mean:.2f}, by {self.std:.2f}" if self.scaled else "raw scores, for its folder has no scale"
+        return f"{self.__name__} {where}; {scale}"
+
+    def extra_bytes(self, config: dict, dtype: torch.dtype) -> int:
+        """What it adds to the policy's memory: its adapter and head, and its base where that is another."""
+        own = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        if not self.adapter or self.shares_base_of(config):
+            return own
+        try:
+            base = AutoConfig.from_pretrained(self.base[0], **self._where())
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the base of the reward model {self.name}, {self.base[0]}, cannot be loaded: {reason}") from None
+        with torch.device("meta"):
+            return own + AutoModelForSequenceClassification.from_config(base).num_parameters() * dtype.itemsize
+
+    def _where(self) -> dict:
+        name, revision = self.base
+        return {"revision": revision} if revision and not Path(name).exists() else {}
+
+    def load(self, config: dict, policy_base, device: torch.device, dtype: torch.dtype) -> None:
+        """Make it ready to judge. Changes neither the policy's base nor the random state.
+
+        Args:
+            policy_base: the base model of the policy, before LoRA is put on it.
+
+        Raises UserError where the weights cannot be had, or do not fit.
+        """
+        cuda = [device] if device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=cuda):
+                shared = self.shares_base_of(config)
+                model = self._shared(policy_base) if shared else self._beside(device, dtype)
+                if self.adapter:
+                    model = _with_adapter(model, self.folder)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the reward model {self.name} cannot be loaded on {self.base[0]}: {reason}") from None
+        if (self.folder / "tokenizer.json").is_file():
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        else:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.base[0], **self._where())
+        prepare_tokenizer(self.tokenizer)
+        self.tokenizer.padding_side = "right"
+        # Where the last token of a text is found; an answer never holds it, for it is trimmed.
+        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    def _shared(self, policy_base):
+        config = type(policy_base.config).from_dict({**policy_base.config.to_dict(), "num_labels": 1})
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+        # The same tensors, not copies: `assign` takes them as they are.
+        backbone = policy_base.base_model.state_dict()
+        model.base_model.load_state_dict(backbone, assign=True)
+        return new_head(model)
+
+    def _beside(self, device: torch.device, dtype: torch.dtype):
+        options = {"num_labels": 1, "dtype": dtype, "attn_implementation": "sdpa", **self._where()}
+        model = AutoModelForSequenceClassification.from_pretrained(self.base[0], **options).to(device)
+        return new_head(model) if self.adapter else model
+
+    def judge(self, prompts: list[list[dict]], answers: list[str]) -> list[float]:
+        """Raw scores of answers (texts) to conversations."""
+        return judge(self.model, self.tokenizer, prompts, answers)
+
+    def __call__(self, prompts: list[list[dict]], answers: list[str], **_) -> list[float]:
+        return [(score - self.mean) / self.std for score in self.judge(prompts, answers)]
+
+
+@torch.no_grad()
+def judge(model, tokenizer, prompts: list[list[dict]], answers: list[str]) -> list[float]:
+    """Raw scores of answers (texts) to conversations, seen as `RewardTrainer` shows them in training.
+
+    `model` is in eval mode, `tokenizer` pads on the right.
+    """
+    texts = conversations(tokenizer, prompts, answers)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths together: less padding
+    scores = [0.0] * len(texts)
+    longest = getattr(model.config, "max_position_embeddings", None) or 2048
+    options = {"padding": True, "truncation": True, "max_length": longest, "add_special_tokens": False}
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", **options).to(model.device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (B, T)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, 1)
+        for i, score in zip(batch, logits[:, 0].tolist(), strict=True):
+            scores[i] = score
+    return scores
+
+
+def conversations(tokenizer, prompts: list[list[dict]], answers: list[str]) -> list[str]:
+    """What a reward model sees: prompt and answer under its chat template."""
+    talks = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers, strict=True)]
+    return [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+
+
+def _with_adapter(model, folder: Path) -> PeftModel:
+    """The adapter of `folder` on `model`. Raises UserError where it was made for another base."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+        saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
+    wrapped = PeftModel.from_pretrained(model, str(folder))
+    adapted = sum(hasattr(module, "lora_A") for module in wrapped.modules())
+    if saved != adapted:  # PEFT passes over what has no place
+        raise UserError(f"the reward model {folder} has weights for {saved} layers where its base has {adapted}.")
+    return wrapped
+
+
+def _find(name: str) -> Path:
+    """The folder of a reward model; fetched from the Hub where `name` is none of this machine."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("adapter_config.json", "config.json")):
+            raise UserError(f"--rewards: the folder {name} holds no model (no adapter_config.json and no config.json).")
+        return path.resolve()
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # the Hub, the network and the name check each have their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--rewards: {name} is no folder here, and cannot be had from the Hub: {reason}") from None

@@ -1,0 +1,253 @@
+"""From --rewards to what TRL calls: the functions chosen, each batch trimmed once, scores checked, logged and compared."""
+
+import difflib
+import importlib
+import importlib.util
+import math
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from phi2_grpo import rewards, signs
+from phi2_grpo.answers import trim
+from phi2_grpo.cli import UserError, split_weight
+from phi2_grpo.reward_model import RewardModel
+
+
+class BadReward(UserError):
+    """A reward that failed, or gave what is no score."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function (a RewardModel is one too), and how much it counts."""
+
+    name: str
+    weight: float
+    function: Callable
+
+    @property
+    def pays_for(self) -> str:
+        """The first line of its docstring, for the model card and the app."""
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+
+def choose_rewards(items: list[str]) -> list[Reward]:
+    """The rewards that `--rewards length:1.0,my_rewards.py:polite,results/reward-model` names; a weight left out is 1.
+
+    Reward models are looked at but not loaded (see `RewardModel.load`). Raises UserError for what cannot be found, imported or
+    used, for a weight that is not finite, and where all weights are 0.
+    """
+    chosen = []
+    for item in items:
+        name, weight = split_weight(item)
+        if not math.isfinite(weight):
+            raise UserError(f"--rewards: the weight of {name} is {weight}, but it takes a finite number.")
+        function = _find(name)
+        chosen.append(Reward(function.__name__, weight, function))
+    names = [reward.name for reward in chosen]
+    if not chosen:
+        raise UserError(f"--rewards is empty. Give at least one: {', '.join(rewards.BUILT_IN)}, or your own (see README.md).")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"--rewards names {', '.join(twice)} twice. Give each once; weights add up: length:2.")
+    if not any(reward.weight for reward in chosen):
+        raise UserError("--rewards: all weights are 0, so nothing would be learnt. Give one another weight.")
+    return chosen
+
+
+def describe(chosen: list[Reward]) -> list[dict]:
+    """Names, weights and what each pays for, as run.json has them."""
+    return [{"name": reward.name, "weight": reward.weight, "pays_for": reward.pays_for} for reward in chosen]
+
+
+def _find(name: str) -> Callable:
+    """A built-in's name, `path/to/file.py:function`, `package.module:function`, or a reward model's folder or Hub id."""
+    if name in rewards.BUILT_IN:
+        return rewards.BUILT_IN[name]
+    where, colon, function = name.rpartition(":")
+    if colon:
+        return _import_function(where, function)
+    if Path(name).expanduser().is_dir() or "/" in name:
+        return RewardModel(name)
+    near = difflib.get_close_matches(name, rewards.BUILT_IN, n=1)
+    raise UserError(
+        f"--rewards: there is no reward {name!r}.{f' Did you mean {near[0]}?' if near else ''} Built in are "
+        f"{', '.join(rewards.BUILT_IN)}; your own is path/to/file.py:function or package.module:function; a reward model is "
+        "its folder or Hub id."
+    )
+
+
+def _import_function(where: str, name: str) -> Callable:
+    try:
+        module = _import_file(Path(where).expanduser()) if where.endswith(".py") else _import_module(where)
+    except Exception as error:  # the user's own code may raise anything
+        lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == Path(where).name]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1].lineno if lines else None
+        at = f" at line {line}" if line else ""
+        raise UserError(f"--rewards: {where} does not import{at}: {type(error).__name__}: {error}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--rewards: {where} has no function {name!r}.")
+    return function
+
+
+def _import_file(path: Path):
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_module(name: str):
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # packages in the folder where the command was given
+    return importlib.import_module(name)
+
+
+class Scorer:
+    """The rewards as TRL calls them, with each batch trimmed once, and a look at the last batch for the printed samples."""
+
+    def __init__(self, tokenizer, target_tokens: int, chosen: list[Reward]):
+        self.tokenizer, self.target_tokens, self.chosen = tokenizer, target_tokens, chosen
+        self.functions = [self._for_trl(reward) for reward in chosen]
+        self.last = []  # of the last batch, one dict a completion: prompt, completion_ids, answer, score, scores by name
+        self._seen = None  # the batch that `last` is of
+        self._centred: dict[str, list] = defaultdict(list)  # since `compare` was called: scores less their group's mean
+
+    @property
+    def models(self) -> list[RewardModel]:
+        """The reward models among the rewards."""
+        return [reward.function for reward in self.chosen if isinstance(reward.function, RewardModel)]
+
+    def score(self, prompts: list, completion_ids: list[list[int]], columns: dict) -> list[float]:
+        """Weighted sums of the rewards of completions outside training; what a reward does not score counts as 0.
+
+        `columns`: the data set's other columns, a value a completion.
+        """
+        for function in self.functions:
+            function(prompts=prompts, completions=completion_ids, completion_ids=completion_ids, **columns)
+        return [row["score"] for row in self.last]
+
+    def _for_trl(self, reward: Reward) -> Callable:
+        def scored(prompts, completions, completion_ids, **columns):
+            if completion_ids is not self._seen:  # the first reward of a new batch
+                self._seen = completion_ids
+                answers = trim(completion_ids, self.tokenizer)
+                self.last = [{"prompt": p, "completion_ids": ids, "answer": a, "score": 0.0, "scores": {}}
+                             for p, ids, a in zip(prompts, completion_ids, answers, strict=True)]  # fmt: skip
+                self._log_answers(columns)
+            answers = [row["answer"] for row in self.last]
+            try:
+                scores = reward.function(
+                    prompts=prompts,
+                    completions=completions,
+                    completion_ids=completion_ids,
+                    answers=[answer.text for answer in answers],
+                    answer_ids=[answer.ids for answer in answers],
+                    answer_tokens=[answer.tokens for answer in answers],
+                    ended=[answer.ended for answer in answers],
+                    target_tokens=self.target_tokens,
+                    **columns,
+                )
+                scores = _checked(reward.name, list(scores), len(answers))
+            except UserError:
+                raise
+            except Exception as error:  # the user's own code may raise anything
+                raise BadReward(f"the reward {reward.name!r} failed: {type(error).__name__}: {error}") from error
+            for row, value in zip(self.last, scores, strict=True):
+                row["scores"][reward.name] = value
+                row["score"] += reward.weight * value if value is not None else 0.0
+            self._centred[reward.name] += _less_group_mean(prompts, scores)
+            self._log_languages(reward.name, scores, columns)
+            return scores
+
+        scored.__name__ = reward.name  # TRL logs a reward under it
+        return scored
+
+    def compare(self) -> dict[str, float]:
+        """How the rewards have agreed since the last call; forgets what it compared.
+
+        `same/<reward>`: share of groups in which all completions had the same reward, so that it taught nothing.
+        `agreement/<one>~<other>`: their correlation within groups, from -1 (they fight) to 1 (one of them does nothing new);
+        left out where one of them never differed.
+        """
+        found = {f"same/{name}": float(numpy.mean([not numpy.any(numpy.abs(group) > 1e-9) for group in groups]))
+                 for name, groups in self._centred.items()}  # fmt: skip
+        flat = {name: numpy.concatenate(groups) for name, groups in self._centred.items()}
+        for i, one in enumerate(flat):
+            for other in list(flat)[i + 1 :]:
+                both = ~numpy.isnan(flat[one]) & ~numpy.isnan(flat[other])
+                a, b = flat[one][both], flat[other][both]
+                if len(a) > 2 and a.std() > 1e-9 and b.std() > 1e-9:
+                    found[f"agreement/{one}~{other}"] = float(numpy.corrcoef(a, b)[0, 1])
+        self._centred.clear()
+        return found
+
+    def _log_answers(self, columns: dict) -> None:
+        if log := columns.get("log_metric"):  # TRL's: the mean over a step, beside its own metrics
+            answers = [row["answer"] for row in self.last]
+            log("answers/ended", sum(answer.ended for answer in answers) / len(answers))
+            log("answers/tokens", sum(answer.tokens for answer in answers) / len(answers))
+            for name, value in signs.look(answers, columns.get("lang") or [], self.target_tokens).items():
+                log(f"signs/{name}", value)
+
+    def _log_languages(self, name: str, scores: list, columns: dict) -> None:
+        if not (log := columns.get("log_metric")):
+            return
+        by_language = defaultdict(list)
+        for code, value in zip(columns.get("lang") or [], scores, strict=False):
+            if value is not None:
+                by_language[code].append(value)
+        for code, values in by_language.items():
+            log(f"rewards/{name}/{code}", sum(values) / len(values))
+
+
+def _checked(name: str, scores: list, count: int) -> list[float | None]:
+    """`scores` as plain floats; raises BadReward where one is no finite number, or where there are too many or too few."""
+    if len(scores) != count:
+        raise BadReward(f"the reward {name!r} returned {len(scores)} rewards for {count} completions.")
+    numbers = (int, float, numpy.integer, numpy.floating, numpy.bool_)
+    for value in scores:
+        if value is not None and not (isinstance(value, numbers) and math.isfinite(value)):
+            raise BadReward(f"the reward {name!r} returned {value!r}; it must return finite numbers, or None (not scored).")
+    return [None if value is None else float(value) for value in scores]
+
+
+def _less_group_mean(prompts: list, scores: list[float | None]) -> list[numpy.ndarray]:
+    """Scores less their group's mean, an array a group: only differences within a group teach. None becomes NaN.
+
+    A group's completions stand next to each other, and share their prompt.
+    """
+    groups: list[list] = []
+    for i, value in enumerate(scores):
+        if i == 0 or prompts[i] != prompts[i - 1]:
+            groups.append([])
+        groups[-1].append(numpy.nan if value is None else value)
+    arrays = [numpy.array(group, float) for group in groups]
+    return [group - (group[~numpy.isnan(group)].mean() if not numpy.isnan(group).all() else 0.0) for group in arrays]
+
+
+def try_rewards(scorer: Scorer, rows: list[dict]) -> dict[str, list[float | None]]:
+    """Call each reward on real rows, their human replies taken as completions; scores by reward name.
+
+    A reward model that is not loaded yet is passed over. Raises UserError naming the reward that has the wrong signature, count
+    or type, or a value that is not finite.
+    """
+    texts = [row["reference"] or "I do not know." for row in rows]
+    completion_ids = [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    prompts = [row["prompt"] for row in rows]
+    found = {}
+    for reward, function in zip(scorer.chosen, scorer.functions, strict=True):
+        if not isinstance(reward.function, RewardModel) or reward.function.loaded:
+            found[reward.name] = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+    scorer.compare()  # forgets these rows
+    return found

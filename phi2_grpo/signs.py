@@ -1,0 +1,42 @@
+"""Signs that a reward is being gamed, seen in the answers themselves and not in any reward."""
+
+from collections import Counter
+
+from phi2_grpo.answers import Answer
+from phi2_grpo.rewards import language_code, language_identifier
+
+SHORT = 8  # tokens; a shorter answer says nothing about repetition or language
+
+
+def look(answers: list[Answer], languages: list[str], target_tokens: int) -> dict[str, float]:
+    """Of one batch of answers; each from 0 (no sign; for distinct_2, 1) to 1 (for distinct_2, 0). Left out where too few tell.
+
+    repetition: mean share of an answer's token trigrams that stood in it before.
+    distinct_2: different token bigrams in all answers, by their number ("distinct-2", arXiv 1510.03055).
+    one_language: by how much the commonest language of the answers is commoner than that of the prompts.
+    at_target: share of answers whose length is the target's, to a token.
+    empty: share of answers of fewer than two tokens.
+    """
+    long = [answer for answer in answers if answer.tokens >= SHORT]
+    found = {
+        "at_target": _mean([abs(answer.tokens - target_tokens) <= 1 for answer in answers]),
+        "empty": _mean([answer.tokens < 2 for answer in answers]),
+    }
+    if long:
+        trigrams = [_ngrams(answer.ids, 3) for answer in long]
+        bigrams = [pair for answer in long for pair in _ngrams(answer.ids, 2)]
+        found["repetition"] = _mean([1 - len(set(grams)) / len(grams) for grams in trigrams])
+        found["distinct_2"] = len(set(bigrams)) / len(bigrams)
+    asked = Counter(map(language_code, languages))
+    if len(long) >= SHORT and asked:
+        spoken = Counter(language_identifier().classify(answer.text)[0] for answer in long)
+        found["one_language"] = max(0.0, max(spoken.values()) / spoken.total() - max(asked.values()) / asked.total())
+    return found
+
+
+def _ngrams(ids: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    return list(zip(*(ids[i:] for i in range(size)), strict=False))
+
+
+def _mean(values: list) -> float:
+    return sum(values) / len(values)
