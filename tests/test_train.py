@@ -159,7 +159,14 @@ def test_check_trains_nothing(call, quick, tmp_path):
     done = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o")
     text = " ".join(done.out.replace("│", " ").split())
     assert done.code == 0 and list(tmp_path.iterdir()) == []
-    for part in ("CPU", "12 modules", "8 completions an update = 2 prompts x 4", "length x 1 (0.", "weights", "for checkpoints"):
+    for part in (
+        "CPU",
+        "12 modules",
+        "8 completions an update = 2 prompts x 4",
+        "length x 1 (0.",
+        "weights",
+        "for checkpoints",
+    ):
         assert part in text
 
 

@@ -1,0 +1,106 @@
+"""What a reward model costs in memory: on the policy's own weights, and loaded beside it.
+
+  python benchmarks/reward_memory.py [--model full|tiny]
+
+full is Phi-2's size with random weights in bfloat16: nothing is downloaded, about 6 GB are written to a temporary folder. Each
+variant is a process of its own, which loads policy and judge, and judges two answers: peak resident memory on the CPU, peak
+allocated memory on a CUDA card.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from phi2_grpo import environment  # noqa: E402, it stands in the folder above
+
+VARIANTS = ("policy alone", "judge on its weights", "judge beside it")
+
+
+def make(folder: Path, size: str) -> None:
+    """A base, and an untrained reward adapter on it."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    from config import CONFIG
+    from phi2_grpo import model, tiny
+
+    base = folder / "base"
+    if size == "full":
+        torch.set_default_dtype(torch.bfloat16)
+        model.full_size_phi2().save_pretrained(base)
+        torch.set_default_dtype(torch.float32)
+        tiny._tokenizer(tiny.SAMPLE.read_text(encoding="utf-8").splitlines()[:50]).save_pretrained(base)
+    else:
+        base.symlink_to(tiny.tiny_base())
+    config = {**CONFIG, "model": str(base)}
+    judge = model.new_head(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="auto"))
+    judge = get_peft_model(judge, model.lora_config(config, judge, "SEQ_CLS"))
+    judge.save_pretrained(folder / "judge")
+
+
+def measure(folder: Path, variant: str) -> None:
+    """Prints the peak in bytes."""
+    import torch
+
+    from config import CONFIG
+    from phi2_grpo import model
+    from phi2_grpo.reward_model import RewardModel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if (folder / "base" / "model.safetensors").stat().st_size > 1e9 else torch.float32
+    config = {**CONFIG, "model": str(folder / "base")}
+    base = model.load_base(config, device, dtype)
+    with torch.no_grad():
+        base(torch.arange(64, device=device)[None])
+    if variant != "policy alone":
+        judge = RewardModel(str(folder / "judge"))
+        if variant == "judge beside it":
+            judge.shares_base_of = lambda config: False  # as if its base were another
+        judge.load(config, base, device, dtype)
+        judge(prompts=[[{"role": "user", "content": "Why?"}]] * 2, answers=["Because it is so.", "Nobody knows."])
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    print(f"peak {peak}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("full", "tiny"), default="full")
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "VARIANT"), help="for the processes that this one starts")
+    arguments = parser.parse_args()
+    environment.prepare()
+    if arguments.measure:
+        measure(Path(arguments.measure[0]), arguments.measure[1])
+        return
+    import torch
+
+    from benchmarks.results import write_section
+
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), arguments.model)
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, "--measure", folder, variant]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            peaks[variant] = int(done.stdout.rpartition("peak ")[2])
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, resident memory of the whole process"
+    lines = ["| | peak | more than the policy alone |", "|---|---|---|"]
+    for variant, peak in peaks.items():
+        lines.append(f"| {variant} | {peak / 1e9:.2f} GB | {(peak - peaks['policy alone']) / 1e9:.2f} GB |")
+    size = "Phi-2's size, random weights in bfloat16" if arguments.model == "full" else "the tiny model"
+    body = "\n".join(lines) + f"\n\n{size}; {where}; LoRA r 16 in float32 and a head as the judge."
+    title = "A reward model's memory" + ("" if arguments.model == "full" else ", tiny")
+    write_section(title, f"python benchmarks/reward_memory.py --model {arguments.model}", body, "torch", "transformers", "peft")
+
+
+if __name__ == "__main__":
+    main()
