@@ -39,6 +39,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/seeds.py
+	$(BIN)/python benchmarks/reward_seeds.py
+	$(BIN)/python benchmarks/reward_memory.py
 
 dashboard: .venv/ready
 	TRACKIO_DIR=$(CURDIR)/results/trackio $(BIN)/trackio show --project phi2-grpo

@@ -3,7 +3,7 @@
   python benchmarks/reward_memory.py [--model full|tiny]
 
 full is Phi-2's size with random weights in bfloat16: nothing is downloaded, about 6 GB are written to a temporary folder. Each
-variant is a process of its own, which loads policy and judge, and judges two answers: peak resident memory on the CPU, peak
+variant is a process of its own, which loads policy and judge, and judges two answers: its resident memory on the CPU, its
 allocated memory on a CUDA card.
 """
 
@@ -45,7 +45,7 @@ def make(folder: Path, size: str) -> None:
 
 
 def measure(folder: Path, variant: str) -> None:
-    """Prints the peak in bytes."""
+    """Prints what is held at the end, and the peak, in bytes."""
     import torch
 
     from config import CONFIG
@@ -64,12 +64,12 @@ def measure(folder: Path, variant: str) -> None:
             judge.shares_base_of = lambda config: False  # as if its base were another
         judge.load(config, base, device, dtype)
         judge(prompts=[[{"role": "user", "content": "Why?"}]] * 2, answers=["Because it is so.", "Nobody knows."])
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-    print(f"peak {peak}")
+    if device.type == "cuda":
+        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    else:
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"memory {held} {peak}")
 
 
 def main() -> None:
@@ -85,17 +85,18 @@ def main() -> None:
 
     from benchmarks.results import write_section
 
-    peaks = {}
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), arguments.model)
         for variant in VARIANTS:
             command = [sys.executable, __file__, "--measure", folder, variant]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            peaks[variant] = int(done.stdout.rpartition("peak ")[2])
+            found[variant] = [int(size) for size in done.stdout.rpartition("memory ")[2].split()]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, resident memory of the whole process"
-    lines = ["| | peak | more than the policy alone |", "|---|---|---|"]
-    for variant, peak in peaks.items():
-        lines.append(f"| {variant} | {peak / 1e9:.2f} GB | {(peak - peaks['policy alone']) / 1e9:.2f} GB |")
+    lines = ["| | held | more than the policy alone | peak, loading included |", "|---|---|---|---|"]
+    for variant, (held, peak) in found.items():
+        more = held - found["policy alone"][0]
+        lines.append(f"| {variant} | {held / 1e9:.2f} GB | {more / 1e9:.2f} GB | {peak / 1e9:.2f} GB |")
     size = "Phi-2's size, random weights in bfloat16" if arguments.model == "full" else "the tiny model"
     body = "\n".join(lines) + f"\n\n{size}; {where}; LoRA r 16 in float32 and a head as the judge."
     title = "A reward model's memory" + ("" if arguments.model == "full" else ", tiny")

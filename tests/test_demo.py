@@ -28,7 +28,7 @@ def test_the_tiny_chain(tmp_path):
 def test_readme_names_real_files_and_flags():
     readme = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|jsonl|txt|md|png))`", readme):
-        made = ("reward.png", "metrics.jsonl", "run.json", "inspect.png", "report.json", "messages.jsonl.gz")
+        made = ("reward.png", "metrics.jsonl", "run.json", "inspect.png", "report.json", "messages.jsonl.gz", "my_rewards.py")
         assert (
             (ROOT / path).exists()
             or path.split("/")[-1] in made
