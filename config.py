@@ -62,13 +62,15 @@ CONFIG = {
     "save_steps": 25,  # optimizer steps between checkpoints
     "save_total_limit": 2,  # checkpoints kept; 2 at least, so that one is whole while the next is written
     "sample_steps": 10,  # optimizer steps between best and worst completions printed in full
+    "eval_steps": 25,  # optimizer steps between evaluations on held-out prompts, beside those at the start and at the end
+    "eval_prompts": 32,  # held-out prompts of these evaluations, always the same; 0 for none
     "stop_on_collapse": False,  # end the run at the first sign of collapse, with the last good checkpoint as the result
     "report_to": "trackio",  # trackio (local, offline: make dashboard), tensorboard, wandb, none
     # --- validation
     "adapter": "./results/phi2-grpo-final",  # adapter folder that validate_model.py compares with its base
     "max_prompts": 200,  # held-out prompts used
     "samples_per_prompt": 1,  # completions per held-out prompt and model; more narrows the interval
-    "eval_batch_size": 16,  # completions generated at once in validation
+    "eval_batch_size": 0,  # completions generated at once in validation; 0: as many as the card's memory holds
     "validation_dir": "./results/validation",  # folder of the validation report
 }
 
@@ -97,7 +99,6 @@ PRESETS = {
         "sample_steps": 50,
         "adapter": "./results/tiny-grpo-final",
         "samples_per_prompt": 4,
-        "eval_batch_size": 64,
         "validation_dir": "./results/tiny-validation",
     },
 }
@@ -140,7 +141,9 @@ LIMITS = {
     "save_steps": (1, 10_000_000),
     "save_total_limit": (2, 10_000),
     "sample_steps": (1, 10_000_000),
+    "eval_steps": (1, 10_000_000),
+    "eval_prompts": (0, 100_000),
     "max_prompts": (1, 1_000_000),
     "samples_per_prompt": (1, 1000),
-    "eval_batch_size": (1, 4096),
+    "eval_batch_size": (0, 4096),
 }

@@ -13,6 +13,7 @@ prompts weigh more. One update per batch, so nothing is ever clipped.
 """
 
 import json
+import math
 from pathlib import Path
 
 from phi2_grpo import cli, environment
@@ -22,8 +23,8 @@ KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "l
         "chat_temperature", "chat_top_p", "rewards", "target_tokens", "max_steps", "learning_rate", "lr_scheduler_type",
         "warmup_steps", "beta", "loss_type", "scale_rewards", "per_device_train_batch_size",
         "gradient_accumulation_steps", "steps_per_generation", "activation_checkpointing", "max_grad_norm", "seed",
-        "output_dir", "save_steps", "save_total_limit", "sample_steps", "stop_on_collapse",
-        "report_to")  # fmt: skip
+        "output_dir", "save_steps", "save_total_limit", "sample_steps", "eval_steps",
+        "eval_prompts", "stop_on_collapse", "report_to")  # fmt: skip
 
 
 def main() -> None:
@@ -61,9 +62,10 @@ def train(config: dict, arguments, console, found: dict) -> None:
 
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
     from transformers import set_seed
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
-    from phi2_grpo import checks, files, model, monitor, progress, report, scoring
+    from phi2_grpo import checks, evaluation, files, held_out, model, monitor, progress, report, scoring
+    from phi2_grpo.trainer import TimedGRPOTrainer
 
     device, dtype = found["device"]
     tokenizer, scorer = found["tokenizer"], found["scorer"]
@@ -81,7 +83,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     else:
         lora = model.lora_config(config, base)
     names = {field.name for field in fields(GRPOConfig)}
-    trainer = GRPOTrainer(
+    trainer = TimedGRPOTrainer(
         model=base,
         reward_funcs=scorer.functions,
         args=GRPOConfig(
@@ -115,6 +117,9 @@ def train(config: dict, arguments, console, found: dict) -> None:
     watch = monitor.Monitor(scorer, tokenizer, facts, config["sample_steps"], before, config["stop_on_collapse"], track)
     trainer.add_callback(watch)
     progress.quiet(trainer)
+    rows = evaluation.held_out_rows(found["prompts"]["validation"], config["eval_prompts"], seed=0)
+    judges = scoring.Scorer(tokenizer, config["target_tokens"], scorer.chosen)
+    trainer.add_callback(held_out.HeldOut(judges, tokenizer, rows, config, watch.console, track))
     console.print(f"LoRA on {adapted}", highlight=False)
     if checkpoints and checks.step_of(checkpoints[-1]) >= config["max_steps"]:
         # Nothing is left to do (and the trainer would do one step more): only the final folder may be missing.
@@ -127,7 +132,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
         except scoring.BadReward as error:
             raise cli.UserError(f"{error}\n  {save_now(trainer, config)}") from None
 
-    rows, kept = report.step_rows(trainer.state.log_history), None
+    history, kept = trainer.state.log_history, None
     if watch.collapsed_at:
         good = [path for path in checks.whole_checkpoints(config["output_dir"])
                 if checks.step_of(path) <= watch.collapsed_at - monitor.WINDOW]  # fmt: skip
@@ -144,8 +149,9 @@ def train(config: dict, arguments, console, found: dict) -> None:
         with files.whole_folder(final) as folder:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            report.describe_folder(folder, tokenizer, facts, rows, watch.seconds(), finished=True, kept=kept)
-        first, last = report.window([row for row in rows if kept is None or row["step"] <= kept], "reward")
+            report.describe_folder(folder, tokenizer, facts, history, watch.seconds(), finished=True, kept=kept)
+        rows = [row for row in report.step_rows(history) if kept is None or row["step"] <= kept]
+        first, last = report.window(rows, "reward") or (math.nan, math.nan)
         console.print(
             f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {monitor.duration(watch.seconds())}.\n"
             f"Adapter: {final}   curve: {final / 'reward.png'}\n"

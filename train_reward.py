@@ -11,8 +11,8 @@ often the model agrees with people on pairs that it has not seen, beside "the lo
 right for 66.2 % of the pairs in oasst1's English validation split.
 """
 
+import contextlib
 import json
-import shutil
 from pathlib import Path
 
 from phi2_grpo import cli, environment
@@ -116,7 +116,9 @@ def train(config: dict, arguments, console, found: dict) -> None:
         standard = [[(score - scale["mean"]) / scale["std"] for score in scores] for scores in (chosen, rejected)]
         accuracy.draw(measured, *standard, folder / "scores.png")
         report.describe_reward_folder(folder, facts, rows, watch.seconds(), scale, measured, found["left_out"])
-    shutil.rmtree(run_folder, ignore_errors=True)  # its checkpoints have served
+    checks.remove_run(run_folder)  # its checkpoints have served
+    with contextlib.suppress(OSError):  # not empty: the rest is somebody's
+        run_folder.rmdir()
     console.print(accuracy.table(measured))
     console.print(accuracy.verdict(measured), style="bold", highlight=False)
     console.print(

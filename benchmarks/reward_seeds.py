@@ -22,6 +22,9 @@ def main() -> None:
     arguments = parser.parse_args()
     from benchmarks.results import write_section
 
+    def spread(metric: dict) -> str:
+        return f"{metric['difference']:+.3f} [{metric['low']:+.3f}, {metric['high']:+.3f}]"
+
     def run(*command: str) -> None:
         subprocess.run([sys.executable, *command, "--preset", "tiny"], cwd=ROOT, check=True)
 
@@ -47,9 +50,9 @@ def main() -> None:
         run("train_grpo.py", str(arguments.steps), *options, "--overwrite")
         run("validate_model.py", "--seed", seed, "--adapter", f"{output}-final", "--validation_dir", report)
         metrics = json.loads((ROOT / report / "report.json").read_text())["metrics"]
-        score, ended = metrics[Path(judge).name], metrics["ended"]
+        score, ended = metrics[Path(judge).name], metrics["ending"]
         tuned.append(
-            f"| {seed} | {score['base']:.3f} | {score['tuned']:.3f} | {score['difference']:+.3f} ± {score['half_width']:.3f} "
+            f"| {seed} | {score['base']:.3f} | {score['tuned']:.3f} | {spread(score)} "
             f"| {ended['base']:.2f} | {ended['tuned']:.2f} |"
         )
     body = "\n".join([*judges, "", *tuned]) + (

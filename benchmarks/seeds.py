@@ -22,6 +22,9 @@ def main() -> None:
     arguments = parser.parse_args()
     from benchmarks.results import write_section
 
+    def spread(metric: dict) -> str:
+        return f"{metric['difference']:+.3f} [{metric['low']:+.3f}, {metric['high']:+.3f}]"
+
     def run(*command: str) -> None:
         subprocess.run([sys.executable, *command, "--preset", "tiny"], cwd=ROOT, check=True)
 
@@ -35,10 +38,10 @@ def main() -> None:
         run("train_grpo.py", str(arguments.steps), "--seed", str(seed), "--output_dir", output, "--overwrite")
         run("validate_model.py", "--seed", str(seed), "--adapter", f"{output}-final", "--validation_dir", report)
         metrics = json.loads((ROOT / report / "report.json").read_text())["metrics"]
-        reward, ended = metrics["reward"], metrics["ended"]
+        reward, ended = metrics["length"], metrics["ending"]
         lines.append(
             f"| {seed} | {reward['base']:.3f} | {reward['tuned']:.3f} "
-            f"| {reward['difference']:+.3f} ± {reward['half_width']:.3f} | {ended['base']:.2f} | {ended['tuned']:.2f} |"
+            f"| {spread(reward)} | {ended['base']:.2f} | {ended['tuned']:.2f} |"
         )
     body = "\n".join(lines) + f"\n\nPreset tiny, {arguments.steps} steps, held-out prompts at the training temperature."
     write_section("The tiny run, over seeds", "python benchmarks/seeds.py", body, "torch", "transformers", "trl", "peft")

@@ -414,7 +414,8 @@ def training_facts(run: dict, metrics: Path) -> str:
     names = {"reward": "mean reward", "answers/ended": "answers that ended by themselves", "answers/tokens": "answer tokens",
              "kl": "KL from the base"}  # fmt: skip
     for key, name in names.items():
-        values = [row[key] for row in rows if isinstance(row, dict) and isinstance(row.get(key), (int, float))]
+        kept = [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= (run.get("steps") or float("inf"))]
+        values = [row[key] for row in kept if isinstance(row.get(key), (int, float))]
         if values:
             first, last = (sum(part) / len(part) for part in (values[:10], values[-10:]))
             lines.append(f"| {name} | {first:.3g} | {last:.3g} |")

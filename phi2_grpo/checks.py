@@ -15,6 +15,7 @@ from phi2_grpo import data, files, model
 from phi2_grpo.chat import count_tokens
 from phi2_grpo.cli import UserError
 from phi2_grpo.loading import load_tokenizer
+from phi2_grpo.monitor import WINDOW
 from phi2_grpo.reward_model import conversations
 from phi2_grpo.scoring import Scorer, choose_rewards, try_rewards
 
@@ -74,6 +75,8 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
 
 def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, dict]:
     """The same for the training of a reward model; loads device, dtype, tokenizer, pairs, funnel, steps and left_out."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("train_reward.py runs in one process: start it with python, not with accelerate launch or torchrun.")
     checks = Checklist()
     device = checks.run("device", _device, config)
     checks.run("output folder", _output, run_folder(config), Path(config["reward_dir"]), resume, overwrite)
@@ -103,6 +106,15 @@ def final_folder(config: dict) -> Path:
     return output.with_name(f"{output.name}-final")
 
 
+def same_base(adapters: list[Path]) -> None:
+    """Raise UserError unless all adapters name the same base, at the same revision."""
+    named = [files.read_json(adapter / "adapter_config.json") for adapter in adapters]
+    bases = [f"{each.get('base_model_name_or_path')} ({each.get('revision') or 'no revision'})" for each in named]
+    if len(set(bases)) > 1:
+        pairs = ", ".join(f"{adapter} is on {base}" for adapter, base in zip(adapters, bases, strict=True))
+        raise UserError(f"the adapters have different bases, so they cannot be compared prompt by prompt on one: {pairs}.")
+
+
 def run_folder(config: dict) -> Path:
     """Where the checkpoints of a reward model's training stand until it is finished."""
     reward_dir = Path(config["reward_dir"]).resolve()
@@ -125,7 +137,8 @@ def remove_run(output: Path) -> None:
     for checkpoint in output.glob("checkpoint-*"):
         if checkpoint.name.removeprefix("checkpoint-").isdecimal():
             shutil.rmtree(checkpoint)
-    (output / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
+        (output / name).unlink(missing_ok=True)
 
 
 def whole_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -146,6 +159,8 @@ def _output(output: Path, final: Path, resume: bool, overwrite: bool):
     checkpoints = whole_checkpoints(output)
     # Only what cost time to make counts as a run: a first checkpoint that was never finished does not.
     run = checkpoints[-1] if checkpoints else final if final.exists() else None
+    if resume and not checkpoints and final.exists() and not overwrite:
+        raise UserError(f"{final} is finished, and there is no checkpoint to go on from. Replace it: --overwrite.")
     if resume:
         return output, f"resuming at {checkpoints[-1].name}" if checkpoints else "no whole checkpoint: starting at step 0"
     if run and not overwrite:
@@ -159,6 +174,12 @@ def _settings(config: dict):
         raise UserError(
             f"max_completion_length is {room} and target_tokens {target}: answers need room to end late, so give at least "
             f"--max_completion_length {2 * target}, or at most --target_tokens {room // 2}."
+        )
+    reach = config["save_steps"] * (config["save_total_limit"] - 1)
+    if config["stop_on_collapse"] and reach < WINDOW:
+        raise UserError(
+            f"stop_on_collapse needs a checkpoint from {WINDOW} steps before, but save_steps {config['save_steps']} x "
+            f"(save_total_limit {config['save_total_limit']} - 1) reaches back {reach}. Raise one of them."
         )
     if config["learning_rate"] < 2e-6:
         return True, f"learning_rate {config['learning_rate']:g} is so low that {config['max_steps']} steps may change nothing"
@@ -277,8 +298,7 @@ def memory_plan(config: dict, wrapped: PeftModel, longest_prompt: int, dtype: to
     base = wrapped.config
     _, trainable, parameters = model.coverage(wrapped)
     width = dtype.itemsize
-    heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
-    per_token = 2 * base.num_hidden_layers * heads * (base.hidden_size // base.num_attention_heads) * width
+    per_token = model.cache_bytes_per_token(base, dtype)
     length = longest_prompt + config["max_completion_length"]
     batch = config["per_device_train_batch_size"]
     tokens = batch * length

@@ -1,5 +1,6 @@
 """Outputs are written beside their place and moved in when they are whole: a killed run leaves the old or the new one."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -55,6 +56,12 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def digest(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def nearest_existing(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """The base model and the LoRA on it."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
             "  To try everything on this machine: --preset tiny (a 2M-parameter model, minutes on two cores)\n"
             "  For the patient: --device cpu runs this very job in float32, about 14 GB of memory and hours"
         )
-    device = torch.device("cpu" if device == "cpu" else "cuda")
+    # Under accelerate or torchrun each process has a card of its own; the base must be loaded there at once.
+    device = torch.device("cpu") if device == "cpu" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     dtype = config["dtype"]
     if dtype == "auto" and device.type == "cuda":
         capability = torch.cuda.get_device_capability()
@@ -79,15 +81,17 @@ def load_judge(config: dict, device: torch.device, dtype: torch.dtype):
 def new_head(model):
     """`model` with a new head of one output in float32, whatever its base is in: bfloat16 would lose the small updates."""
     text_config = model.config.get_text_config()
-    head = torch.nn.Linear(text_config.hidden_size, 1, bias=False, device=model.device, dtype=torch.float32)
-    torch.nn.init.normal_(head.weight, std=text_config.initializer_range)
-    head.register_forward_pre_hook(_to_float32)
-    model.score = head
+    model.score = Float32Linear(text_config.hidden_size, 1, bias=False, device=model.device, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=text_config.initializer_range)
     return model
 
 
-def _to_float32(head, inputs: tuple) -> tuple:
-    return (inputs[0].float(),)
+class Float32Linear(torch.nn.Linear):
+    """Computes in float32 under autocast too, whatever comes in."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float())
 
 
 def empty_base(config: dict):
@@ -155,6 +159,29 @@ def wrap_empty(config: dict) -> PeftModel:
     model = empty_base(config)
     with torch.device("meta"):
         return get_peft_model(model, lora_config(config, model))
+
+
+def add_adapter(policy: PeftModel, folder: str, name: str) -> None:
+    """A second adapter on the same base, called `name`; `policy.set_adapter` switches. Raises UserError."""
+    with safe_open(check_adapter(folder) / "adapter_model.safetensors", "pt") as weights:
+        saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
+    try:
+        policy.load_adapter(folder, adapter_name=name, is_trainable=False)
+    except Exception as error:  # as in load_adapter
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the adapter {folder} cannot be put on the same base: {reason}") from None
+    adapted = sum(hasattr(module, "lora_A") and name in module.lora_A for module in policy.modules())
+    if saved != adapted:
+        raise UserError(
+            f"the adapter {folder} has weights for {saved} modules where the base has {adapted}: it has another base."
+        )
+    policy.set_adapter("default")
+
+
+def cache_bytes_per_token(config, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads) * dtype.itemsize
 
 
 def take_up(trainer, checkpoint: Path) -> None:

@@ -31,10 +31,11 @@ COLLAPSE = {
     "entropy": (0.01, float("inf"), "sampling has collapsed to one answer: raise temperature or beta"),
     "signs/repetition": (0, 0.5, "answers repeat themselves: add the reward repetition, or raise beta"),
     "signs/distinct_2": (0.2, 1, "all answers say the same: the reward pays for one phrase"),
-    "signs/one_language": (0, 0.5, "answers drift to one language: add the reward language"),
+    "signs/one_language": (-1, 0.3, "answers drift to one language: add the reward language"),
     "signs/at_target": (0, 0.6, "answers are padded or cut to the target length: give length a companion"),
     "signs/empty": (0, 0.5, "most answers say nothing: the reward pays for silence"),
 }
+SINCE_START = {"signs/one_language"}  # a base that answers all in English is no drift
 
 
 def duration(seconds: float) -> str:
@@ -81,7 +82,7 @@ class Monitor(Watch):
         track: also raise alarms in trackio.
     """
 
-    header = "reward  ± std  flat  tokens  ended     KL  s/step"
+    header = "reward  ± std  flat     KL  tokens  ended  s/step"
 
     def __init__(
         self,
@@ -103,23 +104,26 @@ class Monitor(Watch):
         super().on_train_begin(args, state, control)
         self.metrics_file = Path(args.output_dir) / "metrics.jsonl"
         rows = report.step_rows(state.log_history)
-        self.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        self.raised = {tuple(alarm) for row in rows for alarm in row.get("alarms", [])}  # not again after a resume
+        if state.is_world_process_zero:
+            self.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        # Not again after a resume; but a collapse that the run is to stop at is looked for anew.
+        self.raised = {(kind, metric) for row in rows for kind, metric in row.get("alarms", [])
+                       if kind == "warning" or not self.stop_on_collapse}  # fmt: skip
 
     def on_log(self, args, state, control, logs=None, **_):
-        if not state.is_world_process_zero or "reward" not in (logs or {}):
+        if "reward" not in (logs or {}):
             return
         interval = state.global_step % self.sample_steps == 0
         compared = self.scorer.compare() if interval else {}
-        logs.update(compared)  # for the trackers, which come after this callback
+        logs.update(compared)  # for trackio, which comes after this callback
         state.log_history[-1].update(compared)
         rows = report.step_rows(state.log_history)
         row = rows[-1]
-        kl = f"{row['kl']:.3f}" if row.get("kl") is not None else "-"
+        cells = [("reward", 6, ".3f"), ("reward_std", 5, ".2f"), ("frac_reward_zero_std", 4, ".0%"), ("kl", 5, ".3f"),
+                 ("answers/tokens", 6, ".0f"), ("answers/ended", 5, ".0%"), ("step_time", 6, ".1f")]  # fmt: skip
         self.show(
             state,
-            f"{row['reward']:6.3f}  {row['reward_std']:5.2f}  {row['frac_reward_zero_std']:4.0%}  {row['answers/tokens']:6.0f}"
-            f"  {row['answers/ended']:5.0%}  {kl:>5}  {row['step_time']:6.1f}",
+            "  ".join(f"{'-' if row.get(key) is None else format(row[key], spec):>{width}}" for key, width, spec in cells),
         )
         if alarms := self.alarms(rows):
             # In the log history, so that checkpoints, the curve and a resumed run know of them.
@@ -127,8 +131,9 @@ class Monitor(Watch):
             if self.stop_on_collapse and any(kind == "collapse" for kind, _ in alarms):
                 self.collapsed_at = state.global_step
                 control.should_training_stop = True
-        with self.metrics_file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+        if state.is_world_process_zero:
+            with self.metrics_file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
         if interval:
             self.show_samples(state.global_step)
             self.show_comparison(compared)
@@ -138,11 +143,16 @@ class Monitor(Watch):
         found = []
         for kind, ranges in (("warning", HEALTHY), ("collapse", COLLAPSE)):
             for key, (low, high, meaning) in ranges.items():
-                values = [row[key] for row in rows[-WINDOW:] if row.get(key) is not None]
-                mean = sum(values) / len(values) if len(values) == WINDOW else low
-                if not low <= mean <= high and (kind, key) not in self.raised:
+                values = [row[key] for row in rows if row.get(key) is not None]
+                if len(values) < WINDOW or (kind, key) in self.raised:
+                    continue
+                mean = sum(values[-WINDOW:]) / WINDOW
+                if key in SINCE_START:
+                    mean -= sum(values[:WINDOW]) / WINDOW
+                if not low <= mean <= high:
                     found.append((kind, key))
-                    text = f"{key} is {mean:.3g} over {WINDOW} steps, healthy is {low:g} to {high:g}: {meaning}"
+                    grown = "has grown by" if key in SINCE_START else "is"
+                    text = f"{key} {grown} {mean:.3g} over {WINDOW} steps, healthy is {low:g} to {high:g}: {meaning}"
                     style = "yellow" if kind == "warning" else "bold red"
                     self.console.print(f"{kind}: {text}", style=style, highlight=False)
                     if self.track:
@@ -180,8 +190,7 @@ class Monitor(Watch):
     def on_save(self, args, state, control, **_):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            rows = report.step_rows(state.log_history)
-            report.describe_folder(folder, self.tokenizer, self.facts, rows, self.seconds(), finished=False)
+            report.describe_folder(folder, self.tokenizer, self.facts, state.log_history, self.seconds(), finished=False)
 
 
 class RewardMonitor(Watch):

@@ -20,6 +20,7 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+        self.console.quiet = not state.is_world_process_zero  # several processes: one speaks
         if state.is_world_process_zero:
             self.progress.start()
 
@@ -48,6 +49,17 @@ def alert(title: str, text: str, serious: bool) -> None:
 
     with redirect_stdout(io.StringIO()):
         trackio.alert(title=title, text=text, level=trackio.AlertLevel.ERROR if serious else trackio.AlertLevel.WARN)
+
+
+def log_evaluation(row: dict, answers: list[dict]) -> None:
+    """An evaluation on trackio's page: its numbers, and a few answers as a table."""
+    import pandas
+    import trackio
+
+    numbers = {f"eval/{key.removeprefix('eval_')}": value for key, value in row.items() if key != "step" and value is not None}
+    table = trackio.Table(dataframe=pandas.DataFrame([{"step": row["step"], **answer} for answer in answers]))
+    with redirect_stdout(io.StringIO()):
+        trackio.log({**numbers, "eval/answers": table}, step=row["step"])
 
 
 @contextmanager

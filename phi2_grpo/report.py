@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from phi2_grpo import files
-from phi2_grpo.accuracy import verdict
+from phi2_grpo.accuracy import NEAR, verdict
 from phi2_grpo.model import generation_config
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-COLORS = {"reward": "#4c72b0", "length": "#dd8452", "ended": "#55a868", "kl": "#c44e52"}
+COLORS = {"reward": "#4c72b0", "length": "#dd8452", "ended": "#55a868", "kl": "#c44e52", "held out": "#8172b3"}
 ALARMS = {"warning": "#e0a800", "collapse": "#c44e52"}
 
 
@@ -24,6 +24,11 @@ def step_rows(log_history: list[dict]) -> list[dict]:
     What is not finite becomes None: JSON has no NaN.
     """
     return _finite([row for row in log_history if "reward" in row])
+
+
+def evaluation_rows(log_history: list[dict]) -> list[dict]:
+    """Its rows that describe an evaluation on held-out prompts (see held_out.py)."""
+    return [row for row in log_history if "eval_reward" in row]
 
 
 def loss_rows(log_history: list[dict]) -> list[dict]:
@@ -74,19 +79,21 @@ def run_facts(config: dict, preset: str, device: torch.device, dtype: torch.dtyp
 
 
 def describe_folder(
-    folder: Path, tokenizer, facts: dict, rows: list[dict], seconds: float, finished: bool, kept: int | None = None
+    folder: Path, tokenizer, facts: dict, log_history: list[dict], seconds: float, finished: bool, kept: int | None = None
 ) -> None:
     """Make an adapter folder self-describing. run.json is written last: its presence says that the folder is whole.
 
     Args:
         folder: holds adapter and tokenizer already.
-        rows: one per step (see `step_rows`).
+        log_history: the trainer's.
         seconds: wall time of the training so far.
         kept: the step that the weights are of, where it is not the last one: the run collapsed after it.
     """
+    rows, evaluations = step_rows(log_history), evaluation_rows(log_history)
     generation_config(tokenizer, facts["config"]).save_pretrained(folder)
     files.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    draw_curve(rows, facts["config"], folder / "reward.png", kept)
+    files.write_text(folder / "evaluation.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluations))
+    draw_curve(rows, facts["config"], folder / "reward.png", evaluations, kept)
     used = rows if kept is None else [row for row in rows if row["step"] <= kept]
     files.write_text(folder / "README.md", model_card(facts, used, seconds, finished, collapsed=kept is not None))
     last = used[-1] if used else {}
@@ -104,8 +111,8 @@ def describe_reward_folder(
     files.write_json(folder / "run.json", {**facts, **steps, "scores": scale, "validation": measured})
 
 
-def draw_curve(rows: list[dict], config: dict, path: Path, kept: int | None = None) -> None:
-    """Reward, answer length, ended share and KL over the steps; alarms and the step `kept` are marked."""
+def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dict], kept: int | None = None) -> None:
+    """Reward (held-out too), answer length, ended share and KL over the steps; alarms and the step `kept` are marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
@@ -113,21 +120,39 @@ def draw_curve(rows: list[dict], config: dict, path: Path, kept: int | None = No
     steps = [row["step"] for row in rows]
 
     def plot(where, key: str, color: str, label: str) -> None:
-        values = [row.get(key) for row in rows]
-        if not rows or any(value is None for value in values):
+        values = [math.nan if row.get(key) is None else row[key] for row in rows]
+        if all(map(math.isnan, values)):
             where.text(0.5, 0.5, "not measured", ha="center", transform=where.transAxes)
             return
         where.plot(steps, values, color=color, alpha=0.35, linewidth=1)
         span = max(1, len(values) // 15)  # a centred running mean; the thin line is what was measured
-        smooth = [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - span) : i + span + 1])]
+        known = [[v for v in values[max(0, i - span) : i + span + 1] if not math.isnan(v)] for i in range(len(values))]
+        smooth = [sum(part) / len(part) if part else math.nan for part in known]
         where.plot(steps, smooth, color=color, linewidth=2.2, label=label)
 
     reward, length, ended, kl = axes.flat
     plot(reward, "reward", COLORS["reward"], "mean reward")
-    if rows:
-        low, high = ([row["reward"] + sign * row["reward_std"] for row in rows] for sign in (-1, 1))
-        reward.fill_between(steps, low, high, color=COLORS["reward"], alpha=0.1, linewidth=0, label="± 1 std of completions")
-    reward.set(title="Reward (higher is better)", ylim=(0, None))
+    scored = [row for row in rows if row["reward"] is not None and row["reward_std"] is not None]
+    if scored:
+        low, high = ([row["reward"] + sign * row["reward_std"] for row in scored] for sign in (-1, 1))
+        reward.fill_between(
+            [row["step"] for row in scored],
+            low,
+            high,
+            color=COLORS["reward"],
+            alpha=0.1,
+            linewidth=0,
+            label="± 1 std of completions",
+        )
+    measured = [row for row in evaluations if row["eval_reward"] is not None and row["eval_low"] is not None]
+    if measured:
+        at = [row["step"] for row in measured]
+        reward.plot(
+            at, [row["eval_reward"] for row in measured], "o-", color=COLORS["held out"], markersize=4, label="held out"
+        )
+        low, high = ([row[key] for row in measured] for key in ("eval_low", "eval_high"))
+        reward.fill_between(at, low, high, color=COLORS["held out"], alpha=0.2, linewidth=0, label="its 95 % interval")
+    reward.set(title="Reward (higher is better)")
     plot(length, "answers/tokens", COLORS["length"], "mean answer")
     length.axhline(config["target_tokens"], color="grey", linestyle="--", linewidth=1, label="target")
     length.set(title="Answer length (tokens)", ylim=(0, None))
@@ -149,7 +174,7 @@ def draw_curve(rows: list[dict], config: dict, path: Path, kept: int | None = No
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.2)
     for each in (reward, length):
-        if rows:
+        if each.get_legend_handles_labels()[0]:
             each.legend(frameon=False, loc="best")
     figure.savefig(path, dpi=120)
 
@@ -260,8 +285,8 @@ def reward_card(facts: dict, rows: list[dict], seconds: float, measured: dict, l
         "|---|---|---|---|",
         *(f"| {row['group']} | {row['pairs']} | {cell(row, 'model')} | {cell(row, 'longer')} |" for row in measured["groups"]),
         "",
-        "95 % bootstrap intervals over prompts; chance is 50 %. Nearly equal length: at most 10 % apart, so that length cannot "
-        f"help. {measured['ties']} pairs were scored alike and count half; pairs that people ranked alike are not among "
+        f"95 % bootstrap intervals over prompts; chance is 50 %. Nearly equal length: at most {NEAR:.0%} apart, so that length "
+        f"cannot help. {measured['ties']} pairs were scored alike and count half; pairs that people ranked alike are not among "
         f"them. Rank correlation of score and reply length: {measured['rank_correlation']}.",
         "",
         "![scores of preferred and other replies](scores.png)",
@@ -281,7 +306,7 @@ def reward_card(facts: dict, rows: list[dict], seconds: float, measured: dict, l
         'messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because it scatters light."}]',
         'score = model(**tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)).logits[0, 0].item()',
         'scale = json.load(open(f"{folder}/run.json"))["scores"]',
-        'print((score - scale["mean"]) / scale["std"])  # 0: as good as the mean human reply',
+        'print((score - scale["mean"]) / scale["std"])  # 0: as good as the mean of the ranked replies',
         "```",
         *_card_end(
             facts,

@@ -84,7 +84,7 @@ class RewardModel:
             return False
         if revision is None:  # a local folder
             return Path(self.base[0]).exists() and Path(self.base[0]).resolve() == Path(name)
-        return self.base == (name, revision)
+        return (self.base[0], self.base[1] or "main") == (name, revision)
 
     def describe(self, config: dict) -> str:
         """One line: on whose weights it judges, and how its scores are scaled."""
@@ -126,20 +126,29 @@ class RewardModel:
                 model = self._shared(policy_base) if shared else self._beside(device, dtype)
                 if self.adapter:
                     model = _with_adapter(model, self.folder)
+            self.tokenizer = self._tokenizer()
         except UserError:
             raise
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"the reward model {self.name} cannot be loaded on {self.base[0]}: {reason}") from None
-        if (self.folder / "tokenizer.json").is_file():
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        else:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.base[0], **self._where())
-        prepare_tokenizer(self.tokenizer)
-        self.tokenizer.padding_side = "right"
         # Where the last token of a text is found; an answer never holds it, for it is trimmed.
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(device).eval().requires_grad_(False)
+
+    def _tokenizer(self):
+        """Its own, with a chat template. Raises UserError where it has none: it would judge texts it was not trained on."""
+        own = (self.folder / "tokenizer.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(self.folder if own else self.base[0], **({} if own else self._where()))
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"the tokenizer of the reward model {self.name} has no chat template, so nobody knows what it judges."
+            )
+        if len(tokenizer) < 100:  # transformers makes an empty one where the files are missing
+            raise UserError(f"the tokenizer of the reward model {self.name} is incomplete: it has {len(tokenizer)} tokens.")
+        prepare_tokenizer(tokenizer)
+        tokenizer.padding_side = "right"
+        return tokenizer
 
     def _shared(self, policy_base):
         config = type(policy_base.config).from_dict({**policy_base.config.to_dict(), "num_labels": 1})

@@ -49,15 +49,24 @@ def choose_rewards(items: list[str]) -> list[Reward]:
         if not math.isfinite(weight):
             raise UserError(f"--rewards: the weight of {name} is {weight}, but it takes a finite number.")
         function = _find(name)
-        chosen.append(Reward(function.__name__, weight, function))
+        own = function.__name__ if isinstance(function, RewardModel) else name.rpartition(":")[2]
+        chosen.append(Reward(own, weight, function))
     names = [reward.name for reward in chosen]
     if not chosen:
         raise UserError(f"--rewards is empty. Give at least one: {', '.join(rewards.BUILT_IN)}, or your own (see README.md).")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"--rewards names {', '.join(twice)} twice. Give each once; weights add up: length:2.")
+        raise UserError(
+            f"--rewards names {', '.join(twice)} twice. Give each once (length:2 for twice its weight), or another name."
+        )
     if not any(reward.weight for reward in chosen):
         raise UserError("--rewards: all weights are 0, so nothing would be learnt. Give one another weight.")
     return chosen
+
+
+def with_all_built_in(chosen: list[Reward]) -> list[Reward]:
+    """`chosen`, and with weight 0 the built-in rewards that are not among them: looked at, though nothing was paid for them."""
+    names = {reward.name for reward in chosen}
+    return chosen + [Reward(name, 0.0, function) for name, function in rewards.BUILT_IN.items() if name not in names]
 
 
 def describe(chosen: list[Reward]) -> list[dict]:
@@ -99,8 +108,8 @@ def _import_function(where: str, name: str) -> Callable:
 def _import_file(path: Path):
     if not path.is_file():
         raise FileNotFoundError("no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
+    module = sys.modules[f"reward_file_{path.stem}"] = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
@@ -131,8 +140,10 @@ class Scorer:
 
         `columns`: the data set's other columns, a value a completion.
         """
+        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
         for function in self.functions:
-            function(prompts=prompts, completions=completion_ids, completion_ids=completion_ids, **columns)
+            function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         return [row["score"] for row in self.last]
 
     def _for_trl(self, reward: Reward) -> Callable:

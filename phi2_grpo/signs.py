@@ -13,7 +13,7 @@ def look(answers: list[Answer], languages: list[str], target_tokens: int) -> dic
 
     repetition: mean share of an answer's token trigrams that stood in it before.
     distinct_2: different token bigrams in all answers, by their number ("distinct-2", arXiv 1510.03055).
-    one_language: by how much the commonest language of the answers is commoner than that of the prompts.
+    one_language: share of answers in the answers' commonest language, among those to prompts in other languages.
     at_target: share of answers whose length is the target's, to a token.
     empty: share of answers of fewer than two tokens.
     """
@@ -23,18 +23,21 @@ def look(answers: list[Answer], languages: list[str], target_tokens: int) -> dic
         "empty": _mean([answer.tokens < 2 for answer in answers]),
     }
     if long:
-        trigrams = [_ngrams(answer.ids, 3) for answer in long]
-        bigrams = [pair for answer in long for pair in _ngrams(answer.ids, 2)]
+        trigrams = [ngrams(answer.ids, 3) for answer in long]
+        bigrams = [pair for answer in long for pair in ngrams(answer.ids, 2)]
         found["repetition"] = _mean([1 - len(set(grams)) / len(grams) for grams in trigrams])
         found["distinct_2"] = len(set(bigrams)) / len(bigrams)
-    asked = Counter(map(language_code, languages))
-    if len(long) >= SHORT and asked:
-        spoken = Counter(language_identifier().classify(answer.text)[0] for answer in long)
-        found["one_language"] = max(0.0, max(spoken.values()) / spoken.total() - max(asked.values()) / asked.total())
+    spoken = [(language_identifier().classify(answer.text)[0], language_code(asked))
+              for answer, asked in zip(answers, languages, strict=False) if answer.tokens >= SHORT]  # fmt: skip
+    if spoken:
+        commonest, _ = Counter(guess for guess, _ in spoken).most_common(1)[0]
+        others = [guess == commonest for guess, asked in spoken if asked != commonest]
+        if len(others) >= 4:
+            found["one_language"] = _mean(others)
     return found
 
 
-def _ngrams(ids: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+def ngrams(ids: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
     return list(zip(*(ids[i:] for i in range(size)), strict=False))
 
 

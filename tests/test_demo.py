@@ -18,8 +18,8 @@ def test_the_tiny_chain(tmp_path):
     done = script("validate_model", "--preset", "tiny", *where, *checked)
     assert done.code == 0, done.err
     metrics = json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
-    assert metrics["reward"]["difference"] > metrics["reward"]["half_width"]
-    assert metrics["ended"]["difference"] > 0
+    assert metrics["length"]["low"] > 0 and metrics["length"]["verdict"] == "better"
+    assert metrics["ending"]["difference"] > 0
     for printed in (trained.err, done.err):
         assert "Warning" not in printed
     assert "collapse:" not in trained.out, "a sound run raises no alarm"
@@ -28,7 +28,17 @@ def test_the_tiny_chain(tmp_path):
 def test_readme_names_real_files_and_flags():
     readme = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|jsonl|txt|md|png))`", readme):
-        made = ("reward.png", "metrics.jsonl", "run.json", "inspect.png", "report.json", "messages.jsonl.gz", "my_rewards.py")
+        made = (
+            "reward.png",
+            "metrics.jsonl",
+            "run.json",
+            "inspect.png",
+            "report.json",
+            "report.md",
+            "samples.jsonl",
+            "messages.jsonl.gz",
+            "my_rewards.py",
+        )
         assert (
             (ROOT / path).exists()
             or path.split("/")[-1] in made
@@ -36,7 +46,7 @@ def test_readme_names_real_files_and_flags():
         ), path
     from config import CONFIG
 
-    own = {"preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt"}
+    own = {"against", "preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt"}
     own |= {"dry_run", "out", "push_to_hub", "merged", "host", "share"}
     own |= {"torch-backend", "extra-index-url", "outfile"}  # uv's, pip's and llama.cpp's
     for flag in re.findall(r"(?<!-)--([a-z][a-z_-]*)", readme):

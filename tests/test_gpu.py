@@ -34,6 +34,17 @@ def test_the_main_job_on_a_card(quick, trained, tmp_path):
     assert script("validate_model", *checked).code == 0
 
 
+def test_a_judge_on_a_card(quick, tmp_path):
+    """Reward model in bfloat16 with its head in float32; GRPO on it, on shared weights."""
+    where = (*quick[:6], "--device", "cuda", "--report_to", "none")
+    judge = tmp_path / "judge"
+    done = script("train_reward", *where, "--reward_dir", judge, "--reward_epochs", "1", "--activation_checkpointing", "true")
+    assert done.code == 0, done.err
+    options = (*quick, "--device", "cuda", "--rewards", f"{judge},ending", "--output_dir", tmp_path / "o")
+    done = script("train_grpo", "2", *options)
+    assert done.code == 0 and "on the policy's own weights" in " ".join(done.out.replace("│", " ").split()), done.err
+
+
 def test_full_size_phi2_forward_and_backward():
     """Finite numbers in bfloat16 with SDPA, and a memory plan that is not below what one training pass takes."""
     from peft import get_peft_model

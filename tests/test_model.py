@@ -160,7 +160,7 @@ def test_device_with_a_gpu(capability, good, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some card")
     config = {"device": "auto", "dtype": "auto"}
     if good:
-        assert model.choose_device(config) == (torch.device("cuda"), torch.bfloat16)
+        assert model.choose_device(config) == (torch.device("cuda", 0), torch.bfloat16)
     else:
         with pytest.raises(UserError, match="--dtype float32"):
             model.choose_device(config)

@@ -232,6 +232,15 @@ def test_the_weights_are_shared_and_the_policy_is_untouched(judged, config):
     assert judge(prompts=PROMPTS, answers=ANSWERS) == scores
 
 
+def test_in_bfloat16_its_head_stays_in_float32(judged, config):
+    judge = RewardModel(str(judged[0]))
+    base = model.load_base(config, CPU, torch.bfloat16)
+    judge.load(config, base, CPU, torch.bfloat16)
+    exact = loaded(judged[0], config).judge(PROMPTS, ANSWERS)
+    assert judge.judge(PROMPTS, ANSWERS) == pytest.approx(exact, abs=0.05)
+    assert judge.model.base_model.model.score.modules_to_save["default"].weight.dtype == torch.float32
+
+
 def test_grpo_on_it(call, quick, judged, tmp_path):
     """The whole run: chosen by its folder, weighed, named; the policy's folder holds the policy's adapter alone."""
     flags = ("--rewards", f"{judged[0]}:0.5,ending", "--output_dir", tmp_path / "o")

@@ -103,6 +103,11 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
     assert [(reward.name, reward.weight) for reward in chosen] == [
         ("length", 1.0), ("repetition", 0.5), ("ending", -1.0), ("polite", 2.0)]  # fmt: skip
     assert chosen[0].pays_for.startswith("Pays for answers of about")
+    with_dataclass = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+    (tmp_path / "other.py").write_text(
+        with_dataclass + "import functools\npart = functools.partial(lambda answers, **_: [1.0])\n"
+    )
+    assert choose_rewards([f"{tmp_path}/other.py:part"])[0].name == "part"
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "inner.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
@@ -113,6 +118,7 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
     ("text", "expected"),
     [
         ("", "--rewards is empty"),
+        ("{dir}/good.py:polite,{dir}/good.py:polite:2", "names polite twice"),
         ("lenght", "Did you mean length?"),
         ("length:nan", "weight of length is nan"),
         ("length:inf", "weight of length is inf"),
@@ -209,6 +215,11 @@ def test_they_get_columns_and_answers_and_are_logged(tokenizer):
 def test_running_on_does_not_pay(tokenizer):
     """A good short answer must not earn more with an "Exercise 3" behind it."""
     scorer = scorer_of(tokenizer, rewards.length, target_tokens=20)
+    seen = []
+    scorer_of(tokenizer, lambda completions, **_: seen.extend(completions) or [0.0]).score(
+        [[]], [tokenizer(" Yes." + END)["input_ids"]], {}
+    )
+    assert seen == [[{"role": "assistant", "content": " Yes."}]], "as TRL hands them over"
     short = " Water it once a week."
     texts = [short + END, short + "\n\nExercise 3: Why do plants need light? Write down three reasons." + END]
     plain, padded = scorer.score([[]] * 2, [tokenizer(text)["input_ids"] for text in texts], {})
@@ -280,7 +291,6 @@ HEALTHY = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 
             {"signs/repetition": 0.9, "signs/distinct_2": 0.01},
             [("collapse", "signs/repetition"), ("collapse", "signs/distinct_2")],
         ),
-        ({"signs/one_language": 0.9}, [("collapse", "signs/one_language")]),
         ({"signs/at_target": 0.9}, [("collapse", "signs/at_target")]),
         ({"signs/empty": 0.9}, [("collapse", "signs/empty")]),
         ({"frac_reward_zero_std": 1.0}, [("warning", "frac_reward_zero_std")]),
@@ -294,6 +304,28 @@ def test_alarms_once_each(capsys, ill, alarms):
     assert watch.alarms([{**HEALTHY, **ill}] * 20) == [], "once"
     printed = " ".join(capsys.readouterr().out.split())
     assert all(printed.count(f"{kind}: {metric} is") == 1 for kind, metric in alarms)
+
+
+def test_a_base_that_answers_in_one_language_is_no_drift(capsys):
+    watch = monitor.Monitor(None, None, {}, 10)
+    english = {**HEALTHY, "signs/one_language": 0.9}
+    assert watch.alarms([english] * 20) == []
+    assert watch.alarms([HEALTHY] * 10 + [english] * 5) == [("collapse", "signs/one_language")]
+    assert "has grown by 0.8" in capsys.readouterr().out
+
+
+def test_steps_in_which_nothing_is_scored_are_shown_as_such(call, quick, tmp_path):
+    (tmp_path / "rare.py").write_text(
+        "calls = 0\n"
+        "def rare(answers, **_):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return [None if calls % 2 else float(len(answer)) for answer in answers]\n"
+    )
+    done = call("train_grpo", 4, *quick, "--output_dir", tmp_path / "o", "--rewards", f"{tmp_path}/rare.py:rare")
+    assert done.code == 0 and "     -  " in done.out, done.err
+    rows = [json.loads(line) for line in (tmp_path / "o-final" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["reward"] is None for row in rows} == {True, False}
 
 
 GAMED = "def one_token(answers, **_):\n    return [answer.count(',') / 8 for answer in answers]\n"
@@ -326,6 +358,8 @@ def test_a_gamed_reward_is_seen_and_the_last_good_checkpoint_kept(tmp_path):
 
 def test_a_collapse_before_any_checkpoint_has_no_result(call, quick, tmp_path, monkeypatch):
     monkeypatch.setitem(monitor.COLLAPSE, "reward", (5, 6, "of this test"))
+    refused = call("train_grpo", 8, *quick, "--output_dir", tmp_path / "o", "--stop_on_collapse", "--save_steps", 2)
+    assert refused.code == 2 and "reaches back 2" in refused.err
     done = call("train_grpo", 8, *quick, "--output_dir", tmp_path / "o", "--stop_on_collapse", "--save_steps", 7)
     assert done.code == 2 and "before there was a good checkpoint" in " ".join(done.err.split())
     assert not (tmp_path / "o-final").exists()
@@ -386,7 +420,7 @@ def test_several_rewards_train_and_are_described(call, quick, tmp_path):
     checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 5)
     assert call("validate_model", *checked).code == 0
     report = json.loads((tmp_path / "v" / "report.json").read_text())
-    assert report["rewards"] == ["length", "repetition:0.5", "language", "reference:-0.1", "ending"], (
+    assert report["config"]["rewards"] == ["length", "repetition:0.5", "language", "reference:-0.1", "ending"], (
         "those it was trained with"
     )
     assert set(parts) <= set(report["metrics"])

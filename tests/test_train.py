@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 from phi2_grpo import checks, report
 
 SELF_DESCRIBING = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                   "chat_template.jinja", "generation_config.json", "README.md", "run.json", "metrics.jsonl", "reward.png"}  # fmt: skip
+                   "chat_template.jinja", "generation_config.json", "README.md", "run.json", "metrics.jsonl", "evaluation.jsonl", "reward.png"}  # fmt: skip
 
 
 def rows_of(folder):
@@ -224,12 +224,36 @@ def test_curve_and_card_of_an_odd_run(tmp_path):
     )
     assert rows == [{"reward": 0.5, "reward_std": 0.1, "kl": None, "answers/tokens": 3.0, "step": 1}]
     for part in (rows, []):
-        report.draw_curve(part, config, tmp_path / "x.png")
+        report.draw_curve(part, config, tmp_path / "x.png", [])
         assert (tmp_path / "x.png").stat().st_size > 1000
     assert report.window(rows, "reward") == (0.5, 0.5) and report.window(rows, "kl") is None
 
 
-def test_the_private_method_that_a_rollout_will_replace():
+def test_evaluated_on_held_out_prompts_while_it_trains(call, quick, trained, tmp_path):
+    """At the start, every eval_steps and the end; and a run that evaluates more often ends with the same weights."""
+    runs = {}
+    for eval_steps in (2, 100):
+        output = tmp_path / str(eval_steps)
+        done = call(
+            "train_grpo", 4, *quick, "--output_dir", output, "--eval_steps", eval_steps, "--eval_prompts", 9, "--seed", 3
+        )
+        assert done.code == 0 and "held out: reward" in done.out, done.err
+        runs[eval_steps] = output.with_name(f"{output.name}-final")
+    rows = [json.loads(line) for line in (runs[2] / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4] and (runs[100] / "evaluation.jsonl").read_text().count("\n") == 2
+    assert all(row["eval_low"] <= row["eval_reward"] <= row["eval_high"] and len(row["answers"]) == 3 for row in rows)
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in runs.values()]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    training = [json.loads(line) for line in (runs[2] / "metrics.jsonl").read_text().splitlines()]
+    for row in training:
+        parts = [row[f"seconds/{part}"] for part in ("rollout", "rewards", "log_probs", "update")]
+        assert all(seconds > 0 for seconds in parts) and sum(parts) == pytest.approx(row["step_time"], rel=0.2)
+    assert "held out" not in call("train_grpo", 1, *quick, "--output_dir", tmp_path / "n", "--eval_prompts", 0).out
+
+
+def test_the_private_methods_that_are_timed_and_replaced():
     """FACTS of TRL 1.16 that the project rests on; if this fails, read the new trainer."""
+    for name in ("_calculate_rewards", "_get_per_token_logps_and_entropies", "_save_checkpoint"):
+        assert callable(getattr(GRPOTrainer, name))
     assert list(inspect.signature(GRPOTrainer._generate_single_turn).parameters) == [
         "self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]  # fmt: skip

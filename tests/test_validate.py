@@ -1,63 +1,315 @@
-"""Base against tuned."""
+"""Base against tuned: the samples, the statistics, the costs, and what the report says of them."""
 
 import json
+import math
+import shutil
 
+import numpy
 import pytest
 import torch
+from conftest import make_micro
 from transformers import GenerationConfig
 
-import validate_model
 from config import CONFIG
-from phi2_grpo import chat, model
+from phi2_grpo import chat, evaluation, journal, model, proof, statistics
+from phi2_grpo.answers import Answer
 from phi2_grpo.loading import load_tokenizer
 from phi2_grpo.rollout import complete
+from phi2_grpo.scoring import Scorer, choose_rewards, with_all_built_in
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def validated(call, quick, trained, tmp_path):
-    options = (*quick[:10], "--adapter", trained.with_name("grpo-final"), "--validation_dir", tmp_path / "v")
-    done = call("validate_model", *options, "--max_prompts", 12, "--samples_per_prompt", 2)
+def options(quick, final, tmp_path) -> tuple:
+    return (*quick[:10], "--adapter", final, "--validation_dir", tmp_path / "v", "--max_prompts", 12, "--samples_per_prompt", 2)
+
+
+@pytest.fixture(scope="module")
+def config(micro) -> dict:
+    return {**CONFIG, "model": str(micro), "max_completion_length": 12}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return load_tokenizer(config)
+
+
+def report_of(folder) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+# --- the report
+
+
+def test_report(call, options, final, tmp_path):
+    card = (final / "README.md").read_text()
+    done = call("validate_model", *options)
     assert done.code == 0, done.err
-    return done, json.loads((tmp_path / "v" / "report.json").read_text())
-
-
-def test_report(validated):
-    done, found = validated
+    assert {path.name for path in (tmp_path / "v").iterdir()} == {"report.json", "report.md", "validation.png", "samples.jsonl"}
+    found = report_of(tmp_path / "v")
     assert [sample["prompt"] for sample in found["samples"]] == chat.SAMPLE_PROMPTS
     for prompt in chat.SAMPLE_PROMPTS:
         assert prompt in done.out
-    assert found["prompts"] == 12 and set(found["metrics"]) == {"reward", "answer tokens", "ended"}
-    reward = found["metrics"]["reward"]
-    assert abs(reward["tuned"] - reward["base"] - reward["difference"]) < 2e-4 and reward["half_width"] > 0
-    assert f"{reward['base']:.3f}" in done.out and f"{reward['difference']:+.3f}" in done.out
-    assert "No difference shown" in done.out or "By its reward" in done.out
-    assert all("Instruct:" not in sample[side]["answer"] for sample in found["samples"] for side in ("base", "tuned"))
+    assert found["prompts"] == 12 and found["headline"] == "length"
+    assert set(found["metrics"]) == {"length", "ending", "repetition", "language", "reference", "answer tokens", "distinct-2",
+                                     "KL from base", "reply surprise"}  # fmt: skip
+    length = found["metrics"]["length"]
+    assert length["trained"] and abs(length["tuned"] - length["base"] - length["difference"]) < 2e-4
+    assert length["low"] <= length["difference"] <= length["high"]
+    assert found["metrics"]["KL from base"]["base"] == 0 and found["metrics"]["KL from base"]["tuned"] > 0
+    assert " ".join(found["line"].split()) in " ".join(done.out.split()), "the line to quote is printed"
+    assert "Fewer than 20 prompts: the intervals are weak" in done.out
+    samples = [json.loads(line) for line in (tmp_path / "v" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 12 * 2 and all({"answer", "scores", "completion_ids"} <= set(sample) for sample in samples)
+    mean = numpy.mean([sample["scores"]["length"] for sample in samples if sample["side"] == "tuned"])
+    assert mean == pytest.approx(length["tuned"], abs=1e-3), "the report's numbers are those of the samples"
+    text = (tmp_path / "v" / "report.md").read_text()
+    for part in (found["line"], "## Most improved", "## Most harmed", "## At random", "validation.png", "Sample prompts"):
+        assert part in text
+    assert found["line"] in (final / "README.md").read_text(), "the model card takes its numbers from here"
+    assert call("validate_model", *options).code == 0
+    assert (final / "README.md").read_text().count(proof.CARD) == 1, "replaced, not added again"
+    assert report_of(tmp_path / "v")["metrics"] == found["metrics"], "the same seed, the same numbers"
+    (final / "README.md").write_text(card)
 
 
-def test_compare_on_known_numbers():
-    found = validate_model.compare([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0])
-    assert found == {"base": 0.0, "tuned": 0.5, "difference": 0.5, "half_width": round(1.96 * (1 / 3) ** 0.5 / 2, 4)}
-    assert validate_model.compare([1.0], [2.0])["half_width"] is None
-    assert validate_model._mean_per_prompt([1, 3, 5, 7], 2) == [2, 6]
+def test_another_adapter_instead_of_the_base(call, options, loud, final, tmp_path):
+    done = call("validate_model", *options, "--against", loud)
+    assert done.code == 0, done.err
+    found = report_of(tmp_path / "v")
+    assert found["names"] == ["grpo-final", "grpo-final"]
+    assert found["metrics"]["KL from base"]["base"] > 0
+    same = call("validate_model", *options, "--against", shutil.copytree(final, tmp_path / "twin"))
+    assert same.code == 0
+    metrics = report_of(tmp_path / "v")["metrics"]
+    assert all(m["difference"] == 0 and m["verdict"] == "no difference shown" for m in metrics.values()), (
+        "the same, drawn the same"
+    )
+
+
+def test_adapters_of_different_bases_and_other_bad_input(call, options, final, tmp_path):
+    other = shutil.copytree(final, tmp_path / "other")
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "some/other"}))
+    refused = call("validate_model", *options, "--against", other)
+    assert refused.code == 2 and "different bases" in refused.err and "some/other" in refused.err
+    run = json.loads((other / "run.json").read_text())
+    shutil.copy(final / "adapter_config.json", other)
+    for named in ("theirs.py:steal", "os:system", "some/reward-model"):
+        run["config"]["rewards"] = [named]
+        (other / "run.json").write_text(json.dumps(run))
+        refused = call("validate_model", *options[:10], "--adapter", other, "--validation_dir", tmp_path / "v")
+        assert refused.code == 2 and "runs only when you name it" in refused.err.replace("\n", " "), (
+            "an adapter's code is not run"
+        )
+
+
+def test_rewards_that_cannot_be_computed_are_left_out_and_said(call, micro, final, tmp_path):
+    row = {"parent_id": None, "role": "prompter", "lang": "tlh", "rank": None, "review_result": True, "deleted": False}
+    rows = [{**row, "message_id": str(i), "message_tree_id": str(i), "text": f"nuq {i}?"} for i in range(30)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "d")
+    assert call("prepare_data", *where, "--dataset", tmp_path / "m.jsonl").code == 0
+    options = (*where, "--adapter", final, "--validation_dir", tmp_path / "v", "--max_completion_length", 12)
+    done = call("validate_model", *options, "--rewards", "length,reference", "--target_tokens", 6)
+    assert done.code == 0, done.err
+    flat = " ".join(done.out.split())
+    assert "reference could not be computed" in flat and "language could not be computed" in flat
+    found = report_of(tmp_path / "v")
+    assert set(found["missing"]) == {"reference", "language", "reply surprise"} and found["headline"] == "total reward"
+
+
+# --- killed, and gone on with
+
+
+def test_a_killed_validation_goes_on_where_it_was(call, options, tmp_path, monkeypatch):
+    whole = call("validate_model", *options, "--eval_batch_size", 5)
+    assert whole.code == 0
+    expected = (tmp_path / "v" / "samples.jsonl").read_text()
+    shutil.rmtree(tmp_path / "v")
+    add, added = journal.Journal.add, []
+
+    def killed(self, side, completions):
+        if len(added) == 7:  # five batches of base, two of tuned
+            raise KeyboardInterrupt
+        add(self, side, completions)
+        added.append(len(completions))
+
+    monkeypatch.setattr(journal.Journal, "add", killed)
+    first = call("validate_model", *options, "--eval_batch_size", 5)
+    assert first.code == 130 and not (tmp_path / "v" / "report.json").exists()
+    unfinished = tmp_path / "v" / "unfinished" / "samples.jsonl"
+    unfinished.write_text(unfinished.read_text() + '{"side": "tuned", "ind')  # cut in the middle of a line
+    monkeypatch.setattr(
+        journal.Journal, "add", lambda self, side, completions: (add(self, side, completions), added.append(-1))
+    )
+    second = call("validate_model", *options, "--eval_batch_size", 5)
+    assert second.code == 0 and (tmp_path / "v" / "samples.jsonl").read_text() == expected
+    assert added.count(-1) == 3, "the three batches that were missing"
+    assert not unfinished.exists()
+
+
+def test_the_journal_of_another_run_is_not_touched_unasked(call, options, tmp_path, monkeypatch):
+    path = tmp_path / "v" / "unfinished" / "samples.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"run": {"seed": 5}}\n{"side": "base", "index": 0, "completion_ids": [1]}\n')
+    before = path.read_text()
+    refused = call("validate_model", *options)
+    assert refused.code == 2 and "not finished" in refused.err and path.read_text() == before
+    assert call("validate_model", *options, "--overwrite").code == 0
+
+
+# --- the statistics
 
 
 @pytest.mark.parametrize(
-    ("difference", "half_width", "words"),
-    [(0.3, 0.1, "better"), (-0.3, 0.1, "worse"), (0.1, 0.3, "No difference shown"), (0.1, None, "No difference shown")],
+    "draw", [lambda rng, shape: rng.normal(0.1, 1, shape), lambda rng, shape: rng.exponential(1, shape) - 0.9]
 )
-def test_verdict(capsys, difference, half_width, words):
-    from rich.console import Console
+def test_intervals_cover_the_truth(draw):
+    """2,000 simulations of 100 prompts, the truth known: 93 to 97 % of the 95 % intervals hold it."""
+    from scipy import stats
 
-    reward = {"base": 0.5, "tuned": 0.5 + difference, "difference": difference, "half_width": half_width}
-    validate_model.show_measured(Console(), {"prompts": 9, "samples_per_prompt": 1, "metrics": {"reward": reward}})
-    assert words in capsys.readouterr().out
+    values = draw(numpy.random.default_rng(0), (2000, 100))
+    covered = 0
+    for part in numpy.split(values, 20):  # the very call of `interval`, on many at once
+        found = stats.bootstrap((part,), numpy.mean, axis=-1, n_resamples=1000, method="percentile", rng=1).confidence_interval
+        covered += ((found.low <= 0.1) & (0.1 <= found.high)).sum()
+    assert 0.93 <= covered / 2000 <= 0.97, covered
 
 
-def test_completions_do_not_depend_on_padding_or_order(micro):
+def test_paired_numbers():
+    found = statistics.paired([0.0, 0.0, 1.0, None], [1.0, 0.0, 0.5, 7.0])
+    assert (found.prompts, found.base, found.tuned) == (3, pytest.approx(1 / 3), pytest.approx(0.5))
+    assert found.difference == pytest.approx(1 / 6) and found.win_rate == pytest.approx(0.5) and found.low <= found.high
+    assert statistics.paired([None], [1.0]) is None
+    one = statistics.paired([0.0], [1.0])
+    assert one.low is None and statistics.word(one) == "no difference shown", "one prompt says nothing of others"
+    assert statistics.paired([0.0] * 5, [1.0] * 5).low == 1.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "better", "expected"),
+    [(0.1, 0.2, True, "better"), (-0.2, -0.1, True, "worse"), (-0.1, 0.2, True, "no difference shown"),
+     (0.1, 0.2, False, "worse"), (0.1, 0.2, None, "higher"), (-0.2, -0.1, None, "lower"), (0.0, 0.2, True, "no difference shown")],
+)  # fmt: skip
+def test_words_are_fixed_by_the_interval(low, high, better, expected):
+    assert statistics.word(statistics.Paired(9, 0, 0, 0, low, high, 0.5), better) == expected
+
+
+def test_base_against_itself_shows_no_difference(config, tokenizer):
+    """Two draws of the same model, 100 small trials of 20 prompts: at least 89 say so (95 are expected)."""
+    base = model.load_base(config, CPU, torch.float32)
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Why {i}?"}], "lang": "en", "message_id": "1", "reference": None}
+        for i in range(20)
+    ]
+    texts = chat.render(tokenizer, [row["prompt"] for row in rows]) * 100
+    scorer = Scorer(tokenizer, 6, choose_rewards(["length"]))
+    scores = []
+    for seed in (1, 2):
+        ids = complete(base, tokenizer, texts, evaluation.sampling(config, tokenizer), 500, 10_000 * seed)
+        scores.append([row["score"] for row in evaluation.score(scorer, rows * 100, ids)])
+    trials = [statistics.paired(*(side[i : i + 20] for side in scores)) for i in range(0, 2000, 20)]
+    assert sum(statistics.word(trial) == "no difference shown" for trial in trials) >= 89
+
+
+# --- the costs
+
+
+ROWS = [{"prompt": [{"role": "user", "content": text}], "lang": "en", "message_id": text, "reference": reply}
+        for text, reply in (("Why?", "Because."), ("How do I keep a plant?", "Water it once a week."), ("A", None))]  # fmt: skip
+
+
+def test_costs_against_values_by_hand(config, tokenizer, final):
+    policy = model.load_adapter(model.load_base(config, CPU, torch.float32), str(final)).eval()
+    fresh = model.load_base(config, CPU, torch.float32).eval()
+    completion_ids = [tokenizer(text)["input_ids"] for text in (" So it is.", " No", "")]
+    with torch.no_grad():
+        kl = evaluation.divergence(policy, policy.disable_adapter, tokenizer, ROWS, completion_ids)
+        for row, ids, value in zip(ROWS, completion_ids, kl, strict=True):
+            prompt = tokenizer(chat.render(tokenizer, [row["prompt"]])[0])["input_ids"]
+            if not ids:
+                assert value is None
+                continue
+            tuned, base = (m(torch.tensor([prompt + ids])).logits[0].double().softmax(-1) for m in (policy, fresh))
+            places = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
+            by_hand = [
+                sum(p * math.log(p / q) for p, q in zip(tuned[i].tolist(), base[i].tolist(), strict=True)) for i in places
+            ]
+            assert value == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-3, abs=1e-6)
+        found = evaluation.surprise(policy, tokenizer, ROWS)
+        assert found[2] is None, "there is no reply"
+        for row, (total, count) in zip(ROWS, found[:2], strict=False):
+            prompt = tokenizer(chat.render(tokenizer, [row["prompt"]])[0])["input_ids"]
+            reply = tokenizer(f" {row['reference']}")["input_ids"]
+            logits = policy(torch.tensor([prompt + reply])).logits[0].double().log_softmax(-1)
+            by_hand = -sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(reply))
+            assert count == len(reply) and total == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_an_untrained_adapter_is_its_base(config, tokenizer):
+    from peft import get_peft_model
+
+    base = model.load_base(config, CPU, torch.float32)
+    policy = get_peft_model(base, model.lora_config(config, base)).eval()
+    ids = [tokenizer(" So it is.")["input_ids"]] * 3
+    assert evaluation.divergence(policy, policy.disable_adapter, tokenizer, ROWS, ids) == [0.0] * 3
+
+
+# --- the words of the line
+
+
+def made(base: list[list[int]], tuned: list[list[int]], rewards=("length",)) -> dict:
+    """A summary of answers of given tokens to prompts; each prompt has one answer."""
+    scorer = Scorer(None, 8, with_all_built_in(choose_rewards(list(rewards))))
+    prompts = [
+        {"prompt": [{"role": "user", "content": "Q"}], "lang": "en", "message_id": str(i), "reference": None}
+        for i in range(len(base))
+    ]
+    samples = []
+    for side, answers in (("base", base), ("tuned", tuned)):
+        for i, ids in enumerate(answers):
+            scores = {"length": max(0.0, 1 - abs(len(ids) - 8) / 8), "ending": 1.0, "repetition": -1.0 * (len(set(ids)) == 1)}
+            samples.append(
+                {"side": side, "prompt": i, "answer": Answer("x", tuple(ids), True, ""), "score": 0.0, "scores": scores}
+            )
+    return proof.summarize(samples, prompts, {}, scorer, ("base", "tuned"))
+
+
+def test_the_line_says_better_worse_or_nothing():
+    short, right = [list(range(3))] * 30, [list(range(8))] * 30
+    assert made(short, right)["line"].startswith(
+        "Tuned beats base on length: 1.00 against 0.38, +0.62 [0.62, 0.62], 30 prompts"
+    )
+    assert made(right, short)["line"].startswith("Tuned is worse than base on length")
+    assert made(short, short)["line"].startswith("Tuned shows no difference from base on length")
+
+
+def test_the_line_says_when_it_looks_gamed():
+    long, chanted = [list(range(i, i + 12)) for i in range(30)], [[7] * 8] * 30
+    line = made(long, chanted)["line"]
+    assert "repetition worse" in line and "Gamed?" in line and "repetition is 0.83" in line
+    assert "Gamed?" not in made(long, [list(range(i, i + 10)) for i in range(30)])["line"]
+
+
+def test_languages_with_enough_prompts_have_their_own_rows(call, options, tmp_path):
+    done = call("validate_model", *options[:-4], "--max_prompts", 70, "--samples_per_prompt", 1)
+    assert done.code == 0
+    languages = report_of(tmp_path / "v")["languages"]
+    assert "en" in languages and all(m["prompts"] >= 20 for m in languages.values())
+
+
+def test_a_text_cannot_leave_its_block():
+    assert proof.fenced("a ```` b").startswith("`````text\n") and proof.fenced("x").startswith("```text\n")
+
+
+# --- the rollout
+
+
+def test_completions_do_not_depend_on_padding_or_order(config, tokenizer):
     """Greedy answers to ragged prompts in one batch equal those of each prompt alone."""
-    config = {**CONFIG, "model": str(micro)}
-    tokenizer = load_tokenizer(config)
-    base = model.load_base(config, torch.device("cpu"), torch.float32)
+    base = model.load_base(config, CPU, torch.float32)
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=8, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -65,3 +317,18 @@ def test_completions_do_not_depend_on_padding_or_order(micro):
     together = complete(base, tokenizer, prompts, greedy, 4, 0)
     alone = [complete(base, tokenizer, [prompt], greedy, 1, 0)[0] for prompt in prompts]
     assert together == alone
+
+
+def test_a_second_adapter_of_another_shape_is_refused(config, final, tmp_path):
+    from phi2_grpo.cli import UserError
+
+    policy = model.load_adapter(model.load_base(config, CPU, torch.float32), str(final))
+    shallow = make_micro(tmp_path / "shallow", num_hidden_layers=1)
+    with pytest.raises(UserError, match="another base"):
+        model.add_adapter(
+            model.load_adapter(model.load_base({**config, "model": str(shallow)}, CPU, torch.float32), str(final)),
+            str(final),
+            "b",
+        )
+    model.add_adapter(policy, str(final), "again")
+    assert policy.active_adapter == "default"

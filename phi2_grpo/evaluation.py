@@ -1,0 +1,147 @@
+"""Held-out prompts answered and measured: the samples, their scores, and what the tuning cost."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+from transformers import GenerationConfig
+
+from phi2_grpo.chat import count_tokens, render
+from phi2_grpo.model import cache_bytes_per_token
+from phi2_grpo.rollout import complete_in_batches
+from phi2_grpo.scoring import Scorer
+
+FORWARD_BATCH = 8  # texts in one forward pass: whole distributions over the vocabulary are held
+
+
+def sampling(config: dict, tokenizer) -> GenerationConfig:
+    """How the metrics are sampled: as the rollouts of the training."""
+    return GenerationConfig(
+        do_sample=True,
+        **{key: config[key] for key in ("temperature", "top_p", "top_k")},
+        max_new_tokens=config["max_completion_length"],
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def held_out_rows(table, count: int, seed: int) -> list[dict]:
+    """`count` rows, drawn with `seed`; all of them, in that order, where there are fewer."""
+    return table.shuffle(seed=seed).select(range(min(count, len(table)))).to_list()
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """What is drawn inside leaves Python's, numpy's and torch's generators as they were."""
+    python, numbers = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(numbers)
+
+
+def batch_that_fits(policy, prompts: list[dict], tokenizer, config: dict) -> int:
+    """How many completions fit beside the weights, by their KV cache; 64 on the CPU, where more is not faster."""
+    if policy.device.type != "cuda":
+        return 64
+    longest = max(count_tokens(tokenizer, [row["prompt"] for row in prompts])) + config["max_completion_length"]
+    free = 0.7 * torch.cuda.mem_get_info()[0]  # logits and what attention copies take the rest
+    return max(1, min(512, int(free / (longest * cache_bytes_per_token(policy.config, policy.dtype)))))
+
+
+def answer(policy, tokenizer, texts: list[str], generation, batch: int, seed: int, side: str, drawn, advance) -> None:
+    """Complete rendered prompts into the journal `drawn`, those that are not there yet."""
+    done = {index for found, index in drawn.found if found == side}
+    advance(len(done))
+    for completions in complete_in_batches(policy, tokenizer, texts, generation, batch, seed, done):
+        new = {index: ids for index, ids in completions.items() if index not in done}
+        drawn.add(side, new)
+        advance(len(new))
+
+
+def mean_per_prompt(values: list[float | None], samples: int) -> list[float | None]:
+    """Samples of one prompt stand next to each other. None where one of them has no value."""
+    groups = [values[i : i + samples] for i in range(0, len(values), samples)]
+    return [None if None in group else sum(group) / samples for group in groups]
+
+
+def score(scorer: Scorer, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
+    """One dict a completion: `answer` (see answers.py), `score` (the weighted sum) and `scores` by reward name.
+
+    `rows` are the data set's, one a completion.
+    """
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    scorer.score([row["prompt"] for row in rows], completion_ids, columns)
+    return scorer.last
+
+
+@torch.no_grad()
+def divergence(
+    policy, without_adapter: Callable, tokenizer, rows: list[dict], completion_ids: list[list[int]], advance=lambda count: None
+) -> list[float | None]:
+    """KL(policy || base) in nats, over the whole vocabulary, mean over the tokens of each completion (end token included).
+
+    `without_adapter()` is the context in which `policy` is its base. None for an empty completion.
+    """
+    prompts = tokenizer(render(tokenizer, [row["prompt"] for row in rows]), add_special_tokens=False)["input_ids"]
+    values: list[float | None] = [None] * len(rows)
+    for batch in _batches(prompts, completion_ids):
+        tuned = _log_probs(policy, tokenizer, [prompts[i] for i in batch], [completion_ids[i] for i in batch])
+        with without_adapter():
+            base = _log_probs(policy, tokenizer, [prompts[i] for i in batch], [completion_ids[i] for i in batch])
+        for i, p, q in zip(batch, tuned, base, strict=True):  # (T, V)
+            values[i] = (p.exp() * (p - q)).sum(-1).mean().item() if len(p) else None
+        advance(len(batch))
+    return values
+
+
+@torch.no_grad()
+def surprise(policy, tokenizer, rows: list[dict], advance=lambda count: None) -> list[tuple[float, int] | None]:
+    """Negative log-likelihood (nats, summed) of each row's human reply after its prompt, and the reply's tokens.
+
+    None where there is no reply. exp(sum of the first / sum of the second) is the perplexity. A reply is cut where the context
+    ends.
+    """
+    prompts = tokenizer(render(tokenizer, [row["prompt"] for row in rows]), add_special_tokens=False)["input_ids"]
+    # The answer begins with the space behind "Output:", as in training.
+    replies = tokenizer([f" {row['reference'] or ''}" for row in rows], add_special_tokens=False)["input_ids"]
+    context = getattr(policy.config, "max_position_embeddings", None) or 2048
+    replies = [reply[: context - len(prompt)] for prompt, reply in zip(prompts, replies, strict=True)]
+    values: list[tuple[float, int] | None] = [None] * len(rows)
+    chosen = [i for i, row in enumerate(rows) if row["reference"]]
+    for part in _batches([prompts[i] for i in chosen], [replies[i] for i in chosen]):
+        batch = [chosen[k] for k in part]
+        log_probs = _log_probs(policy, tokenizer, [prompts[i] for i in batch], [replies[i] for i in batch])
+        for i, rows_of_log_probs in zip(batch, log_probs, strict=True):
+            picked = rows_of_log_probs[range(len(replies[i])), replies[i]]
+            values[i] = (-picked.sum().item(), len(replies[i]))
+        advance(len(batch))
+    return values
+
+
+def _batches(prompts: list[list[int]], completions: list[list[int]]) -> Iterator[list[int]]:
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
+    for start in range(0, len(order), FORWARD_BATCH):
+        yield order[start : start + FORWARD_BATCH]
+
+
+def _log_probs(model, tokenizer, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
+    """For each text the log-probs of every token at the places of its completion, (T, V) in float32."""
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    longest = max(map(len, texts))
+    ids = torch.full(
+        (len(texts), longest), tokenizer.pad_token_id, device=model.device
+    )  # padded on the right: no position moves
+    mask = torch.zeros_like(ids)
+    for i, text in enumerate(texts):
+        ids[i, : len(text)] = torch.tensor(text, device=model.device)
+        mask[i, : len(text)] = 1
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
+    return [
+        logits[i, len(prompt) - 1 : len(prompt) + len(completion) - 1].float().log_softmax(-1)
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+    ]

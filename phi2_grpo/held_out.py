@@ -1,0 +1,74 @@
+"""The same held-out prompts, answered now and then while it trains: a curve that learning prompts by heart cannot lift."""
+
+import json
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from phi2_grpo import evaluation, report
+from phi2_grpo.chat import render
+from phi2_grpo.progress import log_evaluation
+from phi2_grpo.rollout import complete
+from phi2_grpo.scoring import Scorer
+from phi2_grpo.statistics import interval
+
+SHOWN = 3  # prompts whose answers are kept at each evaluation
+
+
+class HeldOut(TrainerCallback):
+    """Evaluates at step 0, every `eval_steps` and at the end, with fixed prompts and seeds.
+
+    Draws nothing from the run's own random numbers: a run with it and one without end with the same weights.
+
+    Args:
+        scorer: one of its own, for the monitor's keeps the last training batch.
+        rows: held-out rows of the data set; none, and nothing is evaluated.
+        track: also log to trackio.
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer, rows: list[dict], config: dict, console, track: bool):
+        self.scorer, self.tokenizer, self.rows, self.config = scorer, tokenizer, rows, config
+        self.console, self.track = console, track
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        if state.global_step == 0:
+            self.evaluate(args, state, model)
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step % self.config["eval_steps"] == 0 or state.global_step == state.max_steps:
+            self.evaluate(args, state, model)
+
+    def evaluate(self, args, state, model) -> None:
+        if not self.rows or not state.is_world_process_zero:
+            return
+        texts = render(self.tokenizer, [row["prompt"] for row in self.rows])
+        batch = self.config["per_device_train_batch_size"] * self.config["steps_per_generation"]  # what memory is known to hold
+        was_training = model.training
+        with evaluation.random_state_kept(model.device):
+            drawing = evaluation.sampling(self.config, self.tokenizer)
+            ids = complete(model, self.tokenizer, texts, drawing, batch, self.config["seed"])
+        model.train(was_training)
+        scored = evaluation.score(self.scorer, self.rows, ids)
+        answers = [row["answer"] for row in scored]
+        low, high = interval([row["score"] for row in scored]) or (None, None)
+        found = {"eval_reward": _mean([row["score"] for row in scored]), "eval_low": low, "eval_high": high}
+        for reward in self.scorer.chosen if len(self.scorer.chosen) > 1 else []:
+            found[f"eval_rewards/{reward.name}"] = _mean([row["scores"][reward.name] for row in scored])
+        found |= {"eval_ended": _mean([a.ended for a in answers]), "eval_tokens": _mean([a.tokens for a in answers])}
+        row = {"step": state.global_step, **{key: value and round(value, 4) for key, value in found.items()}}
+        shown = [
+            {"prompt": self.rows[i]["prompt"][-1]["content"], "answer": answers[i].text} for i in range(min(SHOWN, len(ids)))
+        ]
+        state.log_history.append({**row, "answers": shown})  # kept by the checkpoints
+        lines = [json.dumps(each, ensure_ascii=False) for each in report.evaluation_rows(state.log_history)]
+        (Path(args.output_dir) / "evaluation.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        spread = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        text = f"{state.global_step:>9}  held out: reward {found['eval_reward']:.3f}{spread} on {len(ids)} prompts"
+        self.console.print(text, style="cyan", highlight=False)
+        if self.track:
+            log_evaluation(row, shown)
+
+
+def _mean(values: list) -> float | None:
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,323 @@
+"""What a validation says: one line to quote, tables, pictures, and the answers behind them."""
+
+import contextlib
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy
+from rich.table import Table
+from rich.text import Text
+
+from phi2_grpo import files, signs
+from phi2_grpo.monitor import COLLAPSE, SINCE_START
+from phi2_grpo.statistics import interval, paired, word
+
+FEW = 20  # prompts; a language with fewer is not shown by itself, and a report on fewer says so
+COLORS = {"base": "#999999", "tuned": "#4c72b0"}
+# What is neither a reward nor good or bad by itself; of the rest more is better, but for the surprise.
+DIRECTION = {"answer tokens": None, "KL from base": None, "reply surprise": False}
+EXPLAINED = {
+    "total reward": "all rewards of the training, by their weights",
+    "distinct-2": "share of word pairs in the answers to one prompt that are different",
+    "answer tokens": "of the trimmed answer",
+    "KL from base": "nats per token of its own answers: how far it has moved",
+    "reply surprise": "nats per token of the best human replies: did it forget? (exp of it is the perplexity)",
+}
+
+
+def summarize(
+    samples: list[dict], prompts: list[dict], costs: dict[str, dict[str, list]], scorer, names: tuple[str, str]
+) -> dict:
+    """The numbers of a report.
+
+    Args:
+        samples: one dict a completion, `side` (base or tuned), `prompt` (an index into `prompts`), `answer` and `scores`.
+        prompts: rows of the data set.
+        costs: metric -> side -> a value a prompt, or None where it has none.
+        scorer: made of the training's rewards first, and of the others (weight 0).
+        names: what the sides are called.
+    """
+    trained = [reward.name for reward in scorer.chosen if reward.weight]
+    others = [reward.name for reward in scorer.chosen if not reward.weight]
+    grouped = {side: [[] for _ in prompts] for side in ("base", "tuned")}
+    for sample in samples:
+        grouped[sample["side"]][sample["prompt"]].append(sample)
+
+    def of(side: str, value) -> list[float | None]:
+        return [_mean([value(sample) for sample in group]) for group in grouped[side]]
+
+    values = {name: {side: of(side, lambda s, n=name: s["scores"].get(n)) for side in grouped} for name in trained + others}
+    if len(trained) > 1:
+        values = {"total reward": {side: of(side, lambda s: s["score"]) for side in grouped}, **values}
+    values["answer tokens"] = {side: of(side, lambda s: s["answer"].tokens) for side in grouped}
+    values["distinct-2"] = {side: [_distinct(group) for group in grouped[side]] for side in grouped}
+    values |= costs
+    metrics = {}
+    for name, sides in values.items():
+        if found := paired(sides["base"], sides["tuned"]):
+            metrics[name] = {**found.to_json(), "verdict": word(found, DIRECTION.get(name, True)), "trained": name in trained}
+    headline = "total reward" if "total reward" in metrics else next((name for name in trained if name in metrics), None)
+    languages = {}
+    for code in sorted({row["lang"] for row in prompts}):
+        here = [i for i, row in enumerate(prompts) if row["lang"] == code]
+        if headline and len(here) >= FEW and (found := paired(*([values[headline][s][i] for i in here] for s in grouped))):
+            languages[code] = {**found.to_json(), "verdict": word(found)}
+    signs_of = {side: signs.look([s["answer"] for s in samples if s["side"] == side],
+                                 [prompts[s["prompt"]]["lang"] for s in samples if s["side"] == side],
+                                 scorer.target_tokens) for side in grouped}  # fmt: skip
+    alarms = {}
+    for sign, value in signs_of["tuned"].items():
+        (low, high, meaning), before = COLLAPSE[f"signs/{sign}"], signs_of["base"].get(sign)
+        relative = f"signs/{sign}" in SINCE_START
+        if relative and before is None:
+            continue
+        judged = value - before if relative else value
+        if not low <= judged <= high and (relative or before is None or low <= before <= high):
+            alarms[sign] = f"{sign} is {value:.2f}, base {number(before)}: {meaning.partition(':')[0]}"
+    found = {"names": list(names), "prompts": len(prompts), "headline": headline, "metrics": metrics, "languages": languages,
+             "signs": signs_of, "alarms": alarms, "missing": [name for name in values if name not in metrics]}  # fmt: skip
+    return {"line": quote(found), **found, "values": values}
+
+
+def _mean(values: list) -> float | None:
+    return None if None in values or not values else sum(values) / len(values)
+
+
+def _distinct(group: list[dict]) -> float | None:
+    bigrams = [pair for sample in group for pair in signs.ngrams(sample["answer"].ids, 2)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else None
+
+
+def number(value: float | None, places: int = 2, sign: str = "") -> str:
+    return "?" if value is None else f"{round(value, places) + 0.0:{sign}.{places}f}"  # + 0.0: no -0.00
+
+
+def places_of(metric: str) -> int:
+    return 1 if metric == "answer tokens" else 3
+
+
+def quote(found: dict) -> str:
+    """One line that a person can quote; its words are fixed by the intervals and the alarms."""
+    base, tuned = (name.capitalize() if i else name for i, name in enumerate(found["names"]))
+    main = found["metrics"].get(found["headline"])
+    if main is None:
+        return "No reward could be computed on these prompts."
+    verb = {"better": "beats", "worse": "is worse than"}.get(main["verdict"], "shows no difference from")
+    title = found["headline"]
+    text = (
+        f"{tuned} {verb} {base} on {title}: {main['tuned']:.2f} against {main['base']:.2f}, {main['difference']:+.2f} "
+        f"[{number(main['low'])}, {number(main['high'])}], {main['prompts']} prompts"
+    )
+    rest = {name: m for name, m in found["metrics"].items() if not m["trained"] and name not in (*DIRECTION, found["headline"])}
+    parts = []
+    for verdict in ("better", "worse"):
+        if names := [name for name, m in rest.items() if m["verdict"] == verdict]:
+            parts.append(f"{', '.join(names)} {verdict}")
+    if names := [name for name, m in rest.items() if m["verdict"] == "no difference shown"]:
+        parts.append(f"no difference shown in {', '.join(names)}")
+    if kl := found["metrics"].get("KL from base"):
+        parts.append(f"KL {kl['tuned']:.2f}")
+    if surprise := found["metrics"].get("reply surprise"):
+        ratio = numpy.exp(surprise["difference"])
+        changed = surprise["verdict"] != "no difference shown"
+        if changed:
+            parts.append(f"perplexity of human replies times {ratio:.2f}")
+    text = "; ".join([text, *parts]) + "."
+    if found["alarms"] and main["verdict"] == "better":
+        text += " Gamed? " + "; ".join(found["alarms"].values()) + "."
+    return text
+
+
+def metric_rows(found: dict, most_places: int = 3) -> list[list[str]]:
+    """metric (* if trained), base, tuned, difference with its interval, win rate, verdict; for terminal and Markdown."""
+    rows = []
+    for name, m in found["metrics"].items():
+        places = min(places_of(name), most_places)
+        spread = f"[{number(m['low'], places, '+')}, {number(m['high'], places, '+')}]"
+        rows.append([name + (" *" if m["trained"] else ""), number(m["base"], places), number(m["tuned"], places),
+                     f"{number(m['difference'], places, '+')} {spread}", f"{m['win_rate']:.0%}", m["verdict"]])  # fmt: skip
+    return rows
+
+
+def show(console, found: dict, samples_per_prompt: int) -> None:
+    """The numbers for the terminal."""
+    names = found["names"]
+    title = f"{found['prompts']} held-out prompts x {samples_per_prompt}, at the training temperature"
+    table = Table("mean of", *names, "difference \\[95 %]", "wins", "", title=title, title_justify="left")
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    styles = {"better": "green", "worse": "red"}
+    for row in metric_rows(found, most_places=2):
+        table.add_row(*map(Text, row[:-1]), row[-1].replace("no difference shown", "-"), style=styles.get(row[-1]))
+    table.caption, table.caption_justify = "* paid for in the training; -: no difference shown", "left"
+    console.print(table)
+    if found["languages"]:
+        languages = Table(
+            "language", "prompts", *names, "difference, 95 % interval", "", title=found["headline"], title_justify="left"
+        )
+        for code, m in found["languages"].items():
+            spread = f"{number(m['difference'], 3, '+')} [{number(m['low'], 3, '+')}, {number(m['high'], 3, '+')}]"
+            languages.add_row(code, str(m["prompts"]), number(m["base"], 3), number(m["tuned"], 3), Text(spread), m["verdict"])
+        console.print(languages)
+    for name in found["missing"]:
+        console.print(f"{name} could not be computed on these prompts, and is left out.", style="yellow", highlight=False)
+    if found["prompts"] < FEW:
+        console.print(f"Fewer than {FEW} prompts: the intervals are weak.", style="yellow")
+    console.print(Text(found["line"], style="bold"))
+
+
+def draw(found: dict, samples: list[dict], path: Path) -> None:
+    """Paired differences, answer lengths, win rates by metric, and differences by language."""
+    from matplotlib.figure import Figure
+
+    base_name, tuned_name = found["names"]
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    differences, lengths, wins, languages = figure.subplots(2, 2).flat
+    main = found["values"].get(found["headline"], {"base": [], "tuned": []})
+    paired_values = [t - b for b, t in zip(main["base"], main["tuned"], strict=True) if None not in (b, t)]
+    if paired_values:
+        differences.hist(paired_values, bins=20, color=COLORS["tuned"], alpha=0.7)
+        m = found["metrics"][found["headline"]]
+        if m["low"] is not None:
+            differences.axvspan(m["low"], m["high"], color="#dd8452", alpha=0.4, label="mean, 95 % interval")
+        differences.axvline(m["difference"], color="#dd8452")
+        differences.axvline(0, color="grey", linestyle="--", linewidth=1)
+        differences.legend(frameon=False)
+    differences.set(
+        title=f"{found['headline']}: {tuned_name} less {base_name}", xlabel="difference on a prompt", ylabel="prompts"
+    )
+    tokens = {side: [s["answer"].tokens for s in samples if s["side"] == side] for side in COLORS}
+    edges = numpy.linspace(0, max(map(max, tokens.values())) + 1, 31)
+    for side, name in zip(COLORS, found["names"], strict=True):
+        lengths.hist(tokens[side], edges, color=COLORS[side], alpha=0.6, label=name)
+    lengths.legend(frameon=False)
+    lengths.set(title="Answer lengths", xlabel="tokens", ylabel="answers")
+    rated = [name for name in found["metrics"] if name not in DIRECTION][::-1]
+    for i, name in enumerate(rated):
+        sides = found["values"][name]
+        won = [(t > b) + 0.5 * (t == b) for b, t in zip(sides["base"], sides["tuned"], strict=True) if None not in (b, t)]
+        if ends := interval(won):
+            wins.plot(ends, [i, i], color=COLORS["tuned"])
+        wins.plot(found["metrics"][name]["win_rate"], i, "o", color=COLORS["tuned"])
+    wins.axvline(0.5, color="grey", linestyle="--", linewidth=1)
+    wins.set_yticks(range(len(rated)), rated)
+    wins.set(title=f"Share of prompts that {tuned_name} wins (ties half)", xlim=(0, 1), ylim=(-0.6, len(rated) - 0.4))
+    shown = list(found["languages"].items())[::-1]
+    for i, (_, m) in enumerate(shown):
+        languages.plot([m["low"], m["high"]], [i, i], color=COLORS["tuned"])
+        languages.plot(m["difference"], i, "o", color=COLORS["tuned"])
+    if shown:
+        languages.axvline(0, color="grey", linestyle="--", linewidth=1)
+        languages.set_yticks(range(len(shown)), [f"{code} ({m['prompts']})" for code, m in shown])
+        languages.set(title=f"{found['headline']}: difference by language", ylim=(-0.6, len(shown) - 0.4))
+    else:
+        languages.text(0.5, 0.5, f"no language has {FEW} prompts", ha="center", transform=languages.transAxes)
+        languages.set_axis_off()
+    for axes in (differences, lengths, wins, languages):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def markdown(found: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str], seed: int) -> str:
+    """The whole report, complete by itself."""
+    base_name, tuned_name = found["names"]
+    head = f"| mean of | {base_name} | {tuned_name} | difference, 95 % interval | wins | verdict |\n|---|---|---|---|---|---|"
+    lines = ["# Validation", "", f"**{found['line']}**", "", *(f"- {fact}" for fact in facts), "", head]
+    lines += ["| " + " | ".join(row) + " |" for row in metric_rows(found)]
+    lines += ["", "\\*: paid for in the training. Intervals: paired bootstrap over prompts. Wins: share of prompts on which "
+                  "the second has more, ties half.", ""]  # fmt: skip
+    lines += [f"- *{name}*: {text}" for name, text in EXPLAINED.items() if name in found["metrics"]]
+    if found["missing"]:
+        lines += ["", f"Left out, for they could not be computed on these prompts: {', '.join(found['missing'])}."]
+    if found["prompts"] < FEW:
+        lines += ["", f"Fewer than {FEW} prompts: the intervals are weak."]
+    if found["languages"]:
+        lines += ["", f"## {found['headline'].capitalize()} by language", "",
+                  f"| language | prompts | {base_name} | {tuned_name} | difference, 95 % interval | verdict |",
+                  "|---|---|---|---|---|---|"]  # fmt: skip
+        for code, m in found["languages"].items():
+            spread = f"{number(m['difference'], 3, '+')} [{number(m['low'], 3, '+')}, {number(m['high'], 3, '+')}]"
+            lines.append(
+                f"| {code} | {m['prompts']} | {number(m['base'], 3)} | {number(m['tuned'], 3)} | {spread} | {m['verdict']} |"
+            )
+    lines += [
+        "",
+        "![paired differences, lengths, win rates, languages](validation.png)",
+        "",
+        "## Sample prompts, as a chat",
+        "",
+    ]
+    for sample in shown:
+        lines += [f"**{one_line(sample['prompt'])}**", ""]
+        for side, name in zip(("base", "tuned"), found["names"], strict=True):
+            answer = sample[side]
+            lines += [f"*{name}* ({answer['tokens']} tokens, {answer['why']})", "", fenced(answer["answer"]), ""]
+    main = found["values"].get(found["headline"])
+    if main:
+        differences = {i: t - b for i, (b, t) in enumerate(zip(main["base"], main["tuned"], strict=True)) if None not in (b, t)}
+        order = sorted(differences, key=differences.get)
+        chosen = {
+            "Most improved": [i for i in order[::-1] if differences[i] > 0][:5],
+            "Most harmed": [i for i in order if differences[i] < 0][:5],
+            "At random": random.Random(seed).sample(order, min(5, len(order))),
+        }
+        for title, picks in chosen.items():
+            lines += [f"## {title}", ""] + ([] if picks else ["None.", ""])
+            for i in picks:
+                lines += [
+                    f"**{one_line(prompts[i]['prompt'][-1]['content'])}** ({prompts[i]['lang']}, {differences[i]:+.2f})",
+                    "",
+                ]
+                for side, name in zip(("base", "tuned"), found["names"], strict=True):
+                    first = next(s for s in samples if s["side"] == side and s["prompt"] == i)
+                    scores = ", ".join(f"{key} {value:.2f}" for key, value in first["scores"].items() if value is not None)
+                    lines += [f"*{name}* ({first['answer'].tokens} tokens, {first['answer'].why}; {scores})", "",
+                              fenced(first["answer"].text), ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def write(
+    folder: Path, found: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str], config: dict
+):
+    """report.json, report.md, validation.png and samples.jsonl (every completion with its scores)."""
+    numbers = {key: value for key, value in found.items() if key != "values"}
+    draw(found, samples, folder / "validation.png")
+    files.write_text(folder / "report.md", markdown(found, samples, prompts, shown, facts, config["seed"]))
+    lines = []
+    for sample in samples:
+        row, answer = prompts[sample["prompt"]], sample["answer"]
+        lines.append({"side": sample["side"], "message_id": row["message_id"], "lang": row["lang"], "prompt": row["prompt"],
+                      "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended, "why": answer.why,
+                      "scores": sample["scores"], "completion_ids": sample["completion_ids"]})  # fmt: skip
+    files.write_text(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    files.write_json(folder / "report.json", {**numbers, "facts": facts, "config": config, "samples": shown})
+
+
+CARD = "## On held-out prompts"
+
+
+def add_to_card(adapter: Path, found: dict) -> None:
+    """The result into the adapter's model card, before its "Use"; that of an earlier validation is replaced."""
+    path = adapter / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, use, after = text.partition("## Use\n")
+    if not use:
+        return
+    base, tuned = found["names"]
+    table = [f"| mean of | {base} | {tuned} | difference, 95 % interval | wins | verdict |", "|---|---|---|---|---|---|"]
+    table += ["| " + " | ".join(row) + " |" for row in metric_rows(found)]
+    section = "\n".join([CARD, "", found["line"], "", *table, "", ""])
+    with contextlib.suppress(OSError):  # a read-only adapter is validated all the same
+        files.write_text(path, before.partition(CARD)[0] + section + use + after)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split()).replace("*", "\\*")
+
+
+def fenced(text: str) -> str:
+    """A code block that no text can leave."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}text\n{text}\n{ticks}"

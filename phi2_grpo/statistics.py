@@ -1,0 +1,59 @@
+"""Is a difference real? Paired bootstrap over prompts, win rates, and the words that intervals fix."""
+
+from dataclasses import asdict, dataclass
+
+import numpy
+from scipy import stats
+
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One metric of two models on the same prompts."""
+
+    prompts: int  # that both have a value for
+    base: float
+    tuned: float
+    difference: float  # mean over prompts of tuned less base
+    low: float | None  # 95 % interval of the difference; None for a single prompt
+    high: float | None
+    win_rate: float  # share of prompts on which tuned has more, ties half
+
+    def to_json(self) -> dict:
+        return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+def interval(values, seed: int = 0) -> tuple[float, float] | None:
+    """95 % bootstrap interval (scipy's, percentile) of the mean of independent values; None for fewer than two."""
+    values = numpy.asarray(values, float)
+    if len(values) < 2:
+        return None
+    if numpy.ptp(values) == 0:  # scipy warns of it
+        return float(values[0]), float(values[0])
+    found = stats.bootstrap(
+        (values,), numpy.mean, n_resamples=RESAMPLES, method="percentile", rng=numpy.random.default_rng(seed)
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def paired(base: list[float | None], tuned: list[float | None]) -> Paired | None:
+    """Compare two models prompt by prompt. Prompts that one of them has no value for are left out; None if all are."""
+    both = numpy.array([(b, t) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None], float)
+    if not len(both):
+        return None
+    differences = both[:, 1] - both[:, 0]
+    wins = (differences > 0) + 0.5 * (differences == 0)
+    low, high = interval(differences) or (None, None)
+    means = (float(both[:, 0].mean()), float(both[:, 1].mean()), float(differences.mean()))
+    return Paired(len(both), *means, low, high, float(wins.mean()))
+
+
+def word(found: Paired, higher_is_better: bool | None = True) -> str:
+    """better, worse or no difference shown (higher or lower, for what is neither good nor bad), as the interval says."""
+    if found.low is None or found.low <= 0 <= found.high:
+        return "no difference shown"
+    more = found.low > 0
+    if higher_is_better is None:
+        return "higher" if more else "lower"
+    return "better" if more == higher_is_better else "worse"

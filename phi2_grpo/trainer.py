@@ -1,0 +1,58 @@
+"""TRL's trainer with a clock: where the seconds of a step go."""
+
+import time
+from collections import defaultdict
+
+import torch
+from trl import GRPOTrainer
+
+
+class TimedGRPOTrainer(GRPOTrainer):
+    """Logs of each step the `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (all the rest).
+
+    The three methods are private to TRL; a test holds their names.
+    """
+
+    def __init__(self, *arguments, **keywords):
+        self._spent: dict[str, float] = defaultdict(float)
+        self._depth = 0  # a part inside another is the outer's
+        super().__init__(*arguments, **keywords)
+
+    def _timed(self, part: str, method, *arguments, **keywords):
+        started, self._depth = self._now(), self._depth + 1
+        try:
+            return method(*arguments, **keywords)
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._spent[part] += self._now() - started
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels run on behind the host; a few waits a step cost nothing
+        return time.perf_counter()
+
+    def _generate_single_turn(self, *arguments, **keywords):
+        return self._timed("rollout", super()._generate_single_turn, *arguments, **keywords)
+
+    def _calculate_rewards(self, *arguments, **keywords):
+        return self._timed("rewards", super()._calculate_rewards, *arguments, **keywords)
+
+    def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
+        method = super()._get_per_token_logps_and_entropies
+        if torch.is_grad_enabled():  # the forward pass of the update
+            return method(*arguments, **keywords)
+        return self._timed("log_probs", method, *arguments, **keywords)
+
+    def training_step(self, *arguments, **keywords):
+        started, inside = self._now(), sum(self._spent.values()) - self._spent["update"]
+        loss = super().training_step(*arguments, **keywords)
+        others = sum(self._spent.values()) - self._spent["update"] - inside
+        self._spent["update"] += self._now() - started - others
+        return loss
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        if self._spent:
+            logs.update({f"seconds/{part}": round(seconds, 4) for part, seconds in self._spent.items()})
+            self._spent.clear()
+        super().log(logs, start_time)
