@@ -350,7 +350,8 @@ def conversation(parameters: list) -> None:
     for event in answered:
         for ended in (event.then, event.failure):  # `then` alone would leave the box shut after an error
             ended(lambda: READY, None, box, **at_once)
-    box.stop(say_stopped, chatbot, chatbot, cancels=answered, **at_once)
+    # After the cancelling, not with it: an answer on its way to the page would wipe out what say_stopped has said.
+    box.stop(None, cancels=answered, api_visibility="private").then(say_stopped, chatbot, chatbot, **at_once)
     chatbot.undo(take_back, chatbot, [box, chatbot], **at_once)
 
 

@@ -56,18 +56,20 @@ def tiny_base() -> Path:
     """The folder of the tiny base model; built in about a minute on two cores unless it is there and current."""
     dialogues = _dialogues()
     fingerprint = _fingerprint(dialogues)
-    try:
-        if json.loads((FOLDER / "built-from.json").read_text())["fingerprint"] == fingerprint:
-            return FOLDER
-    except (OSError, ValueError, KeyError):
-        pass  # not built yet, or half of it
+    if files.read_json(FOLDER / "built-from.json").get("fingerprint") == fingerprint:
+        return FOLDER
+    from filelock import FileLock
     from rich.console import Console
 
     console = Console()
-    console.print("Building the tiny base model (once, about a minute on two cores) ...")
-    with files.whole_folder(FOLDER) as folder:
-        loss = _build(dialogues, folder)
-        files.write_json(folder / "built-from.json", {"fingerprint": fingerprint, "recipe": RECIPE, "loss": loss})
+    FOLDER.parent.mkdir(exist_ok=True)
+    with FileLock(FOLDER.with_name(".tiny-base.lock")):  # of several processes one builds, the others wait
+        if files.read_json(FOLDER / "built-from.json").get("fingerprint") == fingerprint:
+            return FOLDER
+        console.print("Building the tiny base model (once, about a minute on two cores) ...")
+        with files.whole_folder(FOLDER) as folder:
+            loss = _build(dialogues, folder)
+            files.write_json(folder / "built-from.json", {"fingerprint": fingerprint, "recipe": RECIPE, "loss": loss})
     console.print(f"  {len(dialogues)} question-answer pairs, {RECIPE['steps']} steps, loss {loss:.2f} -> {FOLDER.name}")
     return FOLDER
 

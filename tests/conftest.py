@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real rows and the real tokenizer, where a checkout has them beside it
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach out
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads of two workers would fight for the same cores
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 

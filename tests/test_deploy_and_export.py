@@ -47,7 +47,7 @@ def run(call, monkeypatch):
 
 APP = {"README.md", "app.py", "engine.py", "requirements.txt"}
 OWN = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-       "generation_config.json", "README.md", "run.json", "metrics.jsonl", "reward.png"}  # fmt: skip
+       "generation_config.json", "README.md", "run.json", "metrics.jsonl", "evaluation.jsonl", "reward.png"}  # fmt: skip
 
 
 def test_a_space_gets_exactly_its_files(run, hub, adapter):

@@ -255,6 +255,10 @@ def answer(*ids, text="") -> Answer:
     return Answer(text, ids, True, "")
 
 
+ENGLISH = [answer(*range(9), text="The plants need a lot of water")]
+SPANISH = [answer(*range(9), text="Las plantas necesitan mucha agua")]
+
+
 @pytest.mark.parametrize(
     ("answers", "languages", "expected"),
     [
@@ -262,12 +266,8 @@ def answer(*ids, text="") -> Answer:
         ([answer(*[7] * 10)], [], {"repetition": 7 / 8, "distinct_2": 1 / 9}),
         ([answer(1)] * 3 + [answer(*range(20))], [], {"empty": 0.75, "at_target": 0.0, "repetition": 0}),
         ([answer(*range(n)) for n in (31, 32, 33, 34)], [], {"at_target": 0.75}),
-        (
-            [answer(*range(9), text="The plants need a lot of water")] * 8,
-            ["es"] * 8,
-            {"one_language": 0},
-        ),  # as uniform as asked
-        ([answer(*range(9), text="The plants need a lot of water")] * 8, ["es", "en"] * 4, {"one_language": 0.5}),
+        (ENGLISH * 8, ["es", "en"] * 4, {"one_language": 1.0}),
+        (ENGLISH * 6 + SPANISH * 4, ["en"] * 4 + ["es"] * 6, {"one_language": 2 / 6}),
     ],
 )
 def test_signs(answers, languages, expected):
@@ -392,11 +392,11 @@ def test_a_value_that_is_no_number_stops_the_run_after_saving(call, quick, tmp_p
         "def late(answers, **_):\n"
         "    global calls\n"
         "    calls += 1\n"
-        "    return [float('nan') if calls > 4 else float(len(answer)) for answer in answers]\n"
+        "    return [float('nan') if calls > 5 else float(len(answer)) for answer in answers]\n"
     )
     options = (*quick, "--output_dir", tmp_path / "o", "--rewards")
     done = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late")
-    # Once before the training, then once a step: the fifth call is the fourth step's.
+    # Once before the training, once on the held-out prompts, then once a step: the sixth call is the fourth step's.
     assert done.code == 2 and "'late' returned nan" in done.err and "checkpoint-3 is whole" in done.err, done.err
     assert not (tmp_path / "o-final").exists()
     resumed = call("train_grpo", 6, *options, "length", "--resume")

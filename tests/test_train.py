@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
@@ -100,18 +100,18 @@ def test_what_is_printed(trained):
     assert "Traceback" not in printed and "Warning" not in printed
 
 
-def test_same_seed_same_adapter_and_another_seed_another(quick, trained, tmp_path):
+def test_same_seed_same_adapter_and_another_seed_another(call, quick, trained, tmp_path):
     """Bit for bit on the CPU; and a run stopped at step 4 and resumed ends with the same adapter as one never stopped."""
     options = (*quick, "--save_steps", "2", "--sample_steps", "3")
     reference = load_file(trained.with_name("grpo-final") / "adapter_model.safetensors")
-    first = script("train_grpo", "4", *options, "--output_dir", tmp_path / "a")
+    first = call("train_grpo", "4", *options, "--output_dir", tmp_path / "a")
     assert first.code == 0, first.err
-    resumed = script("train_grpo", "6", *options, "--output_dir", tmp_path / "a", "--resume")
+    resumed = call("train_grpo", "6", *options, "--output_dir", tmp_path / "a", "--resume")
     assert resumed.code == 0 and "resuming at checkpoint-4" in resumed.out, resumed.err
     ended = load_file(tmp_path / "a-final" / "adapter_model.safetensors")
     assert reference.keys() == ended.keys() and all(torch.equal(reference[key], ended[key]) for key in reference)
     assert [row["step"] for row in rows_of(tmp_path / "a-final")] == [1, 2, 3, 4, 5, 6], "no gap, no double"
-    other = script("train_grpo", "2", *options, "--output_dir", tmp_path / "b", "--seed", "1")
+    other = call("train_grpo", "2", *options, "--output_dir", tmp_path / "b", "--seed", "1")
     assert other.code == 0
     assert rows_of(tmp_path / "b")[0]["reward"] != rows_of(tmp_path / "a")[0]["reward"]
 
@@ -143,12 +143,12 @@ def test_only_the_run_is_removed(call, quick, tmp_path):
     assert checks.final_folder({"output_dir": "."}).name.endswith("-final")
 
 
-def test_a_finished_run_may_be_resumed_and_made_longer(quick, trained, tmp_path):
+def test_a_finished_run_may_be_resumed_and_made_longer(call, quick, trained, tmp_path):
     import shutil
 
     shutil.copytree(trained, tmp_path / "o")
     for steps in ("6", "7"):  # the first has nothing left to do
-        done = script("train_grpo", steps, *quick, "--output_dir", tmp_path / "o", "--resume")
+        done = call("train_grpo", steps, *quick, "--output_dir", tmp_path / "o", "--resume")
         assert done.code == 0, done.err
         assert rows_of(tmp_path / "o-final")[-1]["step"] == int(steps), done.out
     run = json.loads((tmp_path / "o-final" / "run.json").read_text())
@@ -170,10 +170,10 @@ def test_check_trains_nothing(call, quick, tmp_path):
         assert part in text
 
 
-def test_init_adapter_starts_there_and_keeps_the_base_as_reference(quick, trained, tmp_path):
+def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, trained, tmp_path):
     final = trained.with_name("grpo-final")
     options = (*quick, "--init_adapter", final, "--learning_rate", "1e-9", "--output_dir", tmp_path / "o")
-    done = script("train_grpo", "1", *options)
+    done = call("train_grpo", "1", *options)
     assert done.code == 0, done.err
     assert rows_of(tmp_path / "o-final")[0]["kl"] > 0, "the KL is to the base, not to the adapter it started from"
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (final, tmp_path / "o-final"))
