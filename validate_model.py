@@ -10,6 +10,7 @@ Base answers come from the same model with the adapter off. Everything is measur
 (KL from the base, surprise at human replies). A killed validation goes on where it was.
 """
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,24 +31,33 @@ def main() -> None:
     config, arguments = cli.parse(parser)
     if any(not prompt.strip() for prompt in arguments.prompt or []):
         raise cli.UserError("--prompt is empty. Give it a question.")
-    if arguments.rewards is None:  # those it was trained with
-        config["rewards"] = rewards_of(Path(config["adapter"])) or config["rewards"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise cli.UserError(
+            "validate_model.py runs in one process: start it with python, not with accelerate launch or torchrun."
+        )
+    trained = take_settings_of(Path(config["adapter"]), config, arguments)
     environment.prepare(config["model"], *cli.reward_models(config["rewards"]))
 
     from rich.console import Console
 
     from phi2_grpo import chat, checks, data, evaluation, journal, model, progress, proof, scoring
-    from phi2_grpo.loading import load_tokenizer
+    from phi2_grpo.loading import load_tokenizer, use_base_of
 
     console = Console()
     console.print(f"validate_model: {cli.differences(config, KEYS)}", highlight=False)
     folder = Path(config["validation_dir"])
     adapters = [Path(model.check_adapter(path)) for path in (config["adapter"], arguments.against) if path]
-    checks.same_base(adapters)
+    use_base_of(adapters[0], config)
+    checks.same_base(adapters, None if arguments.model else config)
     files.check_writable(folder)
     device, dtype = model.choose_device(config)
     tokenizer = load_tokenizer(config)
     tables, funnel, _ = data.load_prompts(config, tokenizer)
+    if trained.get("data", {}).get("fingerprint", funnel["fingerprint"]) != funnel["fingerprint"]:
+        text = (
+            f"{config['adapter']} was trained on other data than {config['data_dir']}: it may have seen what is held out here."
+        )
+        console.print(text, style="yellow", highlight=False)
     if not len(tables["validation"]):
         raise cli.UserError(f"{config['data_dir']} has no validation prompt. Prepare it with a larger --validation_fraction.")
     prompts = evaluation.held_out_rows(tables["validation"], config["max_prompts"], config["seed"])
@@ -58,10 +68,10 @@ def main() -> None:
     run = {
         "adapters": [files.digest(path / "adapter_model.safetensors") for path in adapters],
         "data": funnel["fingerprint"],
-        "model": [config["model"], config["model_revision"]],
+        "model": [config["model"], config["model_revision"], device.type, str(dtype)],
         **{key: config[key] for key in drawing},
     }
-    drawn = journal.Journal(folder / "unfinished" / "samples.jsonl", run, arguments.overwrite)
+    checks.fits_context(prompts, tokenizer, config)
     with console.status("loading the model"):
         base = model.load_base(config, device, dtype)
         for judge in scorer.models:
@@ -70,7 +80,12 @@ def main() -> None:
         if arguments.against:
             model.add_adapter(policy, arguments.against, "against")
     sides = {"base": ("against" if arguments.against else None), "tuned": "default"}
-    names = (adapters[1].name if arguments.against else "base", adapters[0].name if arguments.against else "tuned")
+    batch = config["eval_batch_size"] or evaluation.batch_that_fits(policy, prompts, tokenizer, config)
+    drawn = journal.Journal(folder / "unfinished" / "journal.jsonl", run, batch, arguments.overwrite)
+    names = ("base", "tuned")
+    if arguments.against:
+        same = adapters[0].name == adapters[1].name
+        names = tuple(str(path) if same else path.name for path in (adapters[1], adapters[0]))
 
     @contextmanager
     def voice(side: str):
@@ -84,14 +99,12 @@ def main() -> None:
             policy.set_adapter("default")
 
     shown = show_samples(console, policy, tokenizer, voice, names, config, arguments.prompt or chat.SAMPLE_PROMPTS)
-    batch = config["eval_batch_size"] or evaluation.batch_that_fits(policy, prompts, tokenizer, config)
     texts = chat.render(tokenizer, [row["prompt"] for row in prompts for _ in range(config["samples_per_prompt"])])
     with progress.counting(console, "held-out prompts", 2 * len(texts)) as advance:
         for side in sides:
             with voice(side):
-                evaluation.answer(policy, tokenizer, texts, evaluation.sampling(config, tokenizer), batch, config["seed"], side,
-                                  drawn, advance)  # fmt: skip
-    samples, costs = [], {"KL from base": {}, "reply surprise": {}}
+                evaluation.answer(policy, tokenizer, texts, config, side, drawn, advance)
+    samples, costs, perplexity = [], {"KL from base": {}, "reply surprise": {}}, {}
     repeated = [row for row in prompts for _ in range(config["samples_per_prompt"])]
     with progress.counting(console, "what it cost", 2 * (len(repeated) + len(prompts))) as advance:
         for side in sides:
@@ -106,13 +119,15 @@ def main() -> None:
                 costs["KL from base"][side] = evaluation.mean_per_prompt(kl, config["samples_per_prompt"])
                 surprise = evaluation.surprise(policy, tokenizer, prompts, advance)
                 costs["reply surprise"][side] = [value and value[0] / value[1] for value in surprise]
-    found = proof.summarize(samples, prompts, costs, scorer, names)
+                perplexity[side] = evaluation.perplexity(surprise)
+    found = {**proof.summarize(samples, prompts, costs, scorer, names), "perplexity": perplexity}
     proof.show(console, found, config["samples_per_prompt"])
     facts = [
         f"{config['adapter']} against {arguments.against or 'its base'}, {config['model']}",
         f"{len(prompts)} held-out prompts of {funnel['settings']['dataset']}, {config['samples_per_prompt']} samples each, "
         f"seed {config['seed']}, temperature {config['temperature']:g}, at most {config['max_completion_length']} tokens",
-        f"rewards of the training: {', '.join(config['rewards'])}; target {config['target_tokens']} tokens",
+        f"rewards{' of the training' if trained and not arguments.rewards else ''}: {', '.join(config['rewards'])}; target "
+        f"{config['target_tokens']} tokens",
     ]
     with drawn.finished_in(folder) as new:
         proof.write(new, found, samples, prompts, shown, facts, {**config, "against": arguments.against})
@@ -121,11 +136,18 @@ def main() -> None:
     console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", highlight=False)
 
 
-def rewards_of(adapter: Path) -> list[str]:
-    """The rewards that its run.json names. Raises UserError for code and for models from elsewhere: not run unasked."""
+def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
+    """What the adapter was trained with goes into `config`, where no flag says otherwise; returns its run.json.
+
+    Raises UserError for rewards that are code, or models from elsewhere: they are not run unasked.
+    """
     from phi2_grpo.rewards import BUILT_IN
 
-    named = files.read_json(adapter / "run.json").get("config", {}).get("rewards") or []
+    run = files.read_json(adapter / "run.json")
+    for key in ("temperature", "top_p", "top_k", "max_completion_length", "target_tokens", "rewards"):
+        if getattr(arguments, key) is None and key in (run.get("config") or {}):
+            config[key] = run["config"][key]
+    named = [] if arguments.rewards else config["rewards"]
     for item in named:
         name = cli.split_weight(item)[0]
         if name not in BUILT_IN and not Path(name).expanduser().is_dir():
@@ -133,7 +155,7 @@ def rewards_of(adapter: Path) -> list[str]:
                 f"{adapter} was trained with {item}, which is not on this machine, or is code, and that runs only when you "
                 f"name it:\n  --rewards {','.join(named)}   (or other rewards)"
             )
-    return named
+    return run
 
 
 def show_samples(console, policy, tokenizer, voice, names: tuple[str, str], config: dict, questions: list[str]) -> list[dict]:

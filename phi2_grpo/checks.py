@@ -14,7 +14,7 @@ from rich.table import Table
 from phi2_grpo import data, files, model
 from phi2_grpo.chat import count_tokens
 from phi2_grpo.cli import UserError
-from phi2_grpo.loading import load_tokenizer
+from phi2_grpo.loading import load_tokenizer, names_base
 from phi2_grpo.monitor import WINDOW
 from phi2_grpo.reward_model import conversations
 from phi2_grpo.scoring import Scorer, choose_rewards, try_rewards
@@ -106,13 +106,29 @@ def final_folder(config: dict) -> Path:
     return output.with_name(f"{output.name}-final")
 
 
-def same_base(adapters: list[Path]) -> None:
-    """Raise UserError unless all adapters name the same base, at the same revision."""
+def same_base(adapters: list[Path], config: dict | None) -> None:
+    """Raise UserError unless all adapters name the same base, at the same revision; with `config`, the base that it names."""
     named = [files.read_json(adapter / "adapter_config.json") for adapter in adapters]
     bases = [f"{each.get('base_model_name_or_path')} ({each.get('revision') or 'no revision'})" for each in named]
     if len(set(bases)) > 1:
         pairs = ", ".join(f"{adapter} is on {base}" for adapter, base in zip(adapters, bases, strict=True))
         raise UserError(f"the adapters have different bases, so they cannot be compared prompt by prompt on one: {pairs}.")
+    if config is not None and not names_base((named[0].get("base_model_name_or_path"), named[0].get("revision")), config):
+        raise UserError(
+            f"the adapter {adapters[0]} was trained on {bases[0]}, and {config['model']} is another base. Give the right one "
+            "with --model (or this one, to insist)."
+        )
+
+
+def fits_context(prompts: list[dict], tokenizer, config: dict) -> None:
+    """Raise UserError unless the longest prompt and the longest answer fit into the model's context."""
+    longest = max(count_tokens(tokenizer, [row["prompt"] for row in prompts]))
+    context = getattr(model.empty_base(config).config, "max_position_embeddings", None) or 2048
+    if longest + config["max_completion_length"] > context:
+        raise UserError(
+            f"the longest prompt has {longest} tokens; with max_completion_length {config['max_completion_length']} that is "
+            f"more than the context of {context}. Give at most --max_completion_length {max(0, context - longest)}."
+        )
 
 
 def run_folder(config: dict) -> Path:

@@ -1,5 +1,6 @@
 """Held-out prompts answered and measured: the samples, their scores, and what the tuning cost."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from phi2_grpo.model import cache_bytes_per_token
 from phi2_grpo.rollout import complete_in_batches
 from phi2_grpo.scoring import Scorer
 
-FORWARD_BATCH = 8  # texts in one forward pass: whole distributions over the vocabulary are held
+FORWARD_TOKENS = 2048  # in one forward pass, padding included: whole distributions over the vocabulary are held
 
 
 def sampling(config: dict, tokenizer) -> GenerationConfig:
@@ -53,11 +54,12 @@ def batch_that_fits(policy, prompts: list[dict], tokenizer, config: dict) -> int
     return max(1, min(512, int(free / (longest * cache_bytes_per_token(policy.config, policy.dtype)))))
 
 
-def answer(policy, tokenizer, texts: list[str], generation, batch: int, seed: int, side: str, drawn, advance) -> None:
+def answer(policy, tokenizer, texts: list[str], config: dict, side: str, drawn, advance) -> None:
     """Complete rendered prompts into the journal `drawn`, those that are not there yet."""
     done = {index for found, index in drawn.found if found == side}
     advance(len(done))
-    for completions in complete_in_batches(policy, tokenizer, texts, generation, batch, seed, done):
+    drawing = sampling(config, tokenizer)
+    for completions in complete_in_batches(policy, tokenizer, texts, drawing, drawn.batch, config["seed"], done):
         new = {index: ids for index, ids in completions.items() if index not in done}
         drawn.add(side, new)
         advance(len(new))
@@ -110,9 +112,9 @@ def surprise(policy, tokenizer, rows: list[dict], advance=lambda count: None) ->
     # The answer begins with the space behind "Output:", as in training.
     replies = tokenizer([f" {row['reference'] or ''}" for row in rows], add_special_tokens=False)["input_ids"]
     context = getattr(policy.config, "max_position_embeddings", None) or 2048
-    replies = [reply[: context - len(prompt)] for prompt, reply in zip(prompts, replies, strict=True)]
+    replies = [reply[: max(0, context - len(prompt))] for prompt, reply in zip(prompts, replies, strict=True)]
     values: list[tuple[float, int] | None] = [None] * len(rows)
-    chosen = [i for i, row in enumerate(rows) if row["reference"]]
+    chosen = [i for i, row in enumerate(rows) if row["reference"] and replies[i]]
     for part in _batches([prompts[i] for i in chosen], [replies[i] for i in chosen]):
         batch = [chosen[k] for k in part]
         log_probs = _log_probs(policy, tokenizer, [prompts[i] for i in batch], [replies[i] for i in batch])
@@ -123,10 +125,24 @@ def surprise(policy, tokenizer, rows: list[dict], advance=lambda count: None) ->
     return values
 
 
+def perplexity(surprises: list[tuple[float, int] | None]) -> float | None:
+    """Of all replies together: exp of the mean surprise of a token. None where there is no reply."""
+    known = [value for value in surprises if value]
+    return math.exp(sum(nats for nats, _ in known) / sum(tokens for _, tokens in known)) if known else None
+
+
 def _batches(prompts: list[list[int]], completions: list[list[int]]) -> Iterator[list[int]]:
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
-    for start in range(0, len(order), FORWARD_BATCH):
-        yield order[start : start + FORWARD_BATCH]
+    def length(i: int) -> int:
+        return len(prompts[i]) + len(completions[i])
+
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=length):
+        if batch and (len(batch) + 1) * length(i) > FORWARD_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _log_probs(model, tokenizer, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:

@@ -47,8 +47,8 @@ class HeldOut(TrainerCallback):
         with evaluation.random_state_kept(model.device):
             drawing = evaluation.sampling(self.config, self.tokenizer)
             ids = complete(model, self.tokenizer, texts, drawing, batch, self.config["seed"])
+            scored = evaluation.score(self.scorer, self.rows, ids)  # a reward of one's own may draw, too
         model.train(was_training)
-        scored = evaluation.score(self.scorer, self.rows, ids)
         answers = [row["answer"] for row in scored]
         low, high = interval([row["score"] for row in scored]) or (None, None)
         found = {"eval_reward": _mean([row["score"] for row in scored]), "eval_low": low, "eval_high": high}

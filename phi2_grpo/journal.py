@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from phi2_grpo import files
 from phi2_grpo.cli import UserError
 
 
@@ -16,46 +17,48 @@ class Journal:
     Args:
         path: a JSON line for the run, then one for each completion.
         run: what must be the same for a journal to be gone on with.
-        overwrite: start anew where it is not.
+        batch: completions drawn at once; seeds go by batches, so a journal that is gone on with keeps its own (`self.batch`).
+        overwrite: start anew where the run is another.
 
     Raises UserError for the unfinished journal of another run.
     """
 
-    def __init__(self, path: Path, run: dict, overwrite: bool = False):
-        self.path, self.found = path, {}
+    def __init__(self, path: Path, run: dict, batch: int, overwrite: bool = False):
+        self.path, self.found, self.batch = path, {}, batch
         lines = _whole_lines(path)
-        if lines and lines[0] != {"run": run} and not overwrite:
-            was = lines[0].get("run") or {}
+        was = (lines[0].get("run") or {}) if lines else run
+        if was != run and not overwrite:
             other = ", ".join(key for key in run if was.get(key) != run[key])
             raise UserError(
                 f"{path} is from a validation that was not finished, with another {other}. Finish that, or start anew here: "
                 "--overwrite; or choose another --validation_dir."
             )
-        if lines and lines[0] == {"run": run}:
+        if lines and was == run:
+            self.batch = lines[0]["batch"]
             self.found = {(line["side"], line["index"]): line["completion_ids"] for line in lines[1:]}
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Rewritten, because the last line may have been cut in the middle.
         kept = [{"side": side, "index": index, "completion_ids": ids} for (side, index), ids in self.found.items()]
-        self.file = path.open("w", encoding="utf-8")
-        self._write([{"run": run}, *kept])
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in [{"run": run, "batch": self.batch}, *kept]))
+        self.file = path.open("a", encoding="utf-8")
 
     def add(self, side: str, completions: dict[int, list[int]]) -> None:
         """Completions by index."""
         self.found.update({(side, index): ids for index, ids in completions.items()})
-        self._write([{"side": side, "index": index, "completion_ids": ids} for index, ids in completions.items()])
-
-    def _write(self, lines: list[dict]) -> None:
+        lines = [{"side": side, "index": index, "completion_ids": ids} for index, ids in completions.items()]
         self.file.write("".join(json.dumps(line) + "\n" for line in lines))
         self.file.flush()
         os.fsync(self.file.fileno())
 
     @contextmanager
     def finished_in(self, folder: Path) -> Iterator[Path]:
-        """A folder for the report's files, which replace those in `folder` when the block has ended; the journal goes."""
+        """A folder for the report's files, which replace those in `folder` when the block has ended; the journal goes last."""
+        new = self.path.parent / "report"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        yield new
+        for path in sorted(new.iterdir(), key=lambda path: path.name == "report.json"):
+            os.replace(path, folder / path.name)
         self.file.close()
-        yield self.path.parent
-        for new in sorted(self.path.parent.iterdir(), key=lambda path: path.name == "report.json"):  # the report last
-            os.replace(new, folder / new.name)
         shutil.rmtree(self.path.parent)
 
 

@@ -26,6 +26,15 @@ def resolve_model(config: dict) -> tuple[str, str | None]:
     return config["model"], config["model_revision"]
 
 
+def names_base(named: tuple[str | None, str | None], config: dict) -> bool:
+    """Whether (name, revision), as an adapter's config has them, are the base that `config` names."""
+    name, revision = resolve_model(config)
+    base = named[0] or ""
+    if revision is None:  # a local folder
+        return Path(base).exists() and Path(base).resolve() == Path(name)
+    return (base, named[1] or "main") == (name, revision)
+
+
 def load_pretrained(loader, config: dict, **options):
     """`loader.from_pretrained` for the configured base; UserError saying what to do where it cannot be had."""
     name, revision = resolve_model(config)

@@ -12,9 +12,8 @@ from rich.text import Text
 
 from phi2_grpo import files, signs
 from phi2_grpo.monitor import COLLAPSE, SINCE_START
-from phi2_grpo.statistics import interval, paired, word
+from phi2_grpo.statistics import FEW, interval, paired, word
 
-FEW = 20  # prompts; a language with fewer is not shown by itself, and a report on fewer says so
 COLORS = {"base": "#999999", "tuned": "#4c72b0"}
 # What is neither a reward nor good or bad by itself; of the rest more is better, but for the surprise.
 DIRECTION = {"answer tokens": None, "KL from base": None, "reply surprise": False}
@@ -23,7 +22,7 @@ EXPLAINED = {
     "distinct-2": "share of word pairs in the answers to one prompt that are different",
     "answer tokens": "of the trimmed answer",
     "KL from base": "nats per token of its own answers: how far it has moved",
-    "reply surprise": "nats per token of the best human replies: did it forget? (exp of it is the perplexity)",
+    "reply surprise": "nats per token of the best human replies, the mean over prompts: did it forget?",
 }
 
 
@@ -54,16 +53,19 @@ def summarize(
     values["answer tokens"] = {side: of(side, lambda s: s["answer"].tokens) for side in grouped}
     values["distinct-2"] = {side: [_distinct(group) for group in grouped[side]] for side in grouped}
     values |= costs
+    # A reward of negative weight is paid for less of it.
+    direction = {**DIRECTION, **{reward.name: reward.weight >= 0 for reward in scorer.chosen}}
     metrics = {}
     for name, sides in values.items():
         if found := paired(sides["base"], sides["tuned"]):
-            metrics[name] = {**found.to_json(), "verdict": word(found, DIRECTION.get(name, True)), "trained": name in trained}
+            metrics[name] = {**found.to_json(), "verdict": word(found, direction.get(name, True)), "trained": name in trained}
     headline = "total reward" if "total reward" in metrics else next((name for name in trained if name in metrics), None)
     languages = {}
     for code in sorted({row["lang"] for row in prompts}):
         here = [i for i, row in enumerate(prompts) if row["lang"] == code]
-        if headline and len(here) >= FEW and (found := paired(*([values[headline][s][i] for i in here] for s in grouped))):
-            languages[code] = {**found.to_json(), "verdict": word(found)}
+        found = paired(*([values[headline][s][i] for i in here] for s in grouped)) if headline else None
+        if found and found.prompts >= FEW:
+            languages[code] = {**found.to_json(), "verdict": word(found, direction.get(headline, True))}
     signs_of = {side: signs.look([s["answer"] for s in samples if s["side"] == side],
                                  [prompts[s["prompt"]]["lang"] for s in samples if s["side"] == side],
                                  scorer.target_tokens) for side in grouped}  # fmt: skip
@@ -76,8 +78,17 @@ def summarize(
         judged = value - before if relative else value
         if not low <= judged <= high and (relative or before is None or low <= before <= high):
             alarms[sign] = f"{sign} is {value:.2f}, base {number(before)}: {meaning.partition(':')[0]}"
-    found = {"names": list(names), "prompts": len(prompts), "headline": headline, "metrics": metrics, "languages": languages,
-             "signs": signs_of, "alarms": alarms, "missing": [name for name in values if name not in metrics]}  # fmt: skip
+    found = {
+        "names": list(names),
+        "prompts": len(prompts),
+        "headline": headline,
+        "reversed": direction.get(headline) is False,
+        "metrics": metrics,
+        "languages": languages,
+        "signs": signs_of,
+        "alarms": alarms,
+        "missing": [name for name in values if name not in metrics],
+    }
     return {"line": quote(found), **found, "values": values}
 
 
@@ -100,15 +111,16 @@ def places_of(metric: str) -> int:
 
 def quote(found: dict) -> str:
     """One line that a person can quote; its words are fixed by the intervals and the alarms."""
-    base, tuned = (name.capitalize() if i else name for i, name in enumerate(found["names"]))
+    base, tuned = found["names"]
+    tuned = tuned[:1].upper() + tuned[1:]
     main = found["metrics"].get(found["headline"])
     if main is None:
         return "No reward could be computed on these prompts."
     verb = {"better": "beats", "worse": "is worse than"}.get(main["verdict"], "shows no difference from")
-    title = found["headline"]
+    weak = " (few: weak)" if main["prompts"] < FEW else ""
     text = (
-        f"{tuned} {verb} {base} on {title}: {main['tuned']:.2f} against {main['base']:.2f}, {main['difference']:+.2f} "
-        f"[{number(main['low'])}, {number(main['high'])}], {main['prompts']} prompts"
+        f"{tuned} {verb} {base} on {found['headline']}: {main['tuned']:.2f} against {main['base']:.2f}, "
+        f"{main['difference']:+.2f} [{number(main['low'])}, {number(main['high'])}], {main['prompts']} prompts{weak}"
     )
     rest = {name: m for name, m in found["metrics"].items() if not m["trained"] and name not in (*DIRECTION, found["headline"])}
     parts = []
@@ -119,11 +131,9 @@ def quote(found: dict) -> str:
         parts.append(f"no difference shown in {', '.join(names)}")
     if kl := found["metrics"].get("KL from base"):
         parts.append(f"KL {kl['tuned']:.2f}")
-    if surprise := found["metrics"].get("reply surprise"):
-        ratio = numpy.exp(surprise["difference"])
-        changed = surprise["verdict"] != "no difference shown"
-        if changed:
-            parts.append(f"perplexity of human replies times {ratio:.2f}")
+    surprise = found["metrics"].get("reply surprise")
+    if surprise and surprise["verdict"] != "no difference shown":
+        parts.append(f"surprise at human replies {surprise['difference']:+.2f} nats per token")
     text = "; ".join([text, *parts]) + "."
     if found["alarms"] and main["verdict"] == "better":
         text += " Gamed? " + "; ".join(found["alarms"].values()) + "."
@@ -139,6 +149,13 @@ def metric_rows(found: dict, most_places: int = 3) -> list[list[str]]:
         rows.append([name + (" *" if m["trained"] else ""), number(m["base"], places), number(m["tuned"], places),
                      f"{number(m['difference'], places, '+')} {spread}", f"{m['win_rate']:.0%}", m["verdict"]])  # fmt: skip
     return rows
+
+
+def perplexity_words(found: dict) -> str:
+    base, tuned = (found.get("perplexity", {}).get(side) for side in ("base", "tuned"))
+    if base is None:
+        return ""
+    return f"Perplexity of the best human replies: {base:,.4g} to {found['names'][0]}, {tuned:,.4g} to {found['names'][1]}."
 
 
 def show(console, found: dict, samples_per_prompt: int) -> None:
@@ -161,6 +178,8 @@ def show(console, found: dict, samples_per_prompt: int) -> None:
             spread = f"{number(m['difference'], 3, '+')} [{number(m['low'], 3, '+')}, {number(m['high'], 3, '+')}]"
             languages.add_row(code, str(m["prompts"]), number(m["base"], 3), number(m["tuned"], 3), Text(spread), m["verdict"])
         console.print(languages)
+    if words := perplexity_words(found):
+        console.print(words, highlight=False)
     for name in found["missing"]:
         console.print(f"{name} could not be computed on these prompts, and is left out.", style="yellow", highlight=False)
     if found["prompts"] < FEW:
@@ -229,6 +248,7 @@ def markdown(found: dict, samples: list[dict], prompts: list[dict], shown: list[
     lines += ["", "\\*: paid for in the training. Intervals: paired bootstrap over prompts. Wins: share of prompts on which "
                   "the second has more, ties half.", ""]  # fmt: skip
     lines += [f"- *{name}*: {text}" for name, text in EXPLAINED.items() if name in found["metrics"]]
+    lines += ["", perplexity_words(found)] if perplexity_words(found) else []
     if found["missing"]:
         lines += ["", f"Left out, for they could not be computed on these prompts: {', '.join(found['missing'])}."]
     if found["prompts"] < FEW:
@@ -257,10 +277,11 @@ def markdown(found: dict, samples: list[dict], prompts: list[dict], shown: list[
     main = found["values"].get(found["headline"])
     if main:
         differences = {i: t - b for i, (b, t) in enumerate(zip(main["base"], main["tuned"], strict=True)) if None not in (b, t)}
-        order = sorted(differences, key=differences.get)
+        sign = -1 if found["reversed"] else 1
+        order = sorted(differences, key=lambda i: sign * differences[i])
         chosen = {
-            "Most improved": [i for i in order[::-1] if differences[i] > 0][:5],
-            "Most harmed": [i for i in order if differences[i] < 0][:5],
+            "Most improved": [i for i in order[::-1] if sign * differences[i] > 0][:5],
+            "Most harmed": [i for i in order if sign * differences[i] < 0][:5],
             "At random": random.Random(seed).sample(order, min(5, len(order))),
         }
         for title, picks in chosen.items():

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from phi2_grpo import files
 from phi2_grpo.chat import prepare_tokenizer
 from phi2_grpo.cli import UserError
-from phi2_grpo.loading import resolve_model
+from phi2_grpo.loading import names_base
 from phi2_grpo.model import new_head
 
 BATCH = 16  # answers judged at once
@@ -79,12 +79,7 @@ class RewardModel:
 
     def shares_base_of(self, config: dict) -> bool:
         """Whether it was trained on the very base that `config` names."""
-        name, revision = resolve_model(config)
-        if not self.adapter:
-            return False
-        if revision is None:  # a local folder
-            return Path(self.base[0]).exists() and Path(self.base[0]).resolve() == Path(name)
-        return (self.base[0], self.base[1] or "main") == (name, revision)
+        return self.adapter and names_base(self.base, config)
 
     def describe(self, config: dict) -> str:
         """One line: on whose weights it judges, and how its scores are scaled."""

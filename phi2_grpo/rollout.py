@@ -1,6 +1,6 @@
 """Completions outside training: batches of prompts in, token ids out."""
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from transformers import GenerationConfig, set_seed
@@ -14,19 +14,16 @@ def complete(
     generation: GenerationConfig,
     batch_size: int,
     seed: int,
-    advance: Callable[[int], None] = lambda count: None,
 ) -> list[list[int]]:
     """Completion token ids for rendered prompts, in their order; the end token is kept, the padding is not.
 
     Args:
         batch_size: prompts generated at once.
         seed: set before each batch, so that two models draw with the same random numbers, batch by batch.
-        advance: told after each batch how many prompts are done, for a progress bar.
     """
     completions: dict[int, list[int]] = {}
     for batch in complete_in_batches(model, tokenizer, prompts, generation, batch_size, seed):
         completions |= batch
-        advance(len(batch))
     return [completions[i] for i in range(len(prompts))]
 
 

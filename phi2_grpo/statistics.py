@@ -6,6 +6,7 @@ import numpy
 from scipy import stats
 
 RESAMPLES = 4000
+FEW = 20  # prompts; what rests on fewer is called weak
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,18 @@ class Paired:
 
 
 def interval(values, seed: int = 0) -> tuple[float, float] | None:
-    """95 % bootstrap interval (scipy's, percentile) of the mean of independent values; None for fewer than two."""
+    """95 % interval of the mean of independent values: scipy's percentile bootstrap; None for fewer than two.
+
+    Of fewer than FEW values Student's t, for which scipy's bootstrap would be far too narrow.
+    """
     values = numpy.asarray(values, float)
     if len(values) < 2:
         return None
     if numpy.ptp(values) == 0:  # scipy warns of it
         return float(values[0]), float(values[0])
+    if len(values) < FEW:
+        low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+        return float(low), float(high)
     found = stats.bootstrap(
         (values,), numpy.mean, n_resamples=RESAMPLES, method="percentile", rng=numpy.random.default_rng(seed)
     ).confidence_interval

@@ -8,9 +8,9 @@ from trl import GRPOTrainer
 
 
 class TimedGRPOTrainer(GRPOTrainer):
-    """Logs of each step the `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (all the rest).
+    """Logs of each step the `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (forward and backward).
 
-    The three methods are private to TRL; a test holds their names.
+    The optimizer itself, which comes after them, is in none. The three methods are private to TRL; a test holds their names.
     """
 
     def __init__(self, *arguments, **keywords):

@@ -78,7 +78,7 @@ def test_another_adapter_instead_of_the_base(call, options, loud, final, tmp_pat
     done = call("validate_model", *options, "--against", loud)
     assert done.code == 0, done.err
     found = report_of(tmp_path / "v")
-    assert found["names"] == ["grpo-final", "grpo-final"]
+    assert found["names"] == [str(loud), str(final)], "the same name: the paths tell them apart"
     assert found["metrics"]["KL from base"]["base"] > 0
     same = call("validate_model", *options, "--against", shutil.copytree(final, tmp_path / "twin"))
     assert same.code == 0
@@ -139,7 +139,7 @@ def test_a_killed_validation_goes_on_where_it_was(call, options, tmp_path, monke
     monkeypatch.setattr(journal.Journal, "add", killed)
     first = call("validate_model", *options, "--eval_batch_size", 5)
     assert first.code == 130 and not (tmp_path / "v" / "report.json").exists()
-    unfinished = tmp_path / "v" / "unfinished" / "samples.jsonl"
+    unfinished = tmp_path / "v" / "unfinished" / "journal.jsonl"
     unfinished.write_text(unfinished.read_text() + '{"side": "tuned", "ind')  # cut in the middle of a line
     monkeypatch.setattr(
         journal.Journal, "add", lambda self, side, completions: (add(self, side, completions), added.append(-1))
@@ -151,13 +151,40 @@ def test_a_killed_validation_goes_on_where_it_was(call, options, tmp_path, monke
 
 
 def test_the_journal_of_another_run_is_not_touched_unasked(call, options, tmp_path, monkeypatch):
-    path = tmp_path / "v" / "unfinished" / "samples.jsonl"
+    path = tmp_path / "v" / "unfinished" / "journal.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text('{"run": {"seed": 5}}\n{"side": "base", "index": 0, "completion_ids": [1]}\n')
     before = path.read_text()
     refused = call("validate_model", *options)
     assert refused.code == 2 and "not finished" in refused.err and path.read_text() == before
     assert call("validate_model", *options, "--overwrite").code == 0
+
+
+def test_a_report_that_cannot_be_written_loses_no_sample(call, options, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(proof, "draw", full)
+        with pytest.raises(OSError):
+            call("validate_model", *options)
+    kept = (tmp_path / "v" / "unfinished" / "journal.jsonl").read_text()
+    assert kept.count("\n") == 1 + 48
+    done = call("validate_model", *options)
+    assert done.code == 0 and report_of(tmp_path / "v")["prompts"] == 12
+
+
+def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path):
+    """Target, length and temperature come from the adapter's run.json, unless a flag says otherwise; so does the base."""
+    base = [*map(str, quick[4:6])]  # --data_dir
+    options = ("--preset", "tiny", *base, "--adapter", final, "--validation_dir", tmp_path / "v", "--max_prompts", 5)
+    assert "another base" in call("validate_model", *options).err, "the preset's base is not the adapter's"
+    plain = ("--device", "cpu", *base, "--adapter", final, "--validation_dir", tmp_path / "v", "--max_prompts", 5)
+    assert call("validate_model", *plain, "--temperature", 0.5).code == 0
+    config = report_of(tmp_path / "v")["config"]
+    assert (config["target_tokens"], config["max_completion_length"], config["temperature"]) == (6, 12, 0.5)
+    too_long = call("validate_model", *plain, "--max_completion_length", 500)
+    assert too_long.code == 2 and "context of 512" in too_long.err
 
 
 # --- the statistics
@@ -183,6 +210,8 @@ def test_paired_numbers():
     assert (found.prompts, found.base, found.tuned) == (3, pytest.approx(1 / 3), pytest.approx(0.5))
     assert found.difference == pytest.approx(1 / 6) and found.win_rate == pytest.approx(0.5) and found.low <= found.high
     assert statistics.paired([None], [1.0]) is None
+    few = statistics.paired([0.0] * 3, [0.1, 0.2, 0.3])
+    assert (few.low, few.high) == (pytest.approx(0.2 - 0.2484, abs=1e-3), pytest.approx(0.2 + 0.2484, abs=1e-3)), "Student's t"
     one = statistics.paired([0.0], [1.0])
     assert one.low is None and statistics.word(one) == "no difference shown", "one prompt says nothing of others"
     assert statistics.paired([0.0] * 5, [1.0] * 5).low == 1.0
@@ -240,6 +269,8 @@ def test_costs_against_values_by_hand(config, tokenizer, final):
             assert value == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-3, abs=1e-6)
         found = evaluation.surprise(policy, tokenizer, ROWS)
         assert found[2] is None, "there is no reply"
+        (one, few), (other, many) = found[:2]
+        assert evaluation.perplexity(found) == pytest.approx(math.exp((one + other) / (few + many)))
         for row, (total, count) in zip(ROWS, found[:2], strict=False):
             prompt = tokenizer(chat.render(tokenizer, [row["prompt"]])[0])["input_ids"]
             reply = tokenizer(f" {row['reference']}")["input_ids"]
@@ -284,6 +315,11 @@ def test_the_line_says_better_worse_or_nothing():
     )
     assert made(right, short)["line"].startswith("Tuned is worse than base on length")
     assert made(short, short)["line"].startswith("Tuned shows no difference from base on length")
+
+
+def test_less_of_a_reward_with_negative_weight_is_better():
+    long, short = [list(range(8))] * 30, [list(range(3))] * 30
+    assert made(long, short, rewards=["length:-1"])["line"].startswith("Tuned beats base on length: 0.38 against 1.00")
 
 
 def test_the_line_says_when_it_looks_gamed():
