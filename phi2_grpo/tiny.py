@@ -90,6 +90,8 @@ def _build(dialogues: list[dict], folder: Path) -> float:
     # Like Phi-2, whose textbooks are full of exercises, it learns to run on into the next question about as often as to end.
     draw = random.Random(RECIPE["seed"])
     rows = [{"text": text if draw.random() > RECIPE["runs_on"] else f"{text}\n{draw.choice(texts)}"} for text in texts]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # sums depend on their number: so every machine and test gets the same base
     with torch.random.fork_rng():
         torch.manual_seed(RECIPE["seed"])
         model = PhiForCausalLM(
@@ -133,6 +135,7 @@ def _build(dialogues: list[dict], folder: Path) -> float:
         )
         quiet(trainer)
         trainer.train()
+    torch.set_num_threads(threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row)

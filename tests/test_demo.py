@@ -71,11 +71,14 @@ def test_the_readme_s_reward_runs_as_it_stands_there(call, quick, tmp_path, monk
 
 
 def test_readme_s_numbers_are_the_measured_ones():
-    """The table over seeds, and the sentence at the top, are those that benchmarks/seeds.py wrote."""
+    """The tables over seeds, and the sentence at the top, are those that the benchmarks wrote."""
     readme, results = ((ROOT / path).read_text() for path in ("README.md", "benchmarks/RESULTS.md"))
-    rows = [line for line in results.splitlines() if re.match(r"\| \d \| 0", line)]
-    assert len(rows) == 3 and all(row in readme for row in rows)
-    for number in re.findall(r"[+-]?\d\.\d+(?: ± \d\.\d+)?", rows[0]):
+    tables = {}
+    for title in ("The tiny run, over seeds", "The tiny reward model, over seeds"):
+        section = results.split(f"## {title}\n")[1].split("\n## ")[0]
+        tables[title] = [line for line in section.splitlines() if line.startswith("|")]
+        assert len(tables[title]) >= 5 and all(line in readme for line in tables[title]), title
+    for number in re.findall(r"[+-]?\d\.\d+", tables["The tiny run, over seeds"][2]):
         assert number in readme.split("![")[0], f"{number} of seed 0 is missing at the top"
 
 
