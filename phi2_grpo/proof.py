@@ -144,7 +144,8 @@ def metric_rows(found: dict, most_places: int = 3) -> list[list[str]]:
     """metric (* if trained), base, tuned, difference with its interval, win rate, verdict; for terminal and Markdown."""
     rows = []
     for name, m in found["metrics"].items():
-        places = min(places_of(name), most_places)
+        small = m["low"] is not None and max(abs(m["low"]), abs(m["high"])) < 0.1  # [-0.01, -0.00] would say nothing
+        places = min(places_of(name), 3 if small else most_places)
         spread = f"[{number(m['low'], places, '+')}, {number(m['high'], places, '+')}]"
         rows.append([name + (" *" if m["trained"] else ""), number(m["base"], places), number(m["tuned"], places),
                      f"{number(m['difference'], places, '+')} {spread}", f"{m['win_rate']:.0%}", m["verdict"]])  # fmt: skip
