@@ -36,6 +36,7 @@ def test_readme_names_real_files_and_flags():
             "report.json",
             "report.md",
             "samples.jsonl",
+            "evaluation.jsonl",
             "messages.jsonl.gz",
             "my_rewards.py",
         )
