@@ -138,6 +138,7 @@ LIMITS = {
     "max_grad_norm": (1e-6, 1e6),
     "seed": (0, 2**32 - 1),
     "split_seed": (0, 2**32 - 1),
+    "report_to": {"trackio", "tensorboard", "wandb", "none"},
     "save_steps": (1, 10_000_000),
     "save_total_limit": (2, 10_000),
     "sample_steps": (1, 10_000_000),

@@ -124,7 +124,8 @@ def train(config: dict, arguments, console, found: dict) -> None:
     console.print(
         f"{measured['ties']} ties, counted half. Rank correlation of score and length: {measured['rank_correlation']:.2f}.\n"
         f"Reward model: {reward_dir}, in {monitor.duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
-        f"  python train_grpo.py --preset {arguments.preset} --rewards {config['reward_dir']}",
+        f"  python train_grpo.py --preset {arguments.preset} --rewards {config['reward_dir']},ending "
+        "--output_dir results/on-reward-model",
         highlight=False,
     )
 

@@ -19,6 +19,7 @@ from phi2_grpo import cli, environment, files
 KEYS = ("model", "model_revision", "device", "dtype", "data_dir", "adapter", "max_completion_length", "temperature", "top_p",
         "top_k", "rewards", "target_tokens", "max_prompts", "samples_per_prompt", "eval_batch_size", "seed",
         "validation_dir")  # fmt: skip
+TRAINED_WITH = ("temperature", "top_p", "top_k", "max_completion_length", "target_tokens", "rewards")  # taken from run.json
 
 
 def main() -> None:
@@ -40,20 +41,21 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import chat, checks, data, evaluation, journal, model, progress, proof, scoring
+    from phi2_grpo import chat, checks, data, evaluation, journal, model, progress, proof, scoring, statistics
     from phi2_grpo.loading import load_tokenizer, use_base_of
 
     console = Console()
     console.print(f"validate_model: {cli.differences(config, KEYS)}", highlight=False)
     folder = Path(config["validation_dir"])
-    adapters = [Path(model.check_adapter(path)) for path in (config["adapter"], arguments.against) if path]
+    adapters = [Path(model.check_adapter(path)) for path in (config["adapter"], arguments.against) if path is not None]
     use_base_of(adapters[0], config)
     checks.same_base(adapters, None if arguments.model else config)
     files.check_writable(folder)
     device, dtype = model.choose_device(config)
     tokenizer = load_tokenizer(config)
     tables, funnel, _ = data.load_prompts(config, tokenizer)
-    if trained.get("data", {}).get("fingerprint", funnel["fingerprint"]) != funnel["fingerprint"]:
+    seen = trained.get("data")
+    if isinstance(seen, dict) and seen.get("fingerprint", funnel["fingerprint"]) != funnel["fingerprint"]:
         text = (
             f"{config['adapter']} was trained on other data than {config['data_dir']}: it may have seen what is held out here."
         )
@@ -131,8 +133,11 @@ def main() -> None:
     ]
     with drawn.finished_in(folder) as new:
         proof.write(new, found, samples, prompts, shown, facts, {**config, "against": arguments.against})
-    if not arguments.against:
+    as_trained = all(config[key] == (trained.get("config") or {}).get(key) for key in TRAINED_WITH)
+    if not arguments.against and as_trained and len(prompts) >= statistics.FEW:
         proof.add_to_card(adapters[0], found)
+    else:
+        console.print("The model card is left as it is: that takes the settings of the training, the base, and 20 prompts.")
     console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", highlight=False)
 
 
@@ -144,9 +149,14 @@ def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
     from phi2_grpo.rewards import BUILT_IN
 
     run = files.read_json(adapter / "run.json")
-    for key in ("temperature", "top_p", "top_k", "max_completion_length", "target_tokens", "rewards"):
-        if getattr(arguments, key) is None and key in (run.get("config") or {}):
-            config[key] = run["config"][key]
+    saved = run.get("config") or {}
+    try:
+        for key in TRAINED_WITH:
+            if getattr(arguments, key) is None and key in saved:
+                text = ",".join(saved[key]) if isinstance(saved[key], list) else str(saved[key])
+                config[key] = cli.parse_value(key, text)
+    except (cli.UserError, TypeError) as error:
+        raise cli.UserError(f"{adapter / 'run.json'} is not what a training wrote: {error}") from None
     named = [] if arguments.rewards else config["rewards"]
     for item in named:
         name = cli.split_weight(item)[0]
@@ -168,7 +178,10 @@ def show_samples(console, policy, tokenizer, voice, names: tuple[str, str], conf
     from phi2_grpo.chat import render
     from phi2_grpo.rollout import complete
 
-    generation = GenerationConfig.from_pretrained(config["adapter"])
+    try:
+        generation = GenerationConfig.from_pretrained(config["adapter"])
+    except (OSError, ValueError) as error:
+        raise cli.UserError(f"{config['adapter']}/generation_config.json is broken: {str(error).splitlines()[0]}") from None
     texts = render(tokenizer, [[{"role": "user", "content": question}] for question in questions])
     answers = {}
     for side, name in zip(("base", "tuned"), names, strict=True):

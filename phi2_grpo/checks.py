@@ -134,6 +134,8 @@ def fits_context(prompts: list[dict], tokenizer, config: dict) -> None:
 def run_folder(config: dict) -> Path:
     """Where the checkpoints of a reward model's training stand until it is finished."""
     reward_dir = Path(config["reward_dir"]).resolve()
+    if not reward_dir.name:
+        raise UserError(f"--reward_dir is {config['reward_dir']}, but it takes a folder of its own.")
     return reward_dir.with_name(f"{reward_dir.name}-run")
 
 
@@ -172,6 +174,8 @@ def _output(output: Path, final: Path, resume: bool, overwrite: bool):
     """`output` is for the checkpoints, `final` for what a finished run leaves."""
     files.check_writable(output)
     files.check_writable(final)
+    if final.exists() and any(final.iterdir()) and not (final / "run.json").is_file():
+        raise UserError(f"{final} holds something that no run of this project wrote, and it stays. Choose another folder.")
     checkpoints = whole_checkpoints(output)
     # Only what cost time to make counts as a run: a first checkpoint that was never finished does not.
     run = checkpoints[-1] if checkpoints else final if final.exists() else None

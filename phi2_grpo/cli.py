@@ -139,3 +139,14 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(143 if isinstance(interrupt, Terminated) else 130) from None
     except BrokenPipeError:  # `... | head`
         raise SystemExit(0) from None
+    except Exception as error:
+        if _from_interrupt(error):  # transformers makes another error of a Ctrl-C while it imports
+            print("\ninterrupted.", file=sys.stderr)
+            raise SystemExit(130) from None
+        raise
+
+
+def _from_interrupt(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

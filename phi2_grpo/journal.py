@@ -26,7 +26,8 @@ class Journal:
     def __init__(self, path: Path, run: dict, batch: int, overwrite: bool = False):
         self.path, self.found, self.batch = path, {}, batch
         lines = _whole_lines(path)
-        was = (lines[0].get("run") or {}) if lines else run
+        was = lines[0].get("run") if lines else run
+        was = was if isinstance(was, dict) else {}
         if was != run and not overwrite:
             other = ", ".join(key for key in run if was.get(key) != run[key])
             raise UserError(

@@ -163,9 +163,10 @@ def wrap_empty(config: dict) -> PeftModel:
 
 def add_adapter(policy: PeftModel, folder: str, name: str) -> None:
     """A second adapter on the same base, called `name`; `policy.set_adapter` switches. Raises UserError."""
-    with safe_open(check_adapter(folder) / "adapter_model.safetensors", "pt") as weights:
-        saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
+    path = check_adapter(folder)
     try:
+        with safe_open(path / "adapter_model.safetensors", "pt") as weights:
+            saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
         policy.load_adapter(folder, adapter_name=name, is_trainable=False)
     except Exception as error:  # as in load_adapter
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -204,7 +204,8 @@ def draw(found: dict, samples: list[dict], path: Path) -> None:
             differences.axvspan(m["low"], m["high"], color="#dd8452", alpha=0.4, label="mean, 95 % interval")
         differences.axvline(m["difference"], color="#dd8452")
         differences.axvline(0, color="grey", linestyle="--", linewidth=1)
-        differences.legend(frameon=False)
+        if m["low"] is not None:
+            differences.legend(frameon=False)
     differences.set(
         title=f"{found['headline']}: {tuned_name} less {base_name}", xlabel="difference on a prompt", ylabel="prompts"
     )

@@ -40,14 +40,20 @@ class RewardModel:
         self.adapter = (self.folder / "adapter_config.json").is_file()
         try:
             self._look()
+            self._read_scale()
         except UserError:
             raise
         except Exception as error:  # json, safetensors, PEFT and transformers raise a dozen kinds for what they cannot read
             raise UserError(f"the reward model {name} is broken: {str(error).strip().splitlines()[0]}") from None
-        scale = files.read_json(self.folder / "run.json").get("scores") or {}
-        self.scaled = bool(scale.get("std"))
-        self.mean, self.std = (scale["mean"], scale["std"]) if self.scaled else (0.0, 1.0)
         self.model = None
+
+    def _read_scale(self) -> None:
+        """Sets `mean` and `std` from run.json; 0 and 1 where it has none."""
+        scale = files.read_json(self.folder / "run.json").get("scores")
+        self.scaled = scale is not None
+        self.mean, self.std = (scale["mean"], scale["std"]) if self.scaled else (0.0, 1.0)
+        if not (abs(self.mean) < 1e6 and 1e-6 < self.std < 1e6):  # NaN is in no range
+            raise ValueError(f"run.json has the scores {scale}, but mean and std must be numbers, std above 0")
 
     def _look(self) -> None:
         """Sets `base`, (name, revision) of the model under the adapter, after a look at the files."""
@@ -65,6 +71,8 @@ class RewardModel:
                 raise UserError(f"the reward model {self.name} is incomplete: {weights.name} is missing or empty.")
             config = PeftConfig.from_pretrained(self.folder)
             self.base = (config.base_model_name_or_path, config.revision)
+            if not self.base[0]:
+                raise UserError(f"the reward model {self.name} is broken: its adapter_config.json names no base model.")
             with safe_open(weights, "pt") as tensors:
                 heads = [key for key in tensors.keys() if key.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
                 labels = tensors.get_slice(heads[0]).get_shape()[0] if heads else 0

@@ -34,7 +34,7 @@ class Reward:
     @property
     def pays_for(self) -> str:
         """The first line of its docstring, for the model card and the app."""
-        return (self.function.__doc__ or "").strip().partition("\n")[0]
+        return str(self.function.__doc__ or "").strip().partition("\n")[0]
 
 
 def choose_rewards(items: list[str]) -> list[Reward]:
@@ -81,6 +81,8 @@ def _find(name: str) -> Callable:
     where, colon, function = name.rpartition(":")
     if colon:
         return _import_function(where, function)
+    if name.endswith(".py"):
+        raise UserError(f"--rewards: {name} is a file; name the function in it, too: {name}:FUNCTION")
     if Path(name).expanduser().is_dir() or "/" in name:
         return RewardModel(name)
     near = difflib.get_close_matches(name, rewards.BUILT_IN, n=1)
@@ -94,7 +96,7 @@ def _find(name: str) -> Callable:
 def _import_function(where: str, name: str) -> Callable:
     try:
         module = _import_file(Path(where).expanduser()) if where.endswith(".py") else _import_module(where)
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == Path(where).name]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1].lineno if lines else None
         at = f" at line {line}" if line else ""
@@ -170,7 +172,7 @@ class Scorer:
                 scores = _checked(reward.name, list(scores), len(answers))
             except UserError:
                 raise
-            except Exception as error:  # the user's own code may raise anything
+            except (Exception, SystemExit) as error:  # the user's own code may raise anything
                 raise BadReward(f"the reward {reward.name!r} failed: {type(error).__name__}: {error}") from error
             for row, value in zip(self.last, scores, strict=True):
                 row["scores"][reward.name] = value
@@ -226,7 +228,7 @@ def _checked(name: str, scores: list, count: int) -> list[float | None]:
         raise BadReward(f"the reward {name!r} returned {len(scores)} rewards for {count} completions.")
     numbers = (int, float, numpy.integer, numpy.floating, numpy.bool_)
     for value in scores:
-        if value is not None and not (isinstance(value, numbers) and math.isfinite(value)):
+        if value is not None and not (isinstance(value, numbers) and abs(value) < 1e30):  # more overflows float32
             raise BadReward(f"the reward {name!r} returned {value!r}; it must return finite numbers, or None (not scored).")
     return [None if value is None else float(value) for value in scores]
 

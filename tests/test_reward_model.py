@@ -289,6 +289,10 @@ def test_on_another_base_it_is_loaded_beside_and_said(call, quick, judged, confi
     assert judge(prompts=PROMPTS[:1], answers=ANSWERS[:1]) == [pytest.approx(expected, abs=1e-5)]
 
 
+SCALES = {"a word": {"mean": "x", "std": 1}, "no mean": {"std": 1}, "a list": [1, 2], "upside down": {"mean": 0, "std": -1},
+          "nothing": {"mean": 0, "std": 0}, "infinite": {"mean": 0.0, "std": float("inf")}}  # fmt: skip
+
+
 def spoil(folder, how: str, micro):
     if how == "policy":
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -309,6 +313,10 @@ def spoil(folder, how: str, micro):
         (folder / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes()[:50])
     elif how == "garbled":
         (folder / "adapter_config.json").write_text("{")
+    elif how in SCALES:
+        (folder / "run.json").write_text(json.dumps({"scores": SCALES[how]}))
+    elif how == "no base":
+        (folder / "adapter_config.json").write_text("{}")
     elif how == "base gone":
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/base"}))
@@ -325,6 +333,8 @@ def spoil(folder, how: str, micro):
         ("cut", "is broken"),
         ("garbled", "is broken"),
         ("base gone", "/no/such/base"),
+        ("no base", "is broken"),
+        *((how, "is broken") for how in SCALES),
     ],
 )
 def test_what_is_no_reward_model(call, quick, judged, micro, tmp_path, how, expected):

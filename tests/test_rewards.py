@@ -130,6 +130,8 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
         ("{dir}/good.py:NUMBER", "has no function 'NUMBER'"),
         ("{dir}/syntax.py:f", "syntax.py does not import at line 2: SyntaxError"),
         ("{dir}/fails.py:f", "fails.py does not import at line 3: ZeroDivisionError: division by zero"),
+        ("{dir}/leaves.py:f", "leaves.py does not import at line 2: SystemExit: 0"),
+        ("{dir}/good.py", "name the function in it"),
         ("{dir}", "holds no model"),
         ("no/such-model", "cannot be had from the Hub"),
     ],
@@ -138,6 +140,7 @@ def test_what_cannot_be_chosen(call, quick, tmp_path, text, expected):
     (tmp_path / "good.py").write_text(MINE + "NUMBER = 5\n")
     (tmp_path / "syntax.py").write_text("x = 1\ndef f(:\n")
     (tmp_path / "fails.py").write_text("\n\nx = 1 / 0\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     done = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o", "--rewards", text.format(dir=tmp_path))
     assert done.code == 2 and "Traceback" not in done.err
     assert expected in " ".join(done.err.split())
@@ -174,6 +177,14 @@ def nothing(**_):
     return None
 
 
+def leaves(**_):
+    raise SystemExit(0)
+
+
+def huge(completions, **_):
+    return [1e308] * len(completions)
+
+
 @pytest.mark.parametrize(
     ("reward", "expected"),
     [
@@ -184,6 +195,8 @@ def nothing(**_):
         (words, "'good'"),
         (broken, "ZeroDivisionError"),
         (nothing, "TypeError"),
+        (leaves, "SystemExit"),
+        (huge, "1e\\+308"),
     ],
 )
 def test_a_broken_reward_is_named_before_training(tokenizer, reward, expected):

@@ -143,6 +143,13 @@ def test_only_the_run_is_removed(call, quick, tmp_path):
     assert checks.final_folder({"output_dir": "."}).name.endswith("-final")
 
 
+def test_a_folder_that_is_no_run_is_never_replaced(call, quick, tmp_path):
+    (tmp_path / "o-final").mkdir()
+    (tmp_path / "o-final" / "thesis.txt").write_text("years of work")
+    done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o", "--overwrite")
+    assert done.code == 2 and "it stays" in done.err and (tmp_path / "o-final" / "thesis.txt").exists()
+
+
 def test_a_finished_run_may_be_resumed_and_made_longer(call, quick, trained, tmp_path):
     import shutil
 

@@ -67,10 +67,18 @@ def test_report(call, options, final, tmp_path):
     text = (tmp_path / "v" / "report.md").read_text()
     for part in (found["line"], "## Most improved", "## Most harmed", "## At random", "validation.png", "Sample prompts"):
         assert part in text
-    assert found["line"] in (final / "README.md").read_text(), "the model card takes its numbers from here"
     assert call("validate_model", *options).code == 0
-    assert (final / "README.md").read_text().count(proof.CARD) == 1, "replaced, not added again"
     assert report_of(tmp_path / "v")["metrics"] == found["metrics"], "the same seed, the same numbers"
+    assert "The model card is left as it is" in done.out and (final / "README.md").read_text() == card, "12 prompts are few"
+    for _ in range(2):
+        assert call("validate_model", *options, "--max_prompts", 25).code == 0
+        line = report_of(tmp_path / "v")["line"]
+        text = (final / "README.md").read_text()
+        assert line in text and text.count(proof.CARD) == 1, (
+            "the card takes its numbers from the report; replaced, not added again"
+        )
+    assert call("validate_model", *options, "--max_prompts", 25, "--temperature", 0.5).code == 0
+    assert (final / "README.md").read_text() == text, "not as it was trained"
     (final / "README.md").write_text(card)
 
 
@@ -103,6 +111,29 @@ def test_adapters_of_different_bases_and_other_bad_input(call, options, final, t
         assert refused.code == 2 and "runs only when you name it" in refused.err.replace("\n", " "), (
             "an adapter's code is not run"
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("run.json", '{"config": {"rewards": [5]}}', "is not what a training wrote"),
+        ("run.json", '{"config": {"temperature": "hot"}}', "--temperature is 'hot'"),
+        ("run.json", '{"config": {"target_tokens": 0}}', "--target_tokens is '0'"),
+        ("run.json", '{"config": {"max_completion_length": null}}', "'None'"),
+        ("generation_config.json", "{", "generation_config.json is broken"),
+        ("adapter_model.safetensors", "{", "cannot be put on"),
+    ],
+)
+def test_damaged_adapters(call, options, final, tmp_path, name, text, expected):
+    folder = shutil.copytree(final, tmp_path / "damaged")
+    (folder / name).write_text(text)
+    plain = [option for option in map(str, options) if option not in ("--target_tokens", "6", "--max_completion_length")]
+    plain.remove("12")
+    done = call("validate_model", *plain, "--adapter", folder)
+    assert done.code == 2 and expected in done.err and "Traceback" not in done.err, done.err
+    if name.endswith("safetensors"):
+        done = call("validate_model", *options, "--against", folder)
+        assert done.code == 2 and "cannot be put on the same base" in done.err
 
 
 def test_rewards_that_cannot_be_computed_are_left_out_and_said(call, micro, final, tmp_path):
