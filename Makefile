@@ -28,7 +28,9 @@ app: .venv/ready results/tiny-grpo-final/run.json
 results/tiny-grpo-final/run.json:
 	$(MAKE) demo
 
+# The tiny base first, by itself: while it is built it needs both cores, and so would the two workers.
 test: .venv/ready-dev
+	$(BIN)/python -c "from phi2_grpo.tiny import tiny_base; tiny_base()"
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready-dev
