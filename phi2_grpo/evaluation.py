@@ -149,9 +149,8 @@ def _log_probs(model, tokenizer, prompts: list[list[int]], completions: list[lis
     """For each text the log-probs of every token at the places of its completion, (T, V) in float32."""
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     longest = max(map(len, texts))
-    ids = torch.full(
-        (len(texts), longest), tokenizer.pad_token_id, device=model.device
-    )  # padded on the right: no position moves
+    # Padded on the right, so that no position moves.
+    ids = torch.full((len(texts), longest), tokenizer.pad_token_id, device=model.device)
     mask = torch.zeros_like(ids)
     for i, text in enumerate(texts):
         ids[i, : len(text)] = torch.tensor(text, device=model.device)
