@@ -39,6 +39,8 @@ lint: .venv/ready-dev
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/seeds.py
 	$(BIN)/python benchmarks/reward_seeds.py

@@ -28,6 +28,12 @@ CONFIG = {
     "validation_fraction": 0.05,  # share of the trees held out where the source has no validation split
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
+    "rollout": "auto",  # auto (graph where it can), graph (ours, for Phi), generate (transformers' own)
+    "rollout_batch_size": 0,  # completions decoded at once; 0: as many as memory holds. The result does not depend on it
+    "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts, README says how much
+    "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
+    "vllm_server_base_url": "",  # of that server, http://HOST:8000
+    "vllm_gpu_memory_utilization": 0.3,  # of the card, for vLLM in colocate mode
     "num_generations": 8,  # completions per prompt, the group that GRPO compares (4 small, 16 large)
     "max_completion_length": 256,  # tokens; at least twice target_tokens, or ending late looks like ending well
     "temperature": 1.0,  # of the rollouts; 1 is the policy itself
@@ -53,7 +59,6 @@ CONFIG = {
     "scale_rewards": "none",  # advantage = reward - group mean, not divided by the group's spread: rewards are bounded
     "per_device_train_batch_size": 4,  # completions in one forward and backward pass; what training memory depends on
     "gradient_accumulation_steps": 8,  # x the above = 32 completions in one optimizer step
-    "steps_per_generation": 4,  # x the batch size = 16 completions sampled at once; what the KV cache depends on
     "activation_checkpointing": True,  # recompute activations in the backward pass: slower, but far less memory
     "max_grad_norm": 0.5,  # gradients are clipped to this norm
     "seed": 0,  # of sampling, data order and the adapter's initial values
@@ -70,13 +75,22 @@ CONFIG = {
     "adapter": "./results/phi2-grpo-final",  # adapter folder that validate_model.py compares with its base
     "max_prompts": 200,  # held-out prompts used
     "samples_per_prompt": 1,  # completions per held-out prompt and model; more narrows the interval
-    "eval_batch_size": 0,  # completions generated at once in validation; 0: as many as the card's memory holds
     "validation_dir": "./results/validation",  # folder of the validation report
 }
 
 PRESETS = {
-    # One 12-16 GB GPU. The values above are its values.
+    # One GPU of 12 GB or more. The values above are its values. What each preset holds: python train_grpo.py --check
     "phi2": {},
+    # 24 GB: room for all activations of a smaller pass, so nothing is computed twice.
+    "phi2-24gb": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 16, "activation_checkpointing": False},
+    # 80 GB: larger groups, more of them, longer answers.
+    "phi2-80gb": {
+        "num_generations": 16,
+        "max_completion_length": 512,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 16,
+        "activation_checkpointing": False,
+    },
     # A laptop's CPU, no Hub, no account: a 2M-parameter Phi made on the spot, the sample data in tiny/.
     "tiny": {
         "model": "tiny",
@@ -93,7 +107,6 @@ PRESETS = {
         "learning_rate": 1e-3,  # a 2M model takes, and needs, far more than a 2.7B one
         "per_device_train_batch_size": 32,
         "gradient_accumulation_steps": 1,
-        "steps_per_generation": 1,
         "activation_checkpointing": False,
         "output_dir": "./results/tiny-grpo",
         "sample_steps": 50,
@@ -114,6 +127,10 @@ LIMITS = {
     "max_turns": (1, 100),
     "max_toxicity": (0.0, 1.0),
     "validation_fraction": (0.0, 0.9),
+    "rollout": {"auto", "graph", "generate"},
+    "rollout_batch_size": (0, 65536),
+    "vllm_mode": {"colocate", "server"},
+    "vllm_gpu_memory_utilization": (0.05, 0.95),
     "num_generations": (2, 1024),
     "max_completion_length": (1, 100_000),
     "temperature": (0.01, 10.0),
@@ -134,7 +151,6 @@ LIMITS = {
     "scale_rewards": {"none", "group", "batch"},
     "per_device_train_batch_size": (1, 4096),
     "gradient_accumulation_steps": (1, 4096),
-    "steps_per_generation": (1, 4096),
     "max_grad_norm": (1e-6, 1e6),
     "seed": (0, 2**32 - 1),
     "split_seed": (0, 2**32 - 1),
@@ -146,5 +162,4 @@ LIMITS = {
     "eval_prompts": (0, 100_000),
     "max_prompts": (1, 1_000_000),
     "samples_per_prompt": (1, 1000),
-    "eval_batch_size": (0, 4096),
 }

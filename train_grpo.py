@@ -19,10 +19,11 @@ from pathlib import Path
 from phi2_grpo import cli, environment
 
 KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-        "init_adapter", "data_dir", "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
+        "init_adapter", "data_dir", "rollout", "rollout_batch_size", "use_vllm", "vllm_mode", "vllm_server_base_url",
+        "vllm_gpu_memory_utilization", "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
         "chat_temperature", "chat_top_p", "rewards", "target_tokens", "max_steps", "learning_rate", "lr_scheduler_type",
         "warmup_steps", "beta", "loss_type", "scale_rewards", "per_device_train_batch_size",
-        "gradient_accumulation_steps", "steps_per_generation", "activation_checkpointing", "max_grad_norm", "seed",
+        "gradient_accumulation_steps", "activation_checkpointing", "max_grad_norm", "seed",
         "output_dir", "save_steps", "save_total_limit", "sample_steps", "eval_steps",
         "eval_prompts", "stop_on_collapse", "report_to")  # fmt: skip
 
@@ -50,6 +51,7 @@ def main() -> None:
     console.print(checklist.table())
     checklist.complain()
     if arguments.check:
+        console.print(checks.expectation(config, found), highlight=False)
         console.print("All is ready. Without --check, training starts here.")
         return
     with checks.advice_when_interrupted(Path(config["output_dir"])):
@@ -60,12 +62,13 @@ def train(config: dict, arguments, console, found: dict) -> None:
     """Train, and leave the finished adapter in <output_dir>-final."""
     from dataclasses import fields
 
+    import torch
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
     from transformers import set_seed
     from trl import GRPOConfig
 
-    from phi2_grpo import checks, evaluation, files, held_out, model, monitor, progress, report, scoring
-    from phi2_grpo.trainer import TimedGRPOTrainer
+    from phi2_grpo import checks, evaluation, files, held_out, model, monitor, plan, progress, report, rollout, scoring
+    from phi2_grpo.trainer import Trainer
 
     device, dtype = found["device"]
     tokenizer, scorer = found["tokenizer"], found["scorer"]
@@ -83,11 +86,11 @@ def train(config: dict, arguments, console, found: dict) -> None:
     else:
         lora = model.lora_config(config, base)
     names = {field.name for field in fields(GRPOConfig)}
-    trainer = TimedGRPOTrainer(
+    trainer = Trainer(
         model=base,
         reward_funcs=scorer.functions,
         args=GRPOConfig(
-            **{key: value for key, value in config.items() if key in names},
+            **{key: value for key, value in config.items() if key in names and value != ""},
             reward_weights=[reward.weight for reward in scorer.chosen],
             bf16=dtype.itemsize == 2 and device.type == "cuda",  # autocast fails in a CPU's layer norm
             use_cpu=device.type == "cpu",
@@ -107,6 +110,10 @@ def train(config: dict, arguments, console, found: dict) -> None:
         # Loaded after TRL has wrapped the base: the reference of the KL stays the base with its adapter off.
         weights = load_peft_weights(config["init_adapter"], device=str(device))
         set_peft_model_state_dict(trainer.model, weights)
+    # TRL's own path serves vLLM; for the rest an engine, which the held-out evaluations share.
+    speaker = trainer.accelerator.unwrap_model(trainer.model)
+    engine = rollout.make_engine(config["rollout"], speaker, config["rollout_batch_size"], plan.reserve(found["plan"]))
+    trainer.engine = None if config["use_vllm"] else engine
     trainer.create_model_card = lambda *_, **__: None  # ours is written with each checkpoint
     adapted = model.describe_coverage(trainer.model)
     read = {key: config[key] for key in KEYS}
@@ -119,7 +126,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     progress.quiet(trainer)
     rows = evaluation.held_out_rows(found["prompts"]["validation"], config["eval_prompts"], seed=0)
     judges = scoring.Scorer(tokenizer, config["target_tokens"], scorer.chosen)
-    trainer.add_callback(held_out.HeldOut(judges, tokenizer, rows, config, watch.console, track))
+    trainer.add_callback(held_out.HeldOut(judges, tokenizer, engine, rows, config, watch.console, track))
     console.print(f"LoRA on {adapted}", highlight=False)
     if checkpoints and checks.step_of(checkpoints[-1]) >= config["max_steps"]:
         # Nothing is left to do (and the trainer would do one step more): only the final folder may be missing.
@@ -130,7 +137,14 @@ def train(config: dict, arguments, console, found: dict) -> None:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         except scoring.BadReward as error:
-            raise cli.UserError(f"{error}\n  {save_now(trainer, config)}") from None
+            raise cli.UserError(f"{error}\n  {save_now(trainer, config)} Mend the reward first.") from None
+        except torch.OutOfMemoryError as error:
+            part = trainer.failed_in or "update"
+            trainer.failed_in = None
+            raise cli.UserError(
+                f"memory ran out in the {part} of step {trainer.state.global_step + 1}: {str(error).split('. ')[0]}.\n"
+                f"  {save_now(trainer, config)} The next smaller setting: {checks.smaller(config, part)}"
+            ) from None
 
     history, kept = trainer.state.log_history, None
     if watch.collapsed_at:
@@ -170,9 +184,7 @@ def save_now(trainer, config: dict) -> str:
         trainer._save_checkpoint(trainer.model, trial=None)  # private; a test holds it
         trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     left = checks.whole_checkpoints(config["output_dir"])
-    return (
-        f"{left[-1]} is whole: mend the reward and go on with --resume." if left else "No step was finished: nothing is lost."
-    )
+    return f"{left[-1]} is whole: go on with --resume." if left else "No step was finished: nothing is lost."
 
 
 if __name__ == "__main__":

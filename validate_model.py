@@ -17,7 +17,7 @@ from pathlib import Path
 from phi2_grpo import cli, environment, files
 
 KEYS = ("model", "model_revision", "device", "dtype", "data_dir", "adapter", "max_completion_length", "temperature", "top_p",
-        "top_k", "rewards", "target_tokens", "max_prompts", "samples_per_prompt", "eval_batch_size", "seed",
+        "top_k", "rewards", "target_tokens", "max_prompts", "samples_per_prompt", "rollout", "rollout_batch_size", "seed",
         "validation_dir")  # fmt: skip
 TRAINED_WITH = ("temperature", "top_p", "top_k", "max_completion_length", "target_tokens", "rewards")  # taken from run.json
 
@@ -41,7 +41,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import chat, checks, data, evaluation, journal, model, progress, proof, scoring, statistics
+    from phi2_grpo import chat, checks, data, evaluation, journal, model, progress, proof, rollout, scoring, statistics
     from phi2_grpo.loading import load_tokenizer, use_base_of
 
     console = Console()
@@ -82,7 +82,9 @@ def main() -> None:
         if arguments.against:
             model.add_adapter(policy, arguments.against, "against")
     sides = {"base": ("against" if arguments.against else None), "tuned": "default"}
-    batch = config["eval_batch_size"] or evaluation.batch_that_fits(policy, prompts, tokenizer, config)
+    engine = rollout.make_engine(config["rollout"], policy, config["rollout_batch_size"], evaluation.held_bytes(policy))
+    longest = max(chat.count_tokens(tokenizer, [row["prompt"] for row in prompts])) + config["max_completion_length"]
+    batch = config["rollout_batch_size"] or rollout.rows_that_fit(policy, longest, evaluation.held_bytes(policy))
     drawn = journal.Journal(folder / "unfinished" / "journal.jsonl", run, batch, arguments.overwrite)
     names = ("base", "tuned")
     if arguments.against:
@@ -100,12 +102,12 @@ def main() -> None:
             yield
             policy.set_adapter("default")
 
-    shown = show_samples(console, policy, tokenizer, voice, names, config, arguments.prompt or chat.SAMPLE_PROMPTS)
+    shown = show_samples(console, engine, tokenizer, voice, names, config, arguments.prompt or chat.SAMPLE_PROMPTS)
     texts = chat.render(tokenizer, [row["prompt"] for row in prompts for _ in range(config["samples_per_prompt"])])
     with progress.counting(console, "held-out prompts", 2 * len(texts)) as advance:
         for side in sides:
             with voice(side):
-                evaluation.answer(policy, tokenizer, texts, config, side, drawn, advance)
+                evaluation.answer(engine, tokenizer, texts, config, side, drawn, advance)
     samples, costs, perplexity = [], {"KL from base": {}, "reply surprise": {}}, {}
     repeated = [row for row in prompts for _ in range(config["samples_per_prompt"])]
     with progress.counting(console, "what it cost", 2 * (len(repeated) + len(prompts))) as advance:
@@ -168,7 +170,7 @@ def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
     return run
 
 
-def show_samples(console, policy, tokenizer, voice, names: tuple[str, str], config: dict, questions: list[str]) -> list[dict]:
+def show_samples(console, engine, tokenizer, voice, names: tuple[str, str], config: dict, questions: list[str]) -> list[dict]:
     """The questions answered by both as a chat (the adapter's generation_config.json), side by side, trimmed."""
     from rich.table import Table
     from rich.text import Text
@@ -186,7 +188,7 @@ def show_samples(console, policy, tokenizer, voice, names: tuple[str, str], conf
     answers = {}
     for side, name in zip(("base", "tuned"), names, strict=True):
         with voice(side), console.status(f"{name} answers"):
-            ids = complete(policy, tokenizer, texts, generation, len(texts), config["seed"])
+            ids = complete(engine, tokenizer, texts, generation, len(texts), config["seed"])
             answers[side] = trim(ids, tokenizer)
     samples = []
     for i, question in enumerate(questions):

@@ -1,5 +1,6 @@
 """Everything that can be wrong with a training run, looked at before anything slow starts."""
 
+import importlib.util
 import math
 import os
 import shutil
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel
 from rich.table import Table
 
-from phi2_grpo import data, files, model
+from phi2_grpo import data, files, model, plan, rollout
 from phi2_grpo.chat import count_tokens
 from phi2_grpo.cli import UserError
 from phi2_grpo.loading import load_tokenizer, names_base
@@ -56,7 +57,8 @@ class Checklist:
 
 
 def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, dict]:
-    """Check a GRPO run. Returns the checklist and what was loaded: device, dtype, tokenizer, prompts, funnel, scorer."""
+    """Check a GRPO run. Returns the checklist and what was loaded: device, dtype, tokenizer, prompts, funnel, scorer,
+    the LoRA without weights and the memory plan."""
     checks = Checklist()
     device = checks.run("device", _device, config)
     checks.run("output folder", _output, Path(config["output_dir"]), final_folder(config), resume, overwrite)
@@ -67,10 +69,25 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     longest = checks.run("context", _context, config, tokenizer, prompts, wrapped)
     checks.run("batch", _batch, config, prompts)
     scorer = checks.run("rewards", _rewards, config, tokenizer, prompts)
-    checks.run("memory", _memory, config, wrapped, longest, device, scorer)
+    engine = checks.run("rollout", _rollout, config, wrapped)
+    parts = checks.run("memory", _memory, config, wrapped, longest, device, scorer, engine)
     checks.run("disk", _disk, config, wrapped, Path(config["output_dir"]))
-    found = {"device": device, "tokenizer": tokenizer, "prompts": prompts, "funnel": funnel, "scorer": scorer}
+    found = {"device": device, "tokenizer": tokenizer, "prompts": prompts, "funnel": funnel, "scorer": scorer,
+             "wrapped": wrapped, "plan": parts}  # fmt: skip
     return checks, found
+
+
+def expectation(config: dict, found: dict) -> str:
+    """What a step takes at the least, at the speed measured here now."""
+    device, dtype = found["device"]
+    prompts = count_tokens(found["tokenizer"], found["prompts"]["train"]["prompt"])
+    bandwidth, flops = plan.speed(device, dtype)
+    mean = sum(prompts) / len(prompts)
+    decoding, update = plan.step_seconds(config, found["wrapped"], mean, found["plan"], dtype, bandwidth, flops)
+    return (
+        f"At the least {decoding + update:.2g} s a step (rollout {decoding:.2g}, update {update:.2g}) if every completion has "
+        f"full length: by {bandwidth / GB:,.0f} GB/s and {flops / 1e12:.3g} TFLOP/s as measured here, no time lost in between."
+    )
 
 
 def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, dict]:
@@ -148,6 +165,21 @@ def advice_when_interrupted(output: Path) -> Iterator[None]:
         left = whole_checkpoints(output)
         advice = f"{left[-1]} is whole: go on with --resume." if left else "No checkpoint was written yet."
         raise type(interrupt)(advice) from None
+
+
+def smaller(config: dict, part: str) -> str:
+    """The next smaller setting after memory ran out in `part` of a step."""
+    size, passes = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
+    if part == "rollout":
+        rows = config["rollout_batch_size"] or size * passes
+        if rows > 1:
+            return f"--rollout_batch_size {rows // 2}"
+    if not config["activation_checkpointing"]:
+        return "--activation_checkpointing"
+    if size > 1:
+        return f"--per_device_train_batch_size {size // 2} --gradient_accumulation_steps {-(-size * passes // (size // 2))}"
+    length = config["max_completion_length"] // 2
+    return f"--max_completion_length {length} --target_tokens {min(config['target_tokens'], length // 2)}"
 
 
 def remove_run(output: Path) -> None:
@@ -268,24 +300,35 @@ def _context(config: dict, tokenizer, prompts, wrapped: PeftModel):
 
 def _batch(config: dict, prompts):
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    size, steps, group = (config[k] for k in ("per_device_train_batch_size", "steps_per_generation", "num_generations"))
-    sampled = size * steps * world
+    size, passes, group = (config[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"))
+    sampled = size * passes * world
     if sampled % group:
         valid = [n for n in range(2, sampled + 1) if sampled % n == 0]
         nearest = sorted(valid, key=lambda n: abs(n - group))[:2]
-        up = group // math.gcd(group, steps * world)
+        up = group // math.gcd(group, passes * world)
         raise UserError(
-            f"per_device_train_batch_size {size} x steps_per_generation {steps} x {world} process(es) = {sampled} completions, "
-            f"not a multiple of num_generations {group}. Give --num_generations {' or '.join(map(str, sorted(nearest)))}, or "
-            f"--per_device_train_batch_size {max(up, round(size / up) * up)}."
+            f"per_device_train_batch_size {size} x gradient_accumulation_steps {passes} x {world} process(es) = {sampled} "
+            f"completions, not a multiple of num_generations {group}. Give --num_generations "
+            f"{' or '.join(map(str, sorted(nearest)))}, or --per_device_train_batch_size {max(up, round(size / up) * up)}."
         )
     if len(prompts["train"]) < sampled // group:
         raise UserError(
             f"{sampled // group} prompts are sampled at once, but the train split has {len(prompts['train'])}. Raise "
-            "num_generations or lower per_device_train_batch_size x steps_per_generation."
+            "num_generations or lower per_device_train_batch_size x gradient_accumulation_steps."
         )
-    update = size * config["gradient_accumulation_steps"] * world
-    return True, f"{update} completions an update = {update / group:g} prompts x {group}; {sampled} sampled at once"
+    return True, f"{sampled} completions an update = {sampled / group:g} prompts x {group}"
+
+
+def _rollout(config: dict, wrapped: PeftModel):
+    if config["use_vllm"]:
+        if not importlib.util.find_spec("vllm"):
+            raise UserError(
+                "--use_vllm needs vLLM, which is not installed: pip install trl[vllm]. Without it: --rollout auto, no second "
+                "copy of the weights."
+            )
+        return "vllm", f"vLLM, {config['vllm_mode']}"
+    engine, why = rollout.choose(config["rollout"], wrapped)
+    return engine, f"{engine}: {why}"
 
 
 def _rewards(config: dict, tokenizer, prompts):
@@ -309,44 +352,23 @@ def real_rows(prompts) -> list[dict]:
     return prompts["train"].select(range(min(8, len(prompts["train"])))).to_list()
 
 
-def memory_plan(config: dict, wrapped: PeftModel, longest_prompt: int, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes by part. The first two stay; cache and activations take turns, so the larger of the two counts.
-
-    Activations are an estimate: about 100 bytes per token, layer and hidden unit for a Phi layer with LoRA in bfloat16
-    (inputs of every linear layer, and float32 copies of them for the adapter).
-    """
-    base = wrapped.config
-    _, trainable, parameters = model.coverage(wrapped)
-    width = dtype.itemsize
-    per_token = model.cache_bytes_per_token(base, dtype)
-    length = longest_prompt + config["max_completion_length"]
-    batch = config["per_device_train_batch_size"]
-    tokens = batch * length
-    layer = 50 * width * tokens * base.hidden_size
-    kept = width * tokens * base.hidden_size * base.num_hidden_layers
-    return {
-        "weights": parameters * width,
-        "adapter, gradient, Adam": trainable * 4 * 4,
-        "KV cache": batch * config["steps_per_generation"] * length * per_token,
-        "activations": kept + layer if config["activation_checkpointing"] else layer * base.num_hidden_layers,
-    }
-
-
-def _memory(config: dict, wrapped: PeftModel, longest: int, device: tuple[torch.device, torch.dtype], scorer: Scorer):
-    plan = memory_plan(config, wrapped, longest, device[1])
-    if scorer.models:
-        plan["reward model"] = sum(judge.extra_bytes(config, device[1]) for judge in scorer.models)
-    taking_turns = ("KV cache", "activations")
-    need = sum(size for name, size in plan.items() if name not in taking_turns) + max(plan[name] for name in taking_turns)
-    if device[0].type == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in plan.items())
-    text = f"about {need / GB:.2f} GB ({parts}), of {free / GB:.1f} GB free"
-    if need > free:
-        text += "\nThis may not fit: lower steps_per_generation (cache), per_device_train_batch_size or max_completion_length"
-    return True, text
+def _memory(config: dict, wrapped: PeftModel, longest: int, device: tuple[torch.device, torch.dtype], scorer: Scorer, engine):
+    where, dtype = device
+    judges = sum(judge.extra_bytes(config, dtype) for judge in scorer.models)
+    free = plan.free_memory(where)
+    parts = plan.memory(config, wrapped, longest, where, dtype, free, judges)
+    peak = plan.need(parts, engine)
+    listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
+    text = f"about {peak / GB:.2f} GB ({listing}), of {free / GB:.1f} GB free"
+    if where.type == "cuda":
+        largest = plan.largest_preset(wrapped, longest, where, dtype, free)
+        text += f". Largest preset that fits: {largest or 'none'}"
+    if peak > free:
+        text += (
+            "\nThis may not fit: lower per_device_train_batch_size (and raise gradient_accumulation_steps as much), "
+            "rollout_batch_size or max_completion_length"
+        )
+    return parts, text
 
 
 def _disk(config: dict, wrapped: PeftModel, output: Path):

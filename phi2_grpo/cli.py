@@ -143,6 +143,10 @@ def run(main: Callable[[], None]) -> None:
         if _from_interrupt(error):  # transformers makes another error of a Ctrl-C while it imports
             print("\ninterrupted.", file=sys.stderr)
             raise SystemExit(130) from None
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            advice = "Close what else is on the card, or ask for less at once: --rollout_batch_size 1, a smaller batch size."
+            print(f"error: memory ran out: {str(error).split('. ')[0]}.\n  {advice}", file=sys.stderr)
+            raise SystemExit(2) from None
         raise
 
 

@@ -9,8 +9,7 @@ import numpy
 import torch
 from transformers import GenerationConfig
 
-from phi2_grpo.chat import count_tokens, render
-from phi2_grpo.model import cache_bytes_per_token
+from phi2_grpo.chat import render
 from phi2_grpo.rollout import complete_in_batches
 from phi2_grpo.scoring import Scorer
 
@@ -45,21 +44,17 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
             numpy.random.set_state(numbers)
 
 
-def batch_that_fits(policy, prompts: list[dict], tokenizer, config: dict) -> int:
-    """How many completions fit beside the weights, by their KV cache; 64 on the CPU, where more is not faster."""
-    if policy.device.type != "cuda":
-        return 64
-    longest = max(count_tokens(tokenizer, [row["prompt"] for row in prompts])) + config["max_completion_length"]
-    free = 0.7 * torch.cuda.mem_get_info()[0]  # logits and what attention copies take the rest
-    return max(1, min(512, int(free / (longest * cache_bytes_per_token(policy.config, policy.dtype)))))
+def held_bytes(model) -> int:
+    """What measuring the answers takes: log-probs of two models over the vocabulary in float32, and copies of them."""
+    return 4 * FORWARD_TOKENS * model.config.vocab_size * 4
 
 
-def answer(policy, tokenizer, texts: list[str], config: dict, side: str, drawn, advance) -> None:
+def answer(engine, tokenizer, texts: list[str], config: dict, side: str, drawn, advance) -> None:
     """Complete rendered prompts into the journal `drawn`, those that are not there yet."""
     done = {index for found, index in drawn.found if found == side}
     advance(len(done))
     drawing = sampling(config, tokenizer)
-    for completions in complete_in_batches(policy, tokenizer, texts, drawing, drawn.batch, config["seed"], done):
+    for completions in complete_in_batches(engine, tokenizer, texts, drawing, drawn.batch, config["seed"], done):
         new = {index: ids for index, ids in completions.items() if index not in done}
         drawn.add(side, new)
         advance(len(new))

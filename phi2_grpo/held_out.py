@@ -22,12 +22,13 @@ class HeldOut(TrainerCallback):
 
     Args:
         scorer: one of its own, for the monitor's keeps the last training batch.
+        engine: of the rollouts, which has memory for them already (see rollout.py).
         rows: held-out rows of the data set; none, and nothing is evaluated.
         track: also log to trackio.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer, rows: list[dict], config: dict, console, track: bool):
-        self.scorer, self.tokenizer, self.rows, self.config = scorer, tokenizer, rows, config
+    def __init__(self, scorer: Scorer, tokenizer, engine, rows: list[dict], config: dict, console, track: bool):
+        self.scorer, self.tokenizer, self.engine, self.rows, self.config = scorer, tokenizer, engine, rows, config
         self.console, self.track = console, track
 
     def on_train_begin(self, args, state, control, model=None, **_):
@@ -42,11 +43,10 @@ class HeldOut(TrainerCallback):
         if not self.rows or not state.is_world_process_zero:
             return
         texts = render(self.tokenizer, [row["prompt"] for row in self.rows])
-        batch = self.config["per_device_train_batch_size"] * self.config["steps_per_generation"]  # what memory is known to hold
         was_training = model.training
         with evaluation.random_state_kept(model.device):
             drawing = evaluation.sampling(self.config, self.tokenizer)
-            ids = complete(model, self.tokenizer, texts, drawing, batch, self.config["seed"])
+            ids = complete(self.engine, self.tokenizer, texts, drawing, len(texts), self.config["seed"])
             scored = evaluation.score(self.scorer, self.rows, ids)  # a reward of one's own may draw, too
         model.train(was_training)
         answers = [row["answer"] for row in scored]

@@ -1,49 +1,363 @@
-"""Completions outside training: batches of prompts in, token ids out."""
+"""Completions: token ids of prompts and sampling settings in, token ids out. Two engines do it.
+
+`generate` is transformers' own, for every architecture. `graph` is ours, for Phi: each different prompt is filled in once, and
+its cache copied to the rows of its group; the decode step (decoder.py) is captured as a CUDA graph and replayed, so that no
+kernel waits for Python (gpt-fast's way: https://pytorch.org/blog/accelerating-generative-ai-2/); rows that have ended are
+dropped. On the CPU the same steps run without the capture.
+"""
 
 from collections.abc import Container, Iterator
+from dataclasses import dataclass
 
+import psutil
 import torch
-from transformers import GenerationConfig, set_seed
+from transformers import DynamicCache, GenerationConfig, set_seed
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from phi2_grpo.decoder import PhiDecoder, why_not
+from phi2_grpo.model import cache_bytes_per_token
+
+LENGTHS = 128  # a captured step looks at a multiple of so many cache places
+LOOK = 16  # decode steps on a card between two looks at which rows have ended: a look waits for the device
+FILL_TOKENS = 2048  # prompt tokens in one forward pass, padding included
+CPU_ROWS = 64  # more at once is not faster on a CPU
+UNDERSTOOD = {"do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "eos_token_id", "bos_token_id", "pad_token_id",
+              "stop_strings", "use_cache", "disable_compile", "transformers_version"}  # fmt: skip
 
 
-@torch.no_grad()
+def choose(name: str, model) -> tuple[str, str]:
+    """The engine for `--rollout name` (auto, generate or graph) and `model`, and why, in words."""
+    if name == "generate":
+        return "generate", "transformers' generate, as asked for"
+    if reason := why_not(model):
+        return "generate", f"transformers' generate; the decoder of graph cannot do it: {reason}"
+    return "graph", "prompts filled in once a group, ended rows dropped; on a card each decode step is one CUDA graph"
+
+
+def make_engine(name: str, model, rows: int = 0, reserve: int = 0):
+    """The engine that `choose` names, over `model` as it is at each call.
+
+    Args:
+        rows: completions decoded at once; 0 for as many as memory holds.
+        reserve: bytes to leave free, for what else is to run beside the engine's cache.
+    """
+    engine, _ = choose(name, model)
+    return Graph(model, rows, reserve) if engine == "graph" else Generate(model, rows, reserve)
+
+
+def rows_in(free: float, row: int, reserve: int, device: torch.device) -> int:
+    """How many sequences, `row` bytes of cache each, to decode at once of `free` bytes, `reserve` of them for others."""
+    room = 0.9 * free - reserve  # the rest is for logits, and for prompts while they are filled in
+    return max(1, min(256 if device.type == "cuda" else CPU_ROWS, int(room / row)))
+
+
+def rows_that_fit(model, length: int, reserve: int = 0) -> int:
+    """The same for sequences of `length` tokens of `model`, which is loaded, in what memory is free now."""
+    if model.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free = torch.cuda.mem_get_info(model.device)[0] + unused
+    else:
+        free = psutil.virtual_memory().available
+    return rows_in(free, length * cache_bytes_per_token(model.config, model.dtype), reserve, model.device)
+
+
+class Generate:
+    """transformers' generate, in portions."""
+
+    name = "generate"
+
+    def __init__(self, model, rows: int = 0, reserve: int = 0):
+        self.model, self.rows, self.reserve = model, rows, reserve
+
+    def __call__(self, prompts: list[list[int]], generation: GenerationConfig, tokenizer=None) -> list[list[int]]:
+        """Completion ids of each prompt; the end token is kept, padding is not. `tokenizer` is needed for stop strings."""
+        rows = self.rows or rows_that_fit(self.model, max(map(len, prompts)) + generation.max_new_tokens, self.reserve)
+        return [ids for start in range(0, len(prompts), rows)
+                for ids in self._portion(prompts[start : start + rows], generation, tokenizer)]  # fmt: skip
+
+    @torch.no_grad()
+    def _portion(self, prompts, generation, tokenizer):
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), generation.pad_token_id or 0)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[i, longest - len(prompt) :] = 1
+        device = self.model.device
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        output = self.model.generate(**inputs, generation_config=generation, tokenizer=tokenizer)
+        return [up_to_end(row, _ends(generation)) for row in output[:, longest:].tolist()]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What of a GenerationConfig decides about a token."""
+
+    greedy: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, generation: GenerationConfig) -> "Sampling":
+        """Raises ValueError for a setting that would change the answer and is none of these."""
+        strange = {key: value for key, value in generation.to_diff_dict().items()
+                   if key not in UNDERSTOOD and (value is True or value not in (None, 0, 1))}  # fmt: skip
+        if strange:
+            raise ValueError(f"only generate understands {strange}")
+        top_k = 50 if generation.top_k is None else generation.top_k  # generate's own default
+        return cls(not generation.do_sample, generation.temperature or 1.0, top_k, generation.top_p or 1.0, _ends(generation))
+
+    def pick(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Tokens (B,) for logits (B, V) and numbers (B, 1) from 0 to 1: the same number picks the same token in any batch."""
+        if self.greedy:
+            return logits.argmax(-1)
+        warpers = LogitsProcessorList()
+        if self.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        heights = warpers(None, logits.float()).softmax(-1).cumsum(-1, dtype=torch.float64)  # float32 loses the rare tokens
+        picked = torch.searchsorted(heights, noise * heights[:, -1:], right=True)[:, 0]
+        return picked.clamp_(max=logits.shape[-1] - 1)
+
+
+def _ends(generation: GenerationConfig) -> tuple[int, ...]:
+    ends = generation.eos_token_id
+    return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+
+
+def up_to_end(ids: list[int], ends: Container[int]) -> list[int]:
+    """`ids` up to the first end token, which is kept."""
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[: i + 1]
+    return ids
+
+
+class Graph:
+    """Our engine. It keeps its cache and its graphs between calls, for a captured graph knows the cache by its address.
+
+    What is drawn comes from torch's generator of the CPU, a number for each completion and token: portions, dropped rows and
+    the device change nothing.
+    """
+
+    name = "graph"
+
+    def __init__(self, model, rows: int = 0, reserve: int = 0):
+        self.model, self.rows, self.reserve = model, rows, reserve
+        self.decoder = PhiDecoder(model)
+        self.cuda = self.decoder.device.type == "cuda"
+        self.state: State | None = None
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.cuda else None
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[list[int]], generation: GenerationConfig, tokenizer=None) -> list[list[int]]:
+        """As Generate's; stop strings are left to what trims the answers, and the context ends a completion."""
+        try:
+            sampling = Sampling.of(generation)
+        except ValueError:  # someone has edited an adapter's generation_config.json
+            return Generate(self.model, self.rows, self.reserve)(prompts, generation, tokenizer)
+        new = max(0, min(generation.max_new_tokens, self.decoder.context - max(map(len, prompts))))
+        noise = None if sampling.greedy else torch.rand(len(prompts), new, dtype=torch.float64)
+        if self.decoder.take_adapter():
+            self.graphs.clear()
+        rows = self._make_room(len(prompts), max(map(len, prompts)) + new)
+        training = self.model.training
+        self.model.eval()  # in training mode checkpointing forbids a cache
+        try:
+            found = []
+            for start in range(0, len(prompts), rows):
+                part = slice(start, start + rows)
+                found += self._portion(prompts[part], sampling, new, None if noise is None else noise[part])
+            return found
+        finally:
+            self.model.train(training)
+
+    def _make_room(self, rows: int, length: int) -> int:
+        """State for `rows` sequences of `length` tokens, or for as many as fit; returns how many."""
+        length = -(-length // LENGTHS) * LENGTHS
+        state = self.state
+        if state and state.length >= length and state.rows >= min(rows, self.fit):
+            return state.rows
+        if state:
+            rows, length = max(rows, state.rows), max(length, state.length)
+        self.graphs.clear()
+        self.state = state = None  # the old one goes before memory is looked at
+        self.fit = self.rows or rows_that_fit(self.model, length, self.reserve)
+        self.state = State(self.decoder, min(rows, self.fit), length)
+        return self.state.rows
+
+    def _portion(self, prompts: list[list[int]], sampling: Sampling, new: int, noise: torch.Tensor | None) -> list[list[int]]:
+        state, rows = self.state, len(prompts)
+        highest = max(map(len, prompts))  # the place of the token that is decoded next, in the longest row
+        state.begin(prompts, noise)
+        if new:
+            state.take(self._fill(prompts), rows, sampling)
+        for made in range(1, new):
+            if made % (LOOK if self.cuda else 1) == 0:
+                rows, highest = state.drop_ended(rows, halves=self.cuda)
+                if not rows:
+                    break
+            self._advance(rows, highest + 1, sampling)
+            highest += 1
+        return [up_to_end(ids, sampling.ends) for ids in state.made[: len(prompts), :new].tolist()]
+
+    def _fill(self, prompts: list[list[int]]) -> torch.Tensor:
+        """Each different prompt through the model once, its keys and values into the cache of all its rows; logits (B, V)."""
+        decoder, cache = self.decoder, self.state.cache
+        rows_of: dict[tuple, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(tuple(prompt), []).append(row)
+        waiting, logits = sorted(rows_of, key=len), None
+        while waiting:
+            longest, chunk = 0, []
+            while waiting and (not chunk or (len(chunk) + 1) * len(waiting[0]) <= FILL_TOKENS):
+                chunk.append(waiting.pop(0))
+                longest = len(chunk[-1])
+            # Padded on the right: a causal model never looks there, and decoding writes over it.
+            ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in chunk], device=decoder.device)
+            past = DynamicCache()
+            hidden = decoder.model.model(input_ids=ids, past_key_values=past, use_cache=True).last_hidden_state
+            last = torch.tensor([len(prompt) - 1 for prompt in chunk], device=decoder.device)
+            found = decoder.model.lm_head(hidden[torch.arange(len(chunk), device=decoder.device), last])  # (prompts, V)
+            pairs = [(row, i) for i, prompt in enumerate(chunk) for row in rows_of[prompt]]
+            to, source = (torch.tensor(side, device=decoder.device) for side in zip(*pairs, strict=True))
+            for cached, layer in zip(cache, past.layers, strict=True):
+                cached[to, 0, :, :longest] = layer.keys[source]
+                cached[to, 1, :, :longest] = layer.values[source]
+            logits = found.new_empty(len(prompts), found.shape[-1]) if logits is None else logits
+            logits[to] = found[source]
+        return logits
+
+    def _advance(self, rows: int, length: int, sampling: Sampling) -> None:
+        """One token more for the first `rows` rows, which have at most `length` tokens each, the current one included."""
+        if not self.cuda:
+            return self._step(rows, length, sampling)
+        length = min(-(-length // LENGTHS) * LENGTHS, self.state.length)
+        key = (rows, length, sampling)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(*key)
+        self.graphs[key].replay()
+
+    def _step(self, rows: int, length: int, sampling: Sampling) -> None:
+        state = self.state
+        logits = self.decoder.logits(state.tokens[:rows], state.positions[:rows], state.cache, length)
+        state.positions[:rows] += ~state.ended[:rows]  # a row that has ended stays where it is, and so inside the cache
+        state.take(logits, rows, sampling)
+
+    def _capture(self, rows: int, length: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
+        """The step as a graph; nothing has moved when it returns."""
+        moving = self.state.moving()
+        before = [tensor.clone() for tensor in moving]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once without capture: libraries choose and allocate at their first call
+            self._step(rows, length, sampling)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, old in zip(moving, before, strict=True):
+            tensor.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):  # they run one after another, so they may share their memory
+            self._step(rows, length, sampling)
+        return graph
+
+
+class State:
+    """Where a portion stands: tensors on the device that stay in their places.
+
+    `tokens`, `positions`, `ended` and `origin` (the completion that a row is of) are by row, `noise` and `made` by completion.
+    """
+
+    def __init__(self, decoder: PhiDecoder, rows: int, length: int):
+        self.rows, self.length = rows, length
+        device, shape = decoder.device, (len(decoder.layers), rows, 2, decoder.heads, length, decoder.head_width)
+        # Zeros, for what lies behind a row's end is masked, and 0 x NaN is NaN.
+        self.cache = torch.zeros(shape, dtype=decoder.dtype, device=device)
+        self.tokens, self.positions, self.origin = torch.zeros(3, rows, dtype=torch.long, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.noise = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        self.made = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens made so far
+
+    def moving(self) -> list[torch.Tensor]:
+        """What a step changes, the cache apart: a step that is repeated writes the same there."""
+        return [self.tokens, self.positions, self.ended, self.made, self.count]
+
+    def begin(self, prompts: list[list[int]], noise: torch.Tensor | None) -> None:
+        rows = len(prompts)
+        self.positions[:rows] = torch.tensor([len(prompt) for prompt in prompts], device=self.positions.device)
+        torch.arange(rows, out=self.origin[:rows])
+        self.ended.zero_()
+        self.count.zero_()
+        if noise is not None:
+            self.noise[:rows, : noise.shape[1]] = noise.to(self.noise.device)
+
+    def take(self, logits: torch.Tensor, rows: int, sampling: Sampling) -> None:
+        """Pick a token for each of the first `rows` rows, and note it."""
+        origin = self.origin[:rows]
+        tokens = sampling.pick(logits, self.noise[origin, self.count][:, None])
+        self.made[origin, self.count] = tokens
+        self.tokens[:rows] = tokens
+        for end in sampling.ends:
+            self.ended[:rows] |= tokens == end
+        self.count += 1
+
+    def drop_ended(self, rows: int, halves: bool) -> tuple[int, int]:
+        """Move live rows to the front; how many rows are to go on (0: all have ended), and the highest of their positions.
+
+        `halves`: only by halves, as every number of rows is a graph of its own.
+        """
+        ended, positions = self.ended[:rows].tolist(), self.positions[:rows].tolist()
+        live = [row for row in range(rows) if not ended[row]]
+        if not live:
+            return 0, 0
+        kept = min(rows, 1 << (len(live) - 1).bit_length()) if halves else len(live)
+        movers = [row for row in live if row >= kept]
+        if movers:
+            holes = [row for row in range(kept) if ended[row]][: len(movers)]
+            highest = max(positions[row] for row in movers)
+            to, source = (torch.tensor(side, device=self.tokens.device) for side in (holes, movers))
+            for tensor in (self.tokens, self.positions, self.ended, self.origin):
+                tensor[to] = tensor[source]
+            for cached in self.cache:
+                cached[to, :, :, :highest] = cached[source, :, :, :highest]
+        return kept, max(positions[row] for row in live)
+
+
 def complete(
-    model,
-    tokenizer,
-    prompts: list[str],
-    generation: GenerationConfig,
-    batch_size: int,
-    seed: int,
+    engine, tokenizer, prompts: list[str], generation: GenerationConfig, batch_size: int, seed: int
 ) -> list[list[int]]:
     """Completion token ids for rendered prompts, in their order; the end token is kept, the padding is not.
 
     Args:
-        batch_size: prompts generated at once.
+        batch_size: prompts given to the engine at once.
         seed: set before each batch, so that two models draw with the same random numbers, batch by batch.
     """
     completions: dict[int, list[int]] = {}
-    for batch in complete_in_batches(model, tokenizer, prompts, generation, batch_size, seed):
+    for batch in complete_in_batches(engine, tokenizer, prompts, generation, batch_size, seed):
         completions |= batch
     return [completions[i] for i in range(len(prompts))]
 
 
-@torch.no_grad()
 def complete_in_batches(
-    model, tokenizer, prompts: list[str], generation: GenerationConfig, batch_size: int, seed: int, done: Container[int] = ()
+    engine, tokenizer, prompts: list[str], generation: GenerationConfig, batch_size: int, seed: int, done: Container[int] = ()
 ) -> Iterator[dict[int, list[int]]]:
     """The same batch by batch, by the prompts' indices; batches whose prompts are all in `done` are passed over."""
-    model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         if all(i in done for i in batch):
             continue
-        inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True, add_special_tokens=False)
-        inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        ids = tokenizer([prompts[i] for i in batch], add_special_tokens=False)["input_ids"]
         set_seed(seed + start)
-        output = model.generate(**inputs, generation_config=generation, tokenizer=tokenizer)
-        completions = {}
-        for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):  # (B, T)
-            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-            completions[i] = ids[:end]
-        yield completions
+        yield dict(zip(batch, engine(ids, generation, tokenizer), strict=True))

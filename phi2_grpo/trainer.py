@@ -1,4 +1,4 @@
-"""TRL's trainer with a clock: where the seconds of a step go."""
+"""TRL's trainer with our rollout and a clock: where the seconds of a step go."""
 
 import time
 from collections import defaultdict
@@ -7,11 +7,16 @@ import torch
 from trl import GRPOTrainer
 
 
-class TimedGRPOTrainer(GRPOTrainer):
-    """Logs of each step the `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (forward and backward).
+class Trainer(GRPOTrainer):
+    """Rolls out with `engine` (rollout.py) where it is set, and logs where the seconds of a step went.
 
-    The optimizer itself, which comes after them, is in none. The three methods are private to TRL; a test holds their names.
+    `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (forward and backward); the optimizer itself,
+    which comes after them, is in none. `failed_in` is the part that an exception came out of. The four methods are private to
+    TRL; a test holds their names.
     """
+
+    engine = None
+    failed_in: str | None = None
 
     def __init__(self, *arguments, **keywords):
         self._spent: dict[str, float] = defaultdict(float)
@@ -22,6 +27,9 @@ class TimedGRPOTrainer(GRPOTrainer):
         started, self._depth = self._now(), self._depth + 1
         try:
             return method(*arguments, **keywords)
+        except BaseException:
+            self.failed_in = self.failed_in or part
+            raise
         finally:
             self._depth -= 1
             if not self._depth:
@@ -32,8 +40,11 @@ class TimedGRPOTrainer(GRPOTrainer):
             torch.cuda.synchronize()  # kernels run on behind the host; a few waits a step cost nothing
         return time.perf_counter()
 
-    def _generate_single_turn(self, *arguments, **keywords):
-        return self._timed("rollout", super()._generate_single_turn, *arguments, **keywords)
+    def _generate_single_turn(self, prompt_ids, *arguments, **keywords):
+        """TRL's: token ids of the prompts, a group's next to each other, to (completion ids, log-probs or None)."""
+        if self.engine is None:
+            return self._timed("rollout", super()._generate_single_turn, prompt_ids, *arguments, **keywords)
+        return self._timed("rollout", self.engine, prompt_ids, self.generation_config), None
 
     def _calculate_rewards(self, *arguments, **keywords):
         return self._timed("rewards", super()._calculate_rewards, *arguments, **keywords)

@@ -95,7 +95,7 @@ def test_order_is_config_then_preset_then_flags():
         (["--learning_rat", "1"], "did you mean --learning_rate"),
         (["--lerning_rate=1"], "did you mean --learning_rate"),
         (["--languages", "es"], "train_grpo.py does not read it"),
-        (["--preset", "huge"], "takes one of: phi2, tiny"),
+        (["--preset", "huge"], "takes one of: phi2, phi2-24gb, phi2-80gb, tiny"),
         (["--learning_rate", "fast"], "takes a number"),
         (["--learning_rate", "nan"], "finite"),
         (["--learning_rate", "inf"], "finite"),

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SHARED, make_micro
+from conftest import ROOT, SHARED, make_micro
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -165,3 +167,26 @@ def test_device_with_a_gpu(capability, good, monkeypatch):
         with pytest.raises(UserError, match="--dtype float32"):
             model.choose_device(config)
         assert model.choose_device({**config, "dtype": "float32"})[1] == torch.float32
+
+
+@pytest.mark.slow
+def test_loading_phi2_takes_little_more_than_its_weights(tmp_path):
+    """The most host memory held while the full-size model is loaded and read once: under 1.3 times its weights."""
+    code = """
+import sys, resource, torch
+from phi2_grpo import model
+from config import CONFIG
+folder = sys.argv[1]
+if len(sys.argv) > 2:
+    torch.set_default_dtype(torch.bfloat16)
+    model.full_size_phi2().save_pretrained(folder)
+else:
+    base = model.load_base({**CONFIG, "model": folder}, torch.device("cpu"), torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in base.parameters() if parameter.abs().max() >= 0)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / size)
+"""
+    for more in (["make"], []):
+        command = [sys.executable, "-c", code, str(tmp_path / "base"), *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.3

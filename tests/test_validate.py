@@ -8,13 +8,11 @@ import numpy
 import pytest
 import torch
 from conftest import make_micro
-from transformers import GenerationConfig
 
 from config import CONFIG
-from phi2_grpo import chat, evaluation, journal, model, proof, statistics
+from phi2_grpo import chat, evaluation, journal, model, proof, rollout, statistics
 from phi2_grpo.answers import Answer
 from phi2_grpo.loading import load_tokenizer
-from phi2_grpo.rollout import complete
 from phi2_grpo.scoring import Scorer, choose_rewards, with_all_built_in
 
 CPU = torch.device("cpu")
@@ -155,7 +153,7 @@ def test_rewards_that_cannot_be_computed_are_left_out_and_said(call, micro, fina
 
 
 def test_a_killed_validation_goes_on_where_it_was(call, options, tmp_path, monkeypatch):
-    whole = call("validate_model", *options, "--eval_batch_size", 5)
+    whole = call("validate_model", *options, "--rollout_batch_size", 5)
     assert whole.code == 0
     expected = (tmp_path / "v" / "samples.jsonl").read_text()
     shutil.rmtree(tmp_path / "v")
@@ -168,14 +166,14 @@ def test_a_killed_validation_goes_on_where_it_was(call, options, tmp_path, monke
         added.append(len(completions))
 
     monkeypatch.setattr(journal.Journal, "add", killed)
-    first = call("validate_model", *options, "--eval_batch_size", 5)
+    first = call("validate_model", *options, "--rollout_batch_size", 5)
     assert first.code == 130 and not (tmp_path / "v" / "report.json").exists()
     unfinished = tmp_path / "v" / "unfinished" / "journal.jsonl"
     unfinished.write_text(unfinished.read_text() + '{"side": "tuned", "ind')  # cut in the middle of a line
     monkeypatch.setattr(
         journal.Journal, "add", lambda self, side, completions: (add(self, side, completions), added.append(-1))
     )
-    second = call("validate_model", *options, "--eval_batch_size", 5)
+    second = call("validate_model", *options, "--rollout_batch_size", 5)
     assert second.code == 0 and (tmp_path / "v" / "samples.jsonl").read_text() == expected
     assert added.count(-1) == 3, "the three batches that were missing"
     assert not unfinished.exists()
@@ -261,10 +259,11 @@ def test_base_against_itself_shows_no_difference(config, tokenizer):
         for i in range(20)
     ]
     texts = chat.render(tokenizer, [row["prompt"] for row in rows]) * 100
+    engine = rollout.make_engine("auto", base)
     scorer = Scorer(tokenizer, 6, choose_rewards(["length"]))
     scores = []
     for seed in (1, 2):
-        ids = complete(base, tokenizer, texts, evaluation.sampling(config, tokenizer), 500, 10_000 * seed)
+        ids = rollout.complete(engine, tokenizer, texts, evaluation.sampling(config, tokenizer), 500, 10_000 * seed)
         scores.append([row["score"] for row in evaluation.score(scorer, rows * 100, ids)])
     trials = [statistics.paired(*(side[i : i + 20] for side in scores)) for i in range(0, 2000, 20)]
     assert sum(statistics.word(trial) == "no difference shown" for trial in trials) >= 89
@@ -365,21 +364,6 @@ def test_languages_with_enough_prompts_have_their_own_rows(call, options, tmp_pa
 
 def test_a_text_cannot_leave_its_block():
     assert proof.fenced("a ```` b").startswith("`````text\n") and proof.fenced("x").startswith("```text\n")
-
-
-# --- the rollout
-
-
-def test_completions_do_not_depend_on_padding_or_order(config, tokenizer):
-    """Greedy answers to ragged prompts in one batch equal those of each prompt alone."""
-    base = model.load_base(config, CPU, torch.float32)
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=8, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    prompts = ["Why?", "How do I keep a plant alive, and for how long can I do so?", "A", "Water it once a week."]
-    together = complete(base, tokenizer, prompts, greedy, 4, 0)
-    alone = [complete(base, tokenizer, [prompt], greedy, 1, 0)[0] for prompt in prompts]
-    assert together == alone
 
 
 def test_a_second_adapter_of_another_shape_is_refused(config, final, tmp_path):

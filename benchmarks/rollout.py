@@ -1,0 +1,103 @@
+"""How fast are the rollout engines: tokens a second, milliseconds a decode step, memory, share of the bandwidth limit.
+
+  python benchmarks/rollout.py --model full        # Phi-2's size, random weights, bfloat16; nothing is downloaded
+  python benchmarks/rollout.py --model tiny        # on the CPU
+
+Groups of 8 prompts of 64 tokens with a live LoRA; no completion ends early, so both engines do the same work. The engines take
+turns, A B A B, after one turn that is not counted. The limit: weights read once a step, and each live sequence's cache.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from phi2_grpo import environment
+
+environment.prepare("tiny")
+
+from transformers import GenerationConfig  # noqa: E402
+
+from benchmarks import models  # noqa: E402
+from benchmarks.results import write_section  # noqa: E402
+from phi2_grpo import plan, rollout  # noqa: E402
+from phi2_grpo.model import cache_bytes_per_token  # noqa: E402
+
+PROMPT, GROUP = 64, 8
+
+
+def prompts_of(batch: int, vocabulary: int) -> list[list[int]]:
+    torch.manual_seed(0)
+    groups = torch.randint(5, min(vocabulary, 2500), (-(-batch // GROUP), PROMPT)).tolist()
+    return [groups[row // GROUP] for row in range(batch)]
+
+
+def timed(engine, prompts: list[list[int]], new: int, device: torch.device) -> float:
+    how = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0,
+                           disable_compile=True)  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    completions = engine(prompts, how)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    assert all(len(ids) == new for ids in completions)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("full", "tiny"), default="full" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--batches", default="1,8,32,64")
+    parser.add_argument("--lengths", default="128,256,512")
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+    device, dtype = models.device_of(arguments.model)
+    policy = models.policy_of(arguments.model)
+    policy.generation_config.eos_token_id = policy.get_base_model().generation_config.eos_token_id = None
+    weights = sum(p.nbytes for name, p in policy.named_parameters() if "lora_" not in name)
+    bandwidth, _ = plan.speed(device, dtype)
+    lines = [
+        "| batch | tokens | graph, tokens/s | generate, tokens/s | times | graph, ms a step | of the limit | peak, GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for batch in map(int, arguments.batches.split(",")):
+        for new in map(int, arguments.lengths.split(",")):
+            prompts = prompts_of(batch, policy.config.vocab_size)
+            engines = {"graph": rollout.Graph(policy), "generate": rollout.Generate(policy, rows=batch)}
+            peak = {}
+            for name, engine in engines.items():
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                timed(engine, prompts, new, device)
+                peak[name] = models.peak_bytes(device)
+            found = {name: [] for name in engines}
+            for _ in range(arguments.turns):
+                for name, engine in engines.items():
+                    found[name].append(timed(engine, prompts, new, device))
+            ratios = [slow / fast for fast, slow in zip(found["graph"], found["generate"], strict=True)]
+            best, step = min(found["graph"]), min(found["graph"]) / new
+            live = batch * (PROMPT + new / 2) * cache_bytes_per_token(policy.config, dtype)
+            share = plan.decode_seconds(weights, live, bandwidth) / step
+            peaks = f"{peak['graph'] / 1e9:.2f}" if device.type == "cuda" else ""
+            lines.append(
+                f"| {batch} | {new} | {batch * new / best:,.0f} | {batch * new / min(found['generate']):,.0f} | "
+                f"{models.middle(ratios)} | {1000 * step:.2f} | {share:.0%} | {peaks} |"
+            )
+            print(lines[-1], flush=True)
+    body = "\n".join(lines) + (
+        f"\n\n{models.machine(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
+        f"Tokens/s and ms of the fastest of {arguments.turns} turns, the prompts' filling in included; times: median [lowest, "
+        "highest] of the turns' ratios. A cache that the processor holds near itself can pass the limit of a copy."
+    )
+    command = f"python benchmarks/rollout.py --model {arguments.model}"
+    write_section(f"Rollout, {arguments.model}", command, body, "torch", "transformers", "peft")
+
+
+if __name__ == "__main__":
+    main()

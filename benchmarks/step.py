@@ -1,0 +1,138 @@
+"""A whole GRPO step by part: ours, stock TRL with the same settings, and the recipe that people copy.
+
+  python benchmarks/step.py --model full           # Phi-2's size, random weights (preset phi2); nothing is downloaded
+  python benchmarks/step.py --model tiny           # preset tiny, on the CPU
+
+Each turn is a process of its own, in turn A B C A B C; the first two steps of each are not counted, the capturing of
+graphs after them is. Stock is TRL's GRPOTrainer with the settings of ours, its rollout by generate. The copied recipe: 1 x 4
+completions, two generations, checkpointing on, TRL's other defaults.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SIDES = ("ours", "stock", "recipe")
+PARTS = ("rollout", "rewards", "log_probs", "update")
+WARM = 2
+
+
+def work(side: str, name: str, steps: int) -> dict:
+    """Train `steps` steps as `side` does; seconds by part and samples a second of those after the first two."""
+    from phi2_grpo import environment
+
+    environment.prepare("tiny")
+    from dataclasses import fields
+
+    import torch
+    from datasets import load_from_disk
+    from transformers import TrainerCallback
+    from trl import GRPOConfig
+
+    from benchmarks import models
+    from phi2_grpo import model, plan, progress, rollout
+    from phi2_grpo.trainer import Trainer
+
+    config, (device, dtype) = models.setting(name), models.device_of(name)
+    base, tokenizer = models.base_of(name)
+    known = {field.name for field in fields(GRPOConfig)}
+    settings = {key: value for key, value in config.items() if key in known and key != "output_dir" and value != ""}
+    if side == "recipe":
+        settings = {key: settings[key] for key in ("max_completion_length", "seed")}
+        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 2}
+        settings |= {"activation_checkpointing": True, "learning_rate": 1e-5}
+    settings |= {"max_steps": steps, "save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True}
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    def length(completion_ids, **_):
+        return [min(1.0, len(ids) / config["target_tokens"]) for ids in completion_ids]
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=base,
+            reward_funcs=length,
+            args=GRPOConfig(output_dir=scratch, bf16=device.type == "cuda", use_cpu=device.type == "cpu", disable_dropout=True,
+                            dataloader_pin_memory=False, **settings),
+            train_dataset=load_from_disk(str(ROOT / "data" / "tiny" / "oasst1_prompts"))["train"],
+            processing_class=tokenizer,
+            peft_config=model.lora_config(config, base),
+            callbacks=[Clock()],
+        )  # fmt: skip
+        progress.quiet(trainer)
+        if side == "ours":
+            wrapped = trainer.accelerator.unwrap_model(trainer.model)
+            parts = plan.memory(config, wrapped, 64, device, dtype, plan.free_memory(device))
+            trainer.engine = rollout.make_engine("auto", wrapped, reserve=plan.reserve(parts))
+        trainer.train()
+    rows = [row for row in trainer.state.log_history if "reward" in row][WARM:]
+    seconds = (times[-1] - times[WARM - 1]) / (steps - WARM)
+    count = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    return {
+        "step": seconds,
+        "samples": count / seconds,
+        "peak": models.peak_bytes(device),
+        "tokens": sum(row["completions/mean_length"] for row in rows) / len(rows),
+        "machine": f"{models.machine(device)}, {str(dtype).removeprefix('torch.')}",
+        **{part: sum(row[f"seconds/{part}"] for row in rows if f"seconds/{part}" in row) / len(rows) for part in PARTS},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("full", "tiny"), default="tiny")
+    parser.add_argument("--steps", type=int, default=22)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--side", choices=SIDES, help="one turn of this side alone, printed as JSON")
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(work(arguments.side, arguments.model, arguments.steps)))
+        return
+    from benchmarks.models import middle
+    from benchmarks.results import write_section
+
+    if not (ROOT / "data" / "tiny").exists():
+        subprocess.run([sys.executable, "prepare_data.py", "--preset", "tiny"], cwd=ROOT, check=True)
+    found = {side: [] for side in SIDES}
+    for turn in range(arguments.turns):
+        for side in SIDES:
+            command = [sys.executable, __file__, "--side", side, "--model", arguments.model, "--steps", str(arguments.steps)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"turn {turn + 1}, {side}: {found[side][-1]['step']:.2f} s a step", flush=True)
+    lines = ["| | samples/s | s a step | " + " | ".join(PARTS) + " | tokens a completion | peak, GB |", "|" + "---|" * 9]
+    for side, runs in found.items():
+        mean = {part: sum(run[part] for run in runs) / len(runs) for part in (*PARTS, "tokens")}
+        parts = " | ".join(f"{mean[part]:.3f}" for part in PARTS)
+        lines.append(
+            f"| {side} | {middle([run['samples'] for run in runs])} | {middle([run['step'] for run in runs])} | {parts} | "
+            f"{mean['tokens']:.1f} | {max(run['peak'] for run in runs) / 1e9:.2f} |"
+        )
+    pairs = list(zip(*found.values(), strict=True))
+    ratios = {
+        "step {} times stock TRL": [ours["samples"] / stock["samples"] for ours, stock, _ in pairs],
+        "rollout {} times stock TRL": [stock["rollout"] / ours["rollout"] for ours, stock, _ in pairs],
+        "samples {} times the copied recipe": [ours["samples"] / recipe["samples"] for ours, _, recipe in pairs],
+    }
+    sentences = [text.format(middle(values)) for text, values in ratios.items()][::-1]
+    note = f"{found['ours'][0]['machine']}; {arguments.turns} turns of {arguments.steps} steps, the first {WARM} not counted."
+    body = "\n".join(lines) + f"\n\n{note} Medians [lowest, highest].\n\n" + "\n\n".join(sentences)
+    command = f"python benchmarks/step.py --model {arguments.model}"
+    write_section(f"A GRPO step, {arguments.model}", command, body, "torch", "transformers", "trl", "peft")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The memory plan and the presets made from it, running out of memory, and steps that are split to fit."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_micro
+from peft import get_peft_model
+from safetensors.torch import load_file
+
+from config import CONFIG, PRESETS
+from phi2_grpo import checks, model, plan
+
+CARD, BF16 = torch.device("cuda"), torch.bfloat16
+SIZES = {"phi2": 12e9, "phi2-24gb": 24e9, "phi2-80gb": 80e9}
+LONGEST = CONFIG["max_prompt_tokens"]
+
+
+@pytest.fixture(scope="module")
+def phi2():
+    with torch.device("meta"):
+        base = model.full_size_phi2()
+        return get_peft_model(base, model.lora_config(CONFIG, base))
+
+
+@pytest.mark.parametrize(("preset", "size"), SIZES.items())
+def test_each_preset_fits_its_card_and_no_smaller_one_takes_it(phi2, preset, size):
+    config = {**CONFIG, **PRESETS[preset]}
+    free = 0.97 * size  # a desktop takes some
+    parts = plan.memory(config, phi2, LONGEST, CARD, BF16, free)
+    assert plan.need(parts, "graph") < free
+    assert parts["weights"] == 2_779_683_840 * 2 and parts["adapter, gradient, Adam"] == 23_592_960 * 16
+    per_row = (LONGEST + config["max_completion_length"]) * model.cache_bytes_per_token(phi2.config, BF16)
+    assert parts["KV cache"] / per_row >= config["num_generations"], "room for a group at once"
+    assert plan.largest_preset(phi2, LONGEST, CARD, BF16, free) == preset
+    assert plan.need(parts, "generate") < plan.need(parts, "graph")
+
+
+def test_a_card_too_small_for_any(phi2):
+    assert plan.largest_preset(phi2, LONGEST, CARD, BF16, 6e9) is None
+
+
+def test_the_plan_moves_the_right_way(phi2):
+    def parts(**changes):
+        return plan.memory({**CONFIG, **changes}, phi2, LONGEST, CARD, BF16, 11.5e9)
+
+    usual = parts()
+    assert parts(per_device_train_batch_size=2)["update"] == pytest.approx(usual["update"] / 2)
+    assert parts(activation_checkpointing=False)["update"] > 10 * usual["update"]
+    assert parts(rollout_batch_size=3)["KV cache"] == 3 * 640 * 32 * 2 * 2560 * 2
+    assert parts(max_completion_length=64)["KV cache"] < usual["KV cache"] * 1.5
+    assert plan.memory(CONFIG, phi2, LONGEST, CARD, BF16, 11.5e9, judges=10**9)["reward model"] == 10**9
+
+
+def test_activations_kept_by_a_layer_are_about_what_the_plan_says(tmp_path):
+    """Counted: what autograd keeps from forward to backward, in float32 on the CPU (2 x the plan's half-precision bytes)."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_micro(tmp_path / "base", hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    base.config.resid_pdrop = 0.0
+    wrapped = get_peft_model(base, model.lora_config({**CONFIG, "model": str(folder)}, base))
+    for module in wrapped.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    weights = {parameter.untyped_storage().data_ptr() for parameter in wrapped.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens = torch.randint(0, 200, (4, 128))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = wrapped.get_base_model().model(input_ids=tokens).last_hidden_state
+    hidden.sum().backward()
+    config = {**CONFIG, "per_device_train_batch_size": 4, "max_completion_length": 28, "activation_checkpointing": False}
+    planned = plan.memory(config, wrapped, 100, torch.device("cpu"), torch.float32, 1e12)["update"]
+    assert 0.5 * planned < sum(kept.values()) < planned
+
+
+def test_time_by_bandwidth_is_the_formula(phi2):
+    """64 sequences of 200 tokens: 9.8 GB, 2.3 ms at 4.3 TB/s."""
+    per_token = model.cache_bytes_per_token(phi2.config, BF16)
+    assert plan.decode_seconds(5.56e9, 64 * 200 * per_token, 4.3e12) == pytest.approx(2.27e-3, rel=0.01)
+    config = {**CONFIG, "max_completion_length": 256}
+    parts = plan.memory(config, phi2, 64, CARD, BF16, 80e9)
+    rollout, update = plan.step_seconds(config, phi2, 64, parts, BF16, 4.3e12, 790e12)
+    assert 0.3 < rollout < 0.6
+    assert update == pytest.approx((114 + 57 + 57) / 790, rel=0.03)
+
+
+def test_bandwidth_and_speed_are_measured():
+    bandwidth, flops = plan.speed(torch.device("cpu"), torch.float32)
+    assert 1e8 < bandwidth < 1e13 and 1e8 < flops < 1e15
+
+
+# --- split to fit
+
+
+def test_an_update_in_parts_is_the_update_in_one(call, quick, tmp_path):
+    """The same completions, the loss in one pass of 8 or in four of 2, the rollout in one portion or in many."""
+    sides = {"whole": (8, 1, 0), "parts": (2, 4, 3)}
+    weights, rows = {}, {}
+    for side, (size, passes, portion) in sides.items():
+        how = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", passes, "--rollout_batch_size", portion)
+        done = call("train_grpo", 2, *quick, *how, "--warmup_steps", 0, "--output_dir", tmp_path / side, "--eval_prompts", 0)
+        assert done.code == 0, done.err
+        final = tmp_path / f"{side}-final"
+        weights[side] = load_file(final / "adapter_model.safetensors")
+        rows[side] = [json.loads(line) for line in (final / "metrics.jsonl").read_text().splitlines()]
+    for a, b in zip(*rows.values(), strict=True):
+        assert a["reward"] == pytest.approx(b["reward"]) and a["completions/mean_length"] == b["completions/mean_length"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    for name, weight in weights["whole"].items():
+        # Adam divides by the gradient's size: where that is rounding alone, so is the step (at most the learning rate each).
+        assert (weight - weights["parts"][name]).abs().mean() < 2e-5, name
+
+
+# --- out of memory
+
+
+@pytest.mark.parametrize(
+    ("where", "setting"),
+    [("_generate_single_turn", "--rollout_batch_size 4"), ("training_step", "--per_device_train_batch_size 4")],
+)
+def test_out_of_memory_saves_and_says_what_next(call, quick, tmp_path, monkeypatch, where, setting):
+    from phi2_grpo.trainer import Trainer
+
+    original = getattr(Trainer, where)
+
+    def runs_out(self, *arguments, **keywords):
+        if self.state.global_step == 2:
+
+            def full(*_, **__):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ...")
+
+            if where == "_generate_single_turn":
+                self.engine = full
+            else:
+                self._calculate_loss = self.compute_loss = full
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Trainer, where, runs_out)
+    options = (*quick, "--activation_checkpointing", "--output_dir", tmp_path / "o", "--save_steps", 50)
+    done = call("train_grpo", 4, *options)
+    part = "rollout" if where == "_generate_single_turn" else "update"
+    assert done.code == 2 and f"memory ran out in the {part} of step 3" in done.err and setting in done.err, done.err
+    assert "checkpoint-2 is whole" in done.err and "Traceback" not in done.err
+    monkeypatch.undo()
+    monkeypatch.chdir(checks.__file__.rsplit("/", 2)[0])
+    assert call("train_grpo", 4, *options, "--resume").code == 0
+
+
+def test_the_next_smaller_setting():
+    config = {**CONFIG, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 8}
+    assert checks.smaller(config, "update") == "--per_device_train_batch_size 1 --gradient_accumulation_steps 24"
+    assert checks.smaller({**config, "activation_checkpointing": False}, "log_probs") == "--activation_checkpointing"
+    assert checks.smaller({**config, "rollout_batch_size": 6}, "rollout") == "--rollout_batch_size 3"
+    assert "--max_completion_length 128 --target_tokens 64" in checks.smaller(
+        {**config, "per_device_train_batch_size": 1}, "update"
+    )
+
+
+def test_out_of_memory_while_loading(call, quick, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(model, "load_base", full)
+    done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o")
+    assert done.code == 2 and "memory ran out: CUDA out of memory" in done.err and "Traceback" not in done.err
+
+
+# --- the choice of the rollout, as the checks say it
+
+
+def test_vllm_that_is_not_there(call, quick, tmp_path):
+    done = call("train_grpo", 1, *quick, "--use_vllm", "--output_dir", tmp_path / "o")
+    assert done.code == 2 and "pip install trl[vllm]" in done.err and not (tmp_path / "o").exists()
+
+
+def test_another_architecture_trains_with_generate(call, quick, micro, tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(micro)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {key: tokenizer.eos_token_id for key in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer), **ids)).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    how = ("--model", tmp_path / "llama", "--lora_target_modules", "all-linear", "--output_dir", tmp_path / "o")
+    done = call("train_grpo", 2, *quick, *how)
+    assert done.code == 0, done.err
+    said = " ".join(done.out.replace("│", " ").split())
+    assert "generate: transformers' generate" in said and "this is llama" in said
