@@ -10,13 +10,17 @@ validation rows; 9,780 of the train roots have distinct texts, the median root i
 under 125.
 """
 
+import multiprocessing
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from phi2_grpo import cli, environment
 
 KEYS = ("model", "model_revision", "dataset", "dataset_revision", "data_dir", "languages", "max_prompt_tokens", "max_turns",
-        "max_toxicity", "validation_fraction", "split_seed")  # fmt: skip
+        "max_toxicity", "validation_fraction", "split_seed", "num_proc")  # fmt: skip
 
 
 def main() -> None:
@@ -28,7 +32,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import files, oasst
+    from phi2_grpo import checkpoints, files, oasst
 
     console = Console()
     console.print(f"prepare_data: {cli.differences(config, KEYS)}", highlight=False)
@@ -38,50 +42,98 @@ def main() -> None:
         raise cli.UserError(f"{data_dir} holds prepared data. Replace it: --overwrite, or choose another --data_dir.")
 
     from phi2_grpo import data
-    from phi2_grpo.chat import count_tokens
     from phi2_grpo.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config)
-    with console.status("reading messages"):
-        splits = oasst.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
-        if "" in splits:
-            splits = oasst.split_by_tree(splits[""], config["validation_fraction"], config["split_seed"])
-        splits = {split: list(messages) for split, messages in splits.items()}
-    found = Counter(message.lang for messages in splits.values() for message in messages)
-    if not found:
-        raise cli.UserError(f"--dataset {config['dataset']} holds no messages.")
-    languages = oasst.check_languages(config["languages"], found)
+    with checkpoints.alone_in(data_dir), tempfile.TemporaryDirectory(prefix=".preparing-", dir=made(data_dir)) as scratch:
+        scratch = Path(scratch)
+        with console.status("reading messages"):
+            source, commit = oasst.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
+            chunks = {split: oasst.Chunks(scratch / (split or "all"), messages) for split, messages in source.items()}
+        found = sum((part.languages for part in chunks.values()), Counter())
+        if not found:
+            raise cli.UserError(f"--dataset {config['dataset']} holds no messages.")
+        languages = oasst.check_languages(config["languages"], found)
+        trees = None  # to be held out, where the source has no validation split
+        if "" in chunks:
+            trees = oasst.held_out_trees(chunks[""].numbers, config["validation_fraction"], config["split_seed"])
 
-    rows, funnels, taken = {data.PROMPTS: {}, data.PREFERENCES: {}}, {}, set()
-    for split in ("validation", "train"):  # validation first: what stands there leaves train
-        prompts, pairs, funnels[split] = oasst.choose_prompts(
-            splits[split],
-            lambda conversations: count_tokens(tokenizer, conversations),
-            languages,
-            config["max_prompt_tokens"],
-            config["max_turns"],
-            config["max_toxicity"],
-            taken,
+        prepared, funnels, taken = data.Prepared(scratch), {}, set()
+        for split in ("validation", "train"):  # validation first: what stands there leaves train
+            paths = chunks[split if trees is None else ""].paths if trees is not None or split in chunks else []
+            funnel, seen, kept = Counter(oasst.candidates([], lambda _: [], *limits(config, languages))[1]), set(), 0
+            for rows, counts in each(config, [(path, trees, split == "validation", languages) for path in paths], tokenizer):
+                prompts, pairs = oasst.distinct(rows, seen, taken)
+                prepared.add(data.PROMPTS, split, prompts)
+                prepared.add(data.PREFERENCES, split, pairs)
+                kept += len(prompts)
+                for step, count in counts.items():
+                    funnel[step] += count
+            funnels[split] = {**funnel, "distinct": len(seen), "kept": kept}
+            taken |= seen
+        if not funnels["train"]["kept"]:
+            raise cli.UserError(f"no train prompt is left: {oasst.blame(funnels['train'])}.")
+        prompts = prepared.finish(
+            data_dir,
+            {
+                "dataset_commit": commit,
+                "settings": {key: config[key] for key in KEYS},
+                "model": config["model"],
+                "tokenizer": data.tokenizer_fingerprint(tokenizer),
+                "funnel": {split: funnels[split] for split in ("train", "validation")},
+            },
         )
-        rows[data.PROMPTS][split], rows[data.PREFERENCES][split] = prompts, pairs
-    if not rows[data.PROMPTS]["train"]:
-        raise cli.UserError(f"no train prompt is left: {oasst.blame(funnels['train'])}.")
-
-    prepared = data.write_prepared(
-        data_dir,
-        {name: {split: parts[split] for split in ("train", "validation")} for name, parts in rows.items()},
-        {
-            "settings": {key: config[key] for key in KEYS},
-            "model": config["model"],
-            "tokenizer": data.tokenizer_fingerprint(tokenizer),
-            "funnel": {split: funnels[split] for split in ("train", "validation")},
-        },
-    )
-    show(console, funnels, rows, prepared, data_dir)
+    show(console, funnels, prompts, data_dir)
 
 
-def show(console, funnels: dict, rows: dict, prepared, data_dir: Path) -> None:
+def made(folder: Path) -> Path:
+    """`folder`, which is there now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def limits(config: dict, languages: set[str] | None) -> tuple:
+    """What `oasst.candidates` takes after messages and counter."""
+    return languages, config["max_prompt_tokens"], config["max_turns"], config["max_toxicity"]
+
+
+def choose(config: dict, tokenizer, path: Path, trees: set[str] | None, inside: bool, languages: set[str] | None) -> tuple:
+    """The candidates of one chunk, as `oasst.candidates` returns them."""
+    from phi2_grpo import oasst
+    from phi2_grpo.chat import count_tokens
+
+    messages = oasst.read_chunk(path, trees, inside)
+    return oasst.candidates(messages, lambda talks: count_tokens(tokenizer, talks), *limits(config, languages))
+
+
+def each(config: dict, chunks: list[tuple], tokenizer) -> Iterator[tuple]:
+    """`choose` for every chunk, in order; with --num_proc by so many processes."""
+    if config["num_proc"] == 1 or len(chunks) < 2:
+        for chunk in chunks:
+            yield choose(config, tokenizer, *chunk)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would carry over the tokenizer's threads, but not run them
+    with ProcessPoolExecutor(config["num_proc"], context, _start, (config,)) as workers:
+        yield from workers.map(_choose, chunks)
+
+
+_worker: dict = {}
+
+
+def _start(config: dict) -> None:
+    from phi2_grpo.loading import load_tokenizer
+
+    environment.prepare(config["model"])
+    _worker.update(config=config, tokenizer=load_tokenizer(config))
+
+
+def _choose(chunk: tuple) -> tuple:
+    return choose(_worker["config"], _worker["tokenizer"], *chunk)
+
+
+def show(console, funnels: dict, prepared, data_dir: Path) -> None:
     """The funnel and the languages, as tables."""
+    from datasets import load_from_disk
     from rich.table import Table
 
     funnel = Table("step", "train", "validation", title="What was kept", title_justify="left")
@@ -98,8 +150,8 @@ def show(console, funnels: dict, rows: dict, prepared, data_dir: Path) -> None:
         languages.add_row(language, f"{counts['train'][language]:,}", f"{counts['validation'][language]:,}")
     console.print(languages)
 
-    pairs = {split: len(part) for split, part in rows["oasst1_preferences"].items()}
-    with_reference = sum(row["reference"] is not None for row in rows["oasst1_prompts"]["train"])
+    pairs = {split: len(table) for split, table in load_from_disk(str(data_dir / "oasst1_preferences")).items()}
+    with_reference = len(prepared["train"]) - prepared["train"].data.column("reference").null_count
     console.print(
         f"{len(prepared['train']):,} train prompts ({with_reference:,} with a human reply) and "
         f"{len(prepared['validation']):,} validation prompts -> {data_dir / 'oasst1_prompts'}\n"

@@ -12,7 +12,6 @@ and the advantage is not divided by the group's spread (Dr. GRPO, arXiv 2503.207
 prompts weigh more. One update per batch, so nothing is ever clipped.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -43,9 +42,9 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import checks
+    from phi2_grpo import checkpoints, checks
 
-    console = Console()
+    console = Console(quiet=cli.process() > 0)
     console.print(f"train_grpo: {cli.differences(config, KEYS)}", highlight=False)
     checklist, found = checks.preflight(config, arguments.resume, arguments.overwrite)
     console.print(checklist.table())
@@ -54,7 +53,7 @@ def main() -> None:
         console.print(checks.expectation(config, found), highlight=False)
         console.print("All is ready. Without --check, training starts here.")
         return
-    with checks.advice_when_interrupted(Path(config["output_dir"])):
+    with checkpoints.alone_in(Path(config["output_dir"])), checks.advice_when_interrupted(Path(config["output_dir"])):
         train(config, arguments, console, found)
 
 
@@ -67,12 +66,26 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from transformers import set_seed
     from trl import GRPOConfig
 
-    from phi2_grpo import checks, evaluation, files, held_out, model, monitor, plan, progress, report, rollout, scoring
+    from phi2_grpo import (
+        checkpoints,
+        checks,
+        evaluation,
+        files,
+        held_out,
+        interruption,
+        model,
+        monitor,
+        plan,
+        progress,
+        report,
+        rollout,
+        scoring,
+    )
     from phi2_grpo.trainer import Trainer
 
     device, dtype = found["device"]
     tokenizer, scorer = found["tokenizer"], found["scorer"]
-    checkpoints = checks.whole_checkpoints(config["output_dir"]) if arguments.resume else []
+    whole = checkpoints.whole_checkpoints(config["output_dir"]) if arguments.resume else []
 
     set_seed(config["seed"])
     base = model.load_base(config, device, dtype)
@@ -119,44 +132,52 @@ def train(config: dict, arguments, console, found: dict) -> None:
     read = {key: config[key] for key in KEYS}
     facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
     facts["rewards"] = scoring.describe(scorer.chosen)
-    before = json.loads((checkpoints[-1] / "run.json").read_text())["seconds"] if checkpoints else 0.0
+    before = files.read_json(whole[-1] / "run.json").get("seconds", 0.0) if whole else 0.0
     track = config["report_to"] == "trackio"
     watch = monitor.Monitor(scorer, tokenizer, facts, config["sample_steps"], before, config["stop_on_collapse"], track)
+    trainer.complete = watch.complete
     trainer.add_callback(watch)
     progress.quiet(trainer)
     rows = evaluation.held_out_rows(found["prompts"]["validation"], config["eval_prompts"], seed=0)
     judges = scoring.Scorer(tokenizer, config["target_tokens"], scorer.chosen)
     trainer.add_callback(held_out.HeldOut(judges, tokenizer, engine, rows, config, watch.console, track))
     console.print(f"LoRA on {adapted}", highlight=False)
-    if checkpoints and checks.step_of(checkpoints[-1]) >= config["max_steps"]:
+    asked = interruption.Interruption()
+    trainer.add_callback(asked)
+    if whole and checkpoints.step_of(whole[-1]) >= config["max_steps"]:
         # Nothing is left to do (and the trainer would do one step more): only the final folder may be missing.
-        model.take_up(trainer, checkpoints[-1])
+        model.take_up(trainer, whole[-1])
     else:
-        if not checkpoints:
-            checks.remove_run(Path(config["output_dir"]))  # as late as can be: loading the model may still fail
+        if not whole and trainer.accelerator.is_main_process:
+            checkpoints.remove_run(Path(config["output_dir"]))  # as late as can be: loading the model may still fail
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+            with asked.listening():
+                trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
         except scoring.BadReward as error:
             raise cli.UserError(f"{error}\n  {save_now(trainer, config)} Mend the reward first.") from None
         except torch.OutOfMemoryError as error:
             part = trainer.failed_in or "update"
-            trainer.failed_in = None
             raise cli.UserError(
                 f"memory ran out in the {part} of step {trainer.state.global_step + 1}: {str(error).split('. ')[0]}.\n"
                 f"  {save_now(trainer, config)} The next smaller setting: {checks.smaller(config, part)}"
             ) from None
+        except Exception as error:
+            checks.explain(error, Path(config["output_dir"]))
+            raise
+        if trainer.state.global_step < config["max_steps"]:
+            asked.raise_if_asked()
 
     history, kept = trainer.state.log_history, None
     if watch.collapsed_at:
-        good = [path for path in checks.whole_checkpoints(config["output_dir"])
-                if checks.step_of(path) <= watch.collapsed_at - monitor.WINDOW]  # fmt: skip
+        good = [path for path in checkpoints.whole_checkpoints(config["output_dir"])
+                if checkpoints.step_of(path) <= watch.collapsed_at - monitor.WINDOW]  # fmt: skip
         if not good:
             raise cli.UserError(
                 f"it collapsed at step {watch.collapsed_at}, before there was a good checkpoint, so there is no result. Mend "
                 "the reward, lower --learning_rate or --save_steps, or raise --beta; then --overwrite."
             )
         model.take_up(trainer, good[-1])
-        kept = checks.step_of(good[-1])
+        kept = checkpoints.step_of(good[-1])
         console.print(f"Stopped at step {watch.collapsed_at}. The result is {good[-1].name}.", style="bold red")
     if trainer.accelerator.is_main_process:
         final = checks.final_folder(config)
@@ -177,13 +198,13 @@ def train(config: dict, arguments, console, found: dict) -> None:
 
 def save_now(trainer, config: dict) -> str:
     """Save what the last whole step left, where no checkpoint has it yet; says what there is."""
-    from phi2_grpo import checks
+    from phi2_grpo import checkpoints
 
-    step = trainer.state.global_step
-    if step and step not in map(checks.step_of, checks.whole_checkpoints(config["output_dir"])):
+    step, output = trainer.state.global_step, Path(config["output_dir"])
+    # Of several processes one alone cannot save: the others wait for it elsewhere.
+    if step and trainer.accelerator.num_processes == 1 and not checkpoints.is_whole(output / f"checkpoint-{step}"):
         trainer._save_checkpoint(trainer.model, trial=None)  # private; a test holds it
-        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
-    left = checks.whole_checkpoints(config["output_dir"])
+    left = checkpoints.whole_checkpoints(output)
     return f"{left[-1]} is whole: go on with --resume." if left else "No step was finished: nothing is lost."
 
 

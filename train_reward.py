@@ -12,7 +12,6 @@ right for 65.4 % of 512 pairs of oasst1's English validation split.
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 from phi2_grpo import cli, environment
@@ -33,7 +32,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import checks
+    from phi2_grpo import checkpoints, checks
 
     console = Console()
     console.print(f"train_reward: {cli.differences(config, KEYS)}", highlight=False)
@@ -43,7 +42,7 @@ def main() -> None:
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    with checks.advice_when_interrupted(checks.run_folder(config)):
+    with checkpoints.alone_in(Path(config["reward_dir"])), checks.advice_when_interrupted(checks.run_folder(config)):
         train(config, arguments, console, found)
 
 
@@ -52,20 +51,21 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from dataclasses import fields
 
     from transformers import set_seed
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig
 
-    from phi2_grpo import accuracy, checks, files, model, monitor, progress, report, reward_model
+    from phi2_grpo import accuracy, checkpoints, checks, files, interruption, model, monitor, progress, report, reward_model
+    from phi2_grpo.trainer import JudgeTrainer
 
     device, dtype = found["device"]
     tokenizer = found["tokenizer"]
     tokenizer.padding_side = "right"  # the head reads the last token
     run_folder, reward_dir = checks.run_folder(config), Path(config["reward_dir"])
-    checkpoints = checks.whole_checkpoints(run_folder) if arguments.resume else []
+    whole = checkpoints.whole_checkpoints(run_folder) if arguments.resume else []
 
     set_seed(config["seed"])
     base = model.load_judge(config, device, dtype)
     names = {field.name for field in fields(RewardConfig)} - {"output_dir"}
-    trainer = RewardTrainer(
+    trainer = JudgeTrainer(
         model=base,
         args=RewardConfig(
             **{key: config[key] for key in KEYS if key in names},
@@ -89,17 +89,27 @@ def train(config: dict, arguments, console, found: dict) -> None:
     trainer.create_model_card = lambda *_, **__: None
     adapted = model.describe_coverage(trainer.model)
     facts = report.run_facts({key: config[key] for key in KEYS}, arguments.preset, device, dtype, found["funnel"], adapted)
-    before = json.loads((checkpoints[-1] / "run.json").read_text())["seconds"] if checkpoints else 0.0
+    before = files.read_json(whole[-1] / "run.json").get("seconds", 0.0) if whole else 0.0
     watch = monitor.RewardMonitor(facts, before)
+    trainer.complete = watch.complete
     trainer.add_callback(watch)
     progress.quiet(trainer)
     console.print(f"LoRA on {adapted}", highlight=False)
-    if checkpoints and checks.step_of(checkpoints[-1]) >= found["steps"]:
-        model.take_up(trainer, checkpoints[-1])  # nothing is left to train: it was killed while it measured
+    if whole and checkpoints.step_of(whole[-1]) >= found["steps"]:
+        model.take_up(trainer, whole[-1])  # nothing is left to train: it was killed while it measured
     else:
-        if not checkpoints:
-            checks.remove_run(run_folder)
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        if not whole:
+            checkpoints.remove_run(run_folder)
+        asked = interruption.Interruption()
+        trainer.add_callback(asked)
+        try:
+            with asked.listening():
+                trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+        except Exception as error:
+            checks.explain(error, run_folder)
+            raise
+        if trainer.state.global_step < found["steps"]:
+            asked.raise_if_asked()
 
     held_out = found["pairs"]["validation"].to_list()
     trained = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -116,7 +126,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
         standard = [[(score - scale["mean"]) / scale["std"] for score in scores] for scores in (chosen, rejected)]
         accuracy.draw(measured, *standard, folder / "scores.png")
         report.describe_reward_folder(folder, facts, rows, watch.seconds(), scale, measured, found["left_out"])
-    checks.remove_run(run_folder)  # its checkpoints have served
+    checkpoints.remove_run(run_folder)  # its checkpoints have served
     with contextlib.suppress(OSError):  # not empty: the rest is somebody's
         run_folder.rmdir()
     console.print(accuracy.table(measured))

@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from rich.table import Table
 
-from phi2_grpo import data, files, model, plan, rollout
+from phi2_grpo import checkpoints, data, files, model, plan, rollout
 from phi2_grpo.chat import count_tokens
+from phi2_grpo.checkpoints import whole_checkpoints
 from phi2_grpo.cli import UserError
 from phi2_grpo.loading import load_tokenizer, names_base
 from phi2_grpo.monitor import WINDOW
@@ -65,6 +66,8 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     checks.run("settings", _settings, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
+    if resume and not overwrite:
+        checks.run("same run", _same_run, config, Path(config["output_dir"]), funnel)
     wrapped = checks.run("LoRA", _lora, config) if tokenizer else None
     longest = checks.run("context", _context, config, tokenizer, prompts, wrapped)
     checks.run("batch", _batch, config, prompts)
@@ -99,6 +102,8 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
     checks.run("output folder", _output, run_folder(config), Path(config["reward_dir"]), resume, overwrite)
     tokenizer = checks.run("base model", _tokenizer, config)
     found = checks.run("data", _pairs, config, tokenizer) or {}
+    if resume and not overwrite:
+        checks.run("same run", _same_run, config, run_folder(config), found.get("funnel"))
     wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}) if tokenizer else None
     checks.run("disk", _disk, config, wrapped, Path(config["reward_dir"]))
     return checks, {"device": device, "tokenizer": tokenizer, **found}
@@ -182,24 +187,18 @@ def smaller(config: dict, part: str) -> str:
     return f"--max_completion_length {length} --target_tokens {min(config['target_tokens'], length // 2)}"
 
 
-def remove_run(output: Path) -> None:
-    """Remove what a run wrote into its folder, and nothing else: the folder may be any of the user's."""
-    for checkpoint in output.glob("checkpoint-*"):
-        if checkpoint.name.removeprefix("checkpoint-").isdecimal():
-            shutil.rmtree(checkpoint)
-    for name in ("metrics.jsonl", "evaluation.jsonl"):
-        (output / name).unlink(missing_ok=True)
-
-
-def whole_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints that were written to their end, oldest first: run.json is the last file of each."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted((path for path in found if (path / "run.json").is_file()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint folder is of."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def explain(error: Exception, output: Path) -> None:
+    """Raise a UserError for what ended a training and is no bug: a full disk, another process that is gone."""
+    left = whole_checkpoints(output)
+    advice = f"{left[-1]} is whole: go on with --resume." if left else "No checkpoint was written yet: start again."
+    if checkpoints.disk_is_full(error):
+        free = shutil.disk_usage(files.nearest_existing(output)).free
+        text = f"no room is left on the disk of {output} ({free / GB:.2f} GB free): {error}\n  Make room. {advice}"
+        raise UserError(text) from None
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out", "remote process")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(part in str(error) for part in lost):
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"another process of this run is gone, or its machine: {reason}\n  {advice}") from None
 
 
 def _output(output: Path, final: Path, resume: bool, overwrite: bool):
@@ -208,16 +207,35 @@ def _output(output: Path, final: Path, resume: bool, overwrite: bool):
     files.check_writable(final)
     if final.exists() and any(final.iterdir()) and not (final / "run.json").is_file():
         raise UserError(f"{final} holds something that no run of this project wrote, and it stays. Choose another folder.")
-    checkpoints = whole_checkpoints(output)
+    whole = whole_checkpoints(output)
     # Only what cost time to make counts as a run: a first checkpoint that was never finished does not.
-    run = checkpoints[-1] if checkpoints else final if final.exists() else None
-    if resume and not checkpoints and final.exists() and not overwrite:
+    run = whole[-1] if whole else final if final.exists() else None
+    if resume and not whole and final.exists() and not overwrite:
         raise UserError(f"{final} is finished, and there is no checkpoint to go on from. Replace it: --overwrite.")
     if resume:
-        return output, f"resuming at {checkpoints[-1].name}" if checkpoints else "no whole checkpoint: starting at step 0"
+        broken = [path.name for path in checkpoints.found_checkpoints(output) if path not in whole]
+        passed = f" ({', '.join(broken)} passed over: not whole)" if broken else ""
+        return output, (f"resuming at {whole[-1].name}" if whole else "no whole checkpoint: starting at step 0") + passed
     if run and not overwrite:
         raise UserError(f"{run} holds a run. Go on with it: --resume; replace it: --overwrite; or choose another folder.")
     return output, f"{output}{', replacing the run there' if run else ''}"
+
+
+def _same_run(config: dict, output: Path, funnel: dict):
+    whole = whole_checkpoints(output)
+    if not whole:
+        return True, "nothing to go on from"
+    then = files.read_json(whole[-1] / "run.json")
+    changed = checkpoints.differences(then, config, int(os.environ.get("WORLD_SIZE", "1")))
+    if (then.get("data") or {}).get("fingerprint") != funnel["fingerprint"]:
+        changed.append(f"the prompts in {config['data_dir']} are others than those it was trained on")
+    if changed:
+        raise UserError(
+            f"{whole[-1]} is of a run with other settings, and would not go on as it began:\n  "
+            + "\n  ".join(changed)
+            + "\n  Give those settings again, or start anew: --overwrite, or another folder."
+        )
+    return True, f"settings and data are those of {whole[-1].name}"
 
 
 def _settings(config: dict):

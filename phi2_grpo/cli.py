@@ -6,9 +6,11 @@ Imports nothing heavy: `--help` of every script answers before torch could be lo
 import argparse
 import difflib
 import math
+import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +117,11 @@ def differences(config: dict, keys: tuple[str, ...]) -> str:
     return "  ".join(changed) or "all defaults"
 
 
+def process() -> int:
+    """Which of the processes that torchrun or accelerate launch started this is; the first, 0, is the one that speaks."""
+    return int(os.environ.get("RANK", "0"))
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does, with its own exit code."""
 
@@ -132,10 +139,13 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        if process():
+            time.sleep(2)  # the first will have said the same, and the launcher has ended this one by then
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted. {interrupt}".rstrip(), file=sys.stderr)
+        if not process():
+            print(f"\ninterrupted. {interrupt}".rstrip(), file=sys.stderr)
         raise SystemExit(143 if isinstance(interrupt, Terminated) else 130) from None
     except BrokenPipeError:  # `... | head`
         raise SystemExit(0) from None

@@ -41,28 +41,44 @@ def fingerprint(prompts: DatasetDict) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_prepared(data_dir: Path, rows: dict[str, dict[str, list[dict]]], funnel: dict) -> DatasetDict:
-    """Write both data sets and funnel.json into `data_dir`; `rows` is data set name -> split -> rows.
+class Prepared:
+    """Rows to disk as they come, into `folder`; `finish` makes data sets of them."""
 
-    funnel.json goes first and comes back last: as long as it is away, readers say that the data is half-written.
-    """
-    with files.whole_folder(data_dir / ".prepared") as staging:
-        for name, splits in rows.items():
-            tables = DatasetDict()
-            for split, part in splits.items():
-                columns = {column: [row[column] for row in part] for column in FEATURES[name]}  # an empty split has them too
-                tables[split] = Dataset.from_dict(columns, features=FEATURES[name])
-            # Said aloud, because an empty split in no shard at all cannot be read back.
-            shards = {split: 1 + len(part) // 100_000 for split, part in splits.items()}
-            tables.save_to_disk(str(staging / name), num_shards=shards)
-    prompts = load_from_disk(str(data_dir / ".prepared" / PROMPTS))
-    (data_dir / FUNNEL).unlink(missing_ok=True)
-    for name in rows:
-        shutil.rmtree(data_dir / name, ignore_errors=True)
-        (data_dir / ".prepared" / name).rename(data_dir / name)
-    (data_dir / ".prepared").rmdir()
-    files.write_json(data_dir / FUNNEL, {**funnel, "fingerprint": fingerprint(prompts)})
-    return load_from_disk(str(data_dir / PROMPTS))
+    def __init__(self, folder: Path):
+        self.folder, self.parts = folder, {(name, split): [] for name in FEATURES for split in ("train", "validation")}
+
+    def add(self, name: str, split: str, rows: list[dict]) -> None:
+        """Rows of the data set called `name`."""
+        if rows:
+            columns = {column: [row[column] for row in rows] for column in FEATURES[name]}
+            path = self.folder / f"{name}-{split}-{len(self.parts[name, split])}.parquet"
+            Dataset.from_dict(columns, features=FEATURES[name]).to_parquet(path)
+            self.parts[name, split].append(str(path))
+
+    def finish(self, data_dir: Path, funnel: dict) -> DatasetDict:
+        """Both data sets and funnel.json into `data_dir`; returns the prompts.
+
+        funnel.json goes first and comes back last: as long as it is away, readers say that the data is half-written.
+        """
+        with files.whole_folder(data_dir / ".prepared") as staging:
+            for name, features in FEATURES.items():
+                tables = DatasetDict({split: self._table(name, split) for split in ("train", "validation")})
+                # Said aloud, because an empty split in no shard at all cannot be read back.
+                shards = {split: 1 + len(table) // 100_000 for split, table in tables.items()}
+                tables.cast(features).save_to_disk(str(staging / name), num_shards=shards)
+        prompts = load_from_disk(str(data_dir / ".prepared" / PROMPTS))
+        (data_dir / FUNNEL).unlink(missing_ok=True)
+        for name in FEATURES:
+            shutil.rmtree(data_dir / name, ignore_errors=True)
+            (data_dir / ".prepared" / name).rename(data_dir / name)
+        (data_dir / ".prepared").rmdir()
+        files.write_json(data_dir / FUNNEL, {**funnel, "fingerprint": fingerprint(prompts)})
+        return load_from_disk(str(data_dir / PROMPTS))
+
+    def _table(self, name: str, split: str) -> Dataset:
+        if not self.parts[name, split]:
+            return Dataset.from_dict({column: [] for column in FEATURES[name]}, features=FEATURES[name])
+        return Dataset.from_parquet(self.parts[name, split], features=FEATURES[name], cache_dir=str(self.folder / "cache"))
 
 
 def load_preferences(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]:

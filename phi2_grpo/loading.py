@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer
 
 from config import CONFIG
@@ -24,6 +25,15 @@ def resolve_model(config: dict) -> tuple[str, str | None]:
     if path.exists():
         return str(path.resolve()), None
     return config["model"], config["model_revision"]
+
+
+def commit_of(config: dict) -> str | None:
+    """The commit that a Hub model's revision stands for in the cache; None for a folder, or before it was loaded."""
+    name, revision = resolve_model(config)
+    if revision is None:
+        return None
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def names_base(named: tuple[str | None, str | None], config: dict) -> bool:

@@ -8,8 +8,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from phi2_grpo import files, report
+from phi2_grpo import report
 from phi2_grpo.chat import render
+from phi2_grpo.checkpoints import seal
 from phi2_grpo.progress import ProgressBar, alert
 from phi2_grpo.scoring import Scorer
 
@@ -187,10 +188,9 @@ class Monitor(Watch):
             table.add_row(name, f"{compared[f'same/{name}']:.0%}", *cells)
         self.console.print(table)
 
-    def on_save(self, args, state, control, **_):
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            report.describe_folder(folder, self.tokenizer, self.facts, state.log_history, self.seconds(), finished=False)
+    def complete(self, folder: Path, state) -> None:
+        """Make a checkpoint a self-describing adapter folder."""
+        report.describe_folder(folder, self.tokenizer, self.facts, state.log_history, self.seconds(), finished=False)
 
 
 class RewardMonitor(Watch):
@@ -209,7 +209,6 @@ class RewardMonitor(Watch):
             self.show(state, cells)
             self.last_step = now
 
-    def on_save(self, args, state, control, **_):
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            files.write_json(folder / "run.json", {**self.facts, "finished": False, "seconds": round(self.seconds(), 1)})
+    def complete(self, folder: Path, state) -> None:
+        """Say in a checkpoint what run it is of."""
+        seal(folder, {**self.facts, "finished": False, "seconds": round(self.seconds(), 1)})

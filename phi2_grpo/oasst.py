@@ -8,6 +8,7 @@ import difflib
 import gzip
 import json
 import random
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -102,8 +103,8 @@ def _table(table, name: str, with_toxicity: bool) -> Iterator[Message]:
             yield _message(row, f"{name}, row {number},")
 
 
-def read_messages(source: str, revision: str, with_toxicity: bool) -> dict[str, Iterable[Message]]:
-    """Messages by split; one unnamed split ("") where the source has no split called validation.
+def read_messages(source: str, revision: str, with_toxicity: bool) -> tuple[dict[str, Iterable[Message]], str | None]:
+    """Messages by split; one unnamed split ("") where the source has no split called validation. And the commit of the Hub.
 
     `source` is a .jsonl, .jsonl.gz or .parquet file, a `save_to_disk` folder, or a data set id on the Hub.
     Raises UserError where it cannot be found, reached or read.
@@ -113,7 +114,7 @@ def read_messages(source: str, revision: str, with_toxicity: bool) -> dict[str, 
     path = Path(source)
     name = path.name.removesuffix(".gz")
     if path.is_file() and name.endswith((".jsonl", ".json")):
-        return {"": _json_lines(path)}
+        return {"": _json_lines(path)}, None
     if path.is_file() and not name.endswith(".parquet"):
         raise UserError(f"--dataset {source} is a file, but not .jsonl, .jsonl.gz or .parquet.")
     local = path.exists() or source.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".parquet"))
@@ -141,19 +142,56 @@ def read_messages(source: str, revision: str, with_toxicity: bool) -> dict[str, 
         loaded = {split: loaded[split] for split in ("train", "validation") if split in loaded}
     else:
         loaded = {"": datasets.concatenate_datasets(list(loaded.values()))}
-    return {split: _table(table, f"{source} {split}".strip(), with_toxicity) for split, table in loaded.items()}
+    commit = next(filter(None, map(_commit, loaded.values())), None)
+    return {split: _table(table, f"{source} {split}".strip(), with_toxicity) for split, table in loaded.items()}, commit
 
 
-def split_by_tree(messages: Iterable[Message], fraction: float, seed: int) -> dict[str, list[Message]]:
-    """Whole trees to train and validation, so that no reply's question stands on the other side."""
-    messages = list(messages)
-    trees = sorted({message.tree for message in messages})
+def _commit(table) -> str | None:
+    """Which commit of the Hub a `datasets.Dataset` was loaded from, by the addresses of its files."""
+    found = re.search(r"@([0-9a-f]{40})/", " ".join(map(str, table.info.download_checksums or ())))
+    return found and found[1]
+
+
+class Chunks:
+    """Messages on disk in chunks of whole trees, so that a source of any size is worked through in little memory.
+
+    Trees are counted by their first message: where a source has one tree after another, chunk by chunk is its own order.
+    """
+
+    def __init__(self, folder: Path, messages: Iterable[Message], trees_per_chunk: int = 4000):
+        self.folder, self.numbers, self.languages = folder, {}, Counter()
+        folder.mkdir(parents=True)
+        pending, waiting = defaultdict(list), 0
+        for message in messages:
+            self.languages[message.lang] += 1
+            number = self.numbers.setdefault(message.tree, len(self.numbers))
+            pending[number // trees_per_chunk].append(json.dumps(message))
+            waiting += 1
+            if waiting == 20_000:
+                self._flush(pending)
+                waiting = 0
+        self._flush(pending)
+        self.paths = [folder / str(chunk) for chunk in range(-(-len(self.numbers) // trees_per_chunk))]
+
+    def _flush(self, pending: dict[int, list[str]]) -> None:
+        for chunk, lines in pending.items():
+            with (self.folder / str(chunk)).open("a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+        pending.clear()
+
+
+def read_chunk(path: Path, trees: set[str] | None = None, inside: bool = True) -> list[Message]:
+    """The messages of a chunk; with `trees`, those in them, or those outside."""
+    with path.open(encoding="utf-8") as lines:
+        messages = [Message(*json.loads(line)) for line in lines]
+    return [message for message in messages if trees is None or (message.tree in trees) == inside]
+
+
+def held_out_trees(trees: Iterable[str], fraction: float, seed: int) -> set[str]:
+    """Whole trees for validation, so that no reply's question stands on the other side."""
+    trees = sorted(trees)
     random.Random(seed).shuffle(trees)
-    held_out = set(trees[: round(len(trees) * fraction)])
-    return {
-        "train": [message for message in messages if message.tree not in held_out],
-        "validation": [message for message in messages if message.tree in held_out],
-    }
+    return set(trees[: round(len(trees) * fraction)])
 
 
 def fold(conversation: list[dict]) -> str:
@@ -174,25 +212,23 @@ def check_languages(languages: str, found: Counter) -> set[str] | None:
     return wanted
 
 
-def choose_prompts(
+def candidates(
     messages: list[Message],
     count_tokens: Callable[[list[list[dict]]], list[int]],
     languages: set[str] | None,
     max_prompt_tokens: int,
     max_turns: int,
     max_toxicity: float,
-    taken: set[str],
-) -> tuple[list[dict], list[dict], dict[str, int]]:
-    """Choose the prompts of one split, and the ranked pairs of replies to them.
+) -> tuple[list[dict], dict[str, int]]:
+    """The prompts of whole trees that pass every limit, duplicates included.
 
     Args:
-        messages: all messages of the split.
+        messages: of whole trees.
         count_tokens: token counts of conversations under the model's chat template.
-        taken: folded conversations (see `fold`) that must not be chosen again; the chosen ones are added to it.
 
     Returns:
-        prompts (`prompt`, `lang`, `message_id`, `reference`), pairs (`prompt`, `chosen`, `rejected`, `lang`,
-        `message_id`, `rank_distance`) and the funnel: how many were left after each step, in order.
+        rows (`prompt`, `lang`, `message_id`, `reference`, and `pairs`: `chosen`, `rejected` and `rank_distance` of ranked
+        replies) and the funnel: how many were left after each step, in order.
     """
     by_id = {message.id: message for message in messages}
     replies = defaultdict(list)
@@ -227,33 +263,40 @@ def choose_prompts(
     roles = {"prompter": "user", "assistant": "assistant"}
     conversations = [[{"role": roles.get(m.role, m.role), "content": m.text.strip()} for m in path] for path in paths]
     lengths = count_tokens(conversations)
-    short = [(path, talk) for path, talk, n in zip(paths, conversations, lengths, strict=True) if n <= max_prompt_tokens]
-    funnel[f"{max_prompt_tokens} tokens at most"] = len(short)
-
-    prompts, pairs, seen = [], [], set()
-    for path, conversation in short:
-        key = fold(conversation)
-        if key in seen:
-            continue
-        seen.add(key)
-        if key in taken:
+    rows = []
+    for path, conversation, length in zip(paths, conversations, lengths, strict=True):
+        if length > max_prompt_tokens:
             continue
         message = path[-1]
         ranked = sorted((reply for reply in replies[message.id] if reply.rank is not None), key=lambda reply: reply.rank)
         alone = replies[message.id] if len(replies[message.id]) == 1 else []  # a single reply has nothing to rank against
         best = (ranked or alone or [None])[0]
-        origin = {"lang": message.lang, "message_id": message.id}
-        prompts.append({"prompt": conversation, **origin, "reference": best.text.strip() if best else None})
+        pairs = []
         for i, better in enumerate(ranked):
             for worse in ranked[i + 1 :]:
                 if better.rank < worse.rank and better.text.strip() != worse.text.strip():  # equal ranks say nothing
                     sides = {side: [{"role": "assistant", "content": reply.text.strip()}]
                              for side, reply in (("chosen", better), ("rejected", worse))}  # fmt: skip
-                    pairs.append({"prompt": conversation, **sides, **origin, "rank_distance": worse.rank - better.rank})
-    funnel["distinct"] = len(seen)
-    funnel["kept"] = len(prompts)
-    taken |= seen
-    return prompts, pairs, funnel
+                    pairs.append({**sides, "rank_distance": worse.rank - better.rank})
+        origin = {"lang": message.lang, "message_id": message.id}
+        rows.append({"prompt": conversation, **origin, "reference": best.text.strip() if best else None, "pairs": pairs})
+    funnel[f"{max_prompt_tokens} tokens at most"] = len(rows)
+    return rows, funnel
+
+
+def distinct(rows: list[dict], seen: set[str], taken: set[str]) -> tuple[list[dict], list[dict]]:
+    """Prompts and pairs of the rows whose folded prompt (see `fold`) is neither in `seen`, which grows, nor in `taken`."""
+    prompts, pairs = [], []
+    for row in rows:
+        key = fold(row["prompt"])
+        if key in seen:
+            continue
+        seen.add(key)
+        if key not in taken:
+            origin = {key: row[key] for key in ("prompt", "lang", "message_id")}
+            prompts.append({**origin, "reference": row["reference"]})
+            pairs += [{**origin, **pair} for pair in row["pairs"]]
+    return prompts, pairs
 
 
 def blame(funnel: dict[str, int]) -> str:

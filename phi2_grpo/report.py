@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -11,6 +12,8 @@ import torch
 
 from phi2_grpo import files
 from phi2_grpo.accuracy import NEAR, verdict
+from phi2_grpo.checkpoints import seal
+from phi2_grpo.loading import commit_of
 from phi2_grpo.model import generation_config
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
@@ -71,10 +74,17 @@ def run_facts(config: dict, preset: str, device: torch.device, dtype: torch.dtyp
         "config": config,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "git_commit": git_commit(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "hardware": hardware(device),
+        "model_commit": commit_of(config),
         "dtype": str(dtype).removeprefix("torch."),
         "adapted": adapted,
-        "data": {"fingerprint": funnel["fingerprint"], "dataset": funnel["settings"]["dataset"], "funnel": funnel["funnel"]},
+        "data": {
+            "fingerprint": funnel["fingerprint"],
+            "dataset": funnel["settings"]["dataset"],
+            "commit": funnel.get("dataset_commit"),
+            "funnel": funnel["funnel"],
+        },
     }
 
 
@@ -98,7 +108,11 @@ def describe_folder(
     files.write_text(folder / "README.md", model_card(facts, used, seconds, finished, collapsed=kept is not None))
     last = used[-1] if used else {}
     ending = {"finished": finished, "steps": last.get("step", 0), "seconds": round(seconds, 1), "last_metrics": last}
-    files.write_json(folder / "run.json", {**facts, **ending, "collapsed_at": rows[-1]["step"] if kept is not None else None})
+    run = {**facts, **ending, "collapsed_at": rows[-1]["step"] if kept is not None else None}
+    if finished:
+        files.write_json(folder / "run.json", run)
+    else:
+        seal(folder, run)
 
 
 def describe_reward_folder(

@@ -29,10 +29,11 @@ def _fingerprint(texts: list) -> str:
 def _dialogues() -> list[dict]:
     """`prompt` and `reply` of the sample's train split, every usable reply; split as prepare_data splits it."""
     config = {**CONFIG, **PRESETS["tiny"]}
-    messages = oasst.read_messages(str(SAMPLE), "", with_toxicity=False)[""]
-    splits = oasst.split_by_tree(messages, config["validation_fraction"], config["split_seed"])
-    held_out = {oasst.fold([{"content": m.text}]) for m in splits["validation"] if m.parent is None}
-    train = {m.id: m for m in splits["train"] if m.usable and m.reviewed and m.text.strip()}
+    messages = oasst.read_messages(str(SAMPLE), "", with_toxicity=False)[0][""]
+    messages = list(messages)
+    trees = oasst.held_out_trees({m.tree for m in messages}, config["validation_fraction"], config["split_seed"])
+    held_out = {oasst.fold([{"content": m.text}]) for m in messages if m.tree in trees and m.parent is None}
+    train = {m.id: m for m in messages if m.tree not in trees and m.usable and m.reviewed and m.text.strip()}
     pairs = [(train[m.parent], m) for m in train.values() if m.role == "assistant" and m.parent in train]
     return [{"prompt": question.text.strip(), "reply": reply.text.strip()} for question, reply in pairs
             if oasst.fold([{"content": question.text}]) not in held_out]  # fmt: skip

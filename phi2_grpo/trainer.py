@@ -4,10 +4,12 @@ import time
 from collections import defaultdict
 
 import torch
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RewardTrainer
+
+from phi2_grpo.checkpoints import WholeCheckpoints
 
 
-class Trainer(GRPOTrainer):
+class Trainer(WholeCheckpoints, GRPOTrainer):
     """Rolls out with `engine` (rollout.py) where it is set, and logs where the seconds of a step went.
 
     `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (forward and backward); the optimizer itself,
@@ -67,3 +69,7 @@ class Trainer(GRPOTrainer):
             logs.update({f"seconds/{part}": round(seconds, 4) for part, seconds in self._spent.items()})
             self._spent.clear()
         super().log(logs, start_time)
+
+
+class JudgeTrainer(WholeCheckpoints, RewardTrainer):
+    """TRL's, with checkpoints that are whole or not there."""

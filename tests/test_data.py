@@ -26,7 +26,11 @@ def choose(rows: list[dict], taken: set | None = None, **options):
     settings = {"languages": None, "max_prompt_tokens": 50, "max_turns": 1, "max_toxicity": 1.0, **options}
     messages = [oasst._message(each, "row") for each in rows]
     words = lambda talks: [sum(len(turn["content"].split()) for turn in talk) for talk in talks]  # noqa: E731
-    return oasst.choose_prompts(messages, words, taken=set() if taken is None else taken, **settings)
+    rows, funnel = oasst.candidates(messages, words, **settings)
+    taken, seen = set() if taken is None else taken, set()
+    prompts, pairs = oasst.distinct(rows, seen, taken)
+    taken |= seen
+    return prompts, pairs, {**funnel, "kept": len(prompts)}
 
 
 def texts(prompts: list[dict]) -> list[str]:
@@ -121,20 +125,46 @@ def test_what_stands_in_validation_leaves_train():
 
 
 def test_single_source_is_split_by_tree_and_seed():
-    messages = [oasst._message(row(f"{tree}{i}", "x", tree=str(tree)), "row") for tree in range(40) for i in range(3)]
-    one, again, other = (oasst.split_by_tree(messages, 0.25, seed) for seed in (0, 0, 1))
-    trees = {split: {message.tree for message in part} for split, part in one.items()}
-    assert len(trees["validation"]) == 10 and not trees["train"] & trees["validation"]
-    assert one == again and one != other
+    trees = {str(tree): tree for tree in range(40)}
+    one, again, other = (oasst.held_out_trees(trees, 0.25, seed) for seed in (0, 0, 1))
+    assert len(one) == 10 and one == again and one != other
+
+
+def test_chunks_hold_whole_trees_in_the_sources_order(tmp_path):
+    """Interleaved trees too; and what is read back is what was written."""
+    messages = [oasst._message(row(f"{tree}-{i}", "x\n\u2028y", tree=str(tree)), "row") for i in range(3) for tree in range(7)]
+    chunks = oasst.Chunks(tmp_path / "c", messages, trees_per_chunk=3)
+    parts = [oasst.read_chunk(path) for path in chunks.paths]
+    assert [{m.tree for m in part} for part in parts] == [{"0", "1", "2"}, {"3", "4", "5"}, {"6"}]
+    assert sorted(sum(parts, [])) == sorted(messages) and chunks.languages["en"] == 21
+    assert {m.tree for m in oasst.read_chunk(chunks.paths[0], {"1", "6"})} == {"1"}
+    assert {m.tree for m in oasst.read_chunk(chunks.paths[0], {"1", "6"}, inside=False)} == {"0", "2"}
+
+
+def test_chunks_and_processes_change_nothing(call, micro, prepared, tmp_path, monkeypatch):
+    """The sample in chunks of seven trees, by two processes: the very data that one chunk gives."""
+    plain = oasst.Chunks.__init__
+    monkeypatch.setattr(oasst.Chunks, "__init__", lambda self, folder, messages: plain(self, folder, messages, 7))
+    how = ("--preset", "tiny", "--model", micro, "--max_prompt_tokens", 100, "--num_proc", 2)
+    done = call("prepare_data", *how, "--data_dir", tmp_path / "d")
+    assert done.code == 0, done.err
+    for name in (data.PROMPTS, data.PREFERENCES):
+        ours, theirs = (datasets.load_from_disk(str(folder / name)) for folder in (tmp_path / "d", prepared))
+        assert {split: table.to_list() for split, table in ours.items()} == {s: t.to_list() for s, t in theirs.items()}
+    assert (
+        json.loads((tmp_path / "d" / "funnel.json").read_text())["funnel"]
+        == json.loads((prepared / "funnel.json").read_text())["funnel"]
+    )
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {data.PROMPTS, data.PREFERENCES, data.FUNNEL}
 
 
 def test_the_sample_has_what_it_should():
     rows = [json.loads(line) for line in (ROOT / "tiny" / "messages.jsonl").read_text(encoding="utf-8").splitlines()]
     config = {**CONFIG, **PRESETS["tiny"]}
-    splits = oasst.split_by_tree(
-        [oasst._message(each, "row") for each in rows], config["validation_fraction"], config["split_seed"]
-    )
-    roots = {split: [m for m in part if m.parent is None] for split, part in splits.items()}
+    messages = [oasst._message(each, "row") for each in rows]
+    trees = oasst.held_out_trees({m.tree for m in messages}, config["validation_fraction"], config["split_seed"])
+    roots = {split: [m for m in messages if m.parent is None and (m.tree in trees) == (split == "validation")]
+             for split in ("train", "validation")}  # fmt: skip
     assert len(roots["train"]) + len(roots["validation"]) >= 200 and len(roots["validation"]) >= 40
     assert len({m.lang for m in roots["train"]}) >= 5
     ranked = Counter(r["parent_id"] for r in rows if r["rank"] is not None)

@@ -1,0 +1,162 @@
+"""Checkpoints that are whole or not there, and who may go on from them."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from config import CONFIG
+from phi2_grpo import files
+from phi2_grpo.cli import UserError
+
+# What a resumed run may change: how long it goes, what it prints and keeps, and how it is fitted into memory.
+HARMLESS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval_steps", "stop_on_collapse", "report_to",
+            "output_dir", "data_dir", "device", "activation_checkpointing", "rollout", "rollout_batch_size", "chat_temperature",
+            "chat_top_p", "reward_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "use_vllm", "vllm_mode",
+            "vllm_server_base_url", "vllm_gpu_memory_utilization"}  # fmt: skip
+INCOMING = ".incoming"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder is of."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def found_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders with a checkpoint's name, oldest first, whole or not."""
+    named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(named, key=step_of)
+
+
+def whole_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Those that nothing is missing from, by the sizes in their run.json, which is written last."""
+    return [path for path in found_checkpoints(output_dir) if is_whole(path)]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file that run.json names is there at its full size."""
+    sizes = files.read_json(checkpoint / "run.json").get("files")
+    if not isinstance(sizes, dict) or "trainer_state.json" not in sizes:
+        return False
+    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items())
+
+
+def seal(folder: Path, facts: dict) -> None:
+    """Write run.json, with the size of every other file beside it."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file() and path.name != "run.json"}
+    files.write_json(folder / "run.json", {**facts, "files": sizes})
+
+
+def remove_run(output: Path) -> None:
+    """Remove what a run wrote into its folder, and nothing else: the folder may be any of the user's."""
+    for checkpoint in found_checkpoints(output):
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(output / INCOMING, ignore_errors=True)
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
+        (output / name).unlink(missing_ok=True)
+
+
+class WholeCheckpoints:
+    """Mixed into a trainer: a checkpoint is written beside its place, completed, moved in; only then are old ones removed.
+
+    `complete(folder, state)` writes what makes it whole, ending with `seal`; it runs in the main process alone.
+    """
+
+    complete: Callable[[Path, object], None]
+
+    def _get_output_dir(self, trial) -> str:
+        run = super()._get_output_dir(trial)
+        return os.path.join(run, INCOMING) if getattr(self, "_saving", False) else run
+
+    def _save_checkpoint(self, model, trial) -> None:
+        output, kept = Path(self.args.output_dir), self.args.save_total_limit
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(output / INCOMING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving, self.args.save_total_limit = True, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process has written its random state
+            if self.args.should_save:
+                self.complete(output / INCOMING / name, self.state)
+                shutil.rmtree(output / name, ignore_errors=True)
+                (output / INCOMING / name).rename(output / name)
+        except Exception:
+            if self.args.should_save:
+                shutil.rmtree(output / INCOMING, ignore_errors=True)  # room for a message, and for the next try
+            raise
+        finally:
+            self._saving, self.args.save_total_limit = False, kept
+        if self.args.should_save:
+            (output / INCOMING).rmdir()
+            whole = whole_checkpoints(output)
+            for old in found_checkpoints(output):
+                if old not in whole[-kept:] and step_of(old) < self.state.global_step:
+                    shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether `error` means that no room is left: each library that writes says it in its own way."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    return any(part in text for part in ("No space left", "os error 28", "file write failed", "unexpected pos"))
+
+
+def differences(then: dict, now: dict, world: int) -> list[str]:
+    """In what a run that is to go on differs from `then` (its run.json), in words; what is harmless apart."""
+    was = then.get("config") or {}
+    harmless = HARMLESS - ({"max_steps"} if was.get("lr_scheduler_type") in ("linear", "cosine") else set())
+    changed = [
+        f"{key} was {was[key]}, is {now[key]}"
+        for key in CONFIG
+        if key in was and key in now and key not in harmless and not _same(was[key], now[key])
+    ]
+    if {"per_device_train_batch_size", "gradient_accumulation_steps"} <= was.keys():
+        sizes = [
+            config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * processes
+            for config, processes in ((was, then.get("processes", 1)), (now, world))
+        ]
+        if sizes[0] != sizes[1]:
+            changed.append(
+                f"an update had {sizes[0]} completions ({then.get('processes', 1)} process(es)), has {sizes[1]} ({world}): "
+                "per_device_train_batch_size x gradient_accumulation_steps x processes must stay the same"
+            )
+    return changed
+
+
+def _same(was, now) -> bool:
+    """Equal, or the same path said in another way."""
+    if was == now:
+        return True
+    return isinstance(was, str) and isinstance(now, str) and was and now and Path(was).resolve() == Path(now).resolve()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other process writes to `folder` meanwhile. A killed process leaves no lock (flock(2)). Raises UserError.
+
+    Of several processes of one run the first asks for all.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    folder = folder.resolve()
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run is writing to {folder}. Wait until it has ended, or choose another folder.") from None
+    except OSError as error:
+        raise UserError(f"cannot write beside {folder}: {error.strerror}. Choose another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()

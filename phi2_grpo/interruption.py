@@ -1,0 +1,52 @@
+"""Ctrl-C and SIGTERM while it trains: the step is finished and saved first; a second one stops at once."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import TrainerCallback
+
+from phi2_grpo.cli import Terminated
+
+
+class Interruption(TrainerCallback):
+    """Ends the training after the step in which it was asked to, with a checkpoint; all processes at the same step.
+
+    `asked` is the signal, or 0.
+    """
+
+    def __init__(self):
+        self.asked = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, signals are noted; the second raises."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.asked:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        self.asked = number
+        print("\nstopping after this step, with a checkpoint; once more stops at once.", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args, state, control, **_):
+        asked = torch.tensor(self.asked, device=args.device)
+        if (
+            args.world_size > 1
+        ):  # signals reach processes at different times, and one that stops alone leaves the others waiting
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        self.asked = int(asked)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def raise_if_asked(self) -> None:
+        """After the training: the interruption that it was ended by, if it was."""
+        if self.asked:
+            raise Terminated if self.asked == signal.SIGTERM else KeyboardInterrupt
