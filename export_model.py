@@ -41,7 +41,8 @@ def main() -> None:
     if arguments.push_to_hub:
         hub.check_account(hub.check_name(arguments.push_to_hub))
     if arguments.out:
-        merge(console, config, adapter, Path(arguments.out), arguments.overwrite)
+        with files.alone_in(Path(arguments.out)):
+            merge(console, config, adapter, Path(arguments.out), arguments.overwrite)
     if arguments.push_to_hub:
         folder = Path(arguments.out) if arguments.merged else adapter
         send(console, arguments.push_to_hub, folder, arguments.private, only_adapter=not arguments.merged)

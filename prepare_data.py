@@ -11,10 +11,11 @@ under 125.
 """
 
 import multiprocessing
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from phi2_grpo import cli, environment
@@ -32,7 +33,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import checkpoints, files, oasst
+    from phi2_grpo import files, oasst
 
     console = Console()
     console.print(f"prepare_data: {cli.differences(config, KEYS)}", highlight=False)
@@ -45,8 +46,7 @@ def main() -> None:
     from phi2_grpo.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config)
-    with checkpoints.alone_in(data_dir), tempfile.TemporaryDirectory(prefix=".preparing-", dir=made(data_dir)) as scratch:
-        scratch = Path(scratch)
+    with files.alone_in(data_dir), scratch_in(data_dir) as scratch:
         with console.status("reading messages"):
             source, commit = oasst.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
             chunks = {split: oasst.Chunks(scratch / (split or "all"), messages) for split, messages in source.items()}
@@ -86,10 +86,18 @@ def main() -> None:
     show(console, funnels, prompts, data_dir)
 
 
-def made(folder: Path) -> Path:
-    """`folder`, which is there now."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@contextmanager
+def scratch_in(folder: Path) -> Iterator[Path]:
+    """A folder for what is on its way, gone afterwards; and `folder` too, if nothing was put there."""
+    scratch = folder / ".preparing"
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed run's
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def limits(config: dict, languages: set[str] | None) -> tuple:

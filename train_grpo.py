@@ -42,7 +42,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import checkpoints, checks
+    from phi2_grpo import checks, files
 
     console = Console(quiet=cli.process() > 0)
     console.print(f"train_grpo: {cli.differences(config, KEYS)}", highlight=False)
@@ -53,7 +53,7 @@ def main() -> None:
         console.print(checks.expectation(config, found), highlight=False)
         console.print("All is ready. Without --check, training starts here.")
         return
-    with checkpoints.alone_in(Path(config["output_dir"])), checks.advice_when_interrupted(Path(config["output_dir"])):
+    with files.alone_in(Path(config["output_dir"])), checks.advice_when_interrupted(Path(config["output_dir"])):
         train(config, arguments, console, found)
 
 

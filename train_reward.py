@@ -32,7 +32,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import checkpoints, checks
+    from phi2_grpo import checks, files
 
     console = Console()
     console.print(f"train_reward: {cli.differences(config, KEYS)}", highlight=False)
@@ -42,7 +42,7 @@ def main() -> None:
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    with checkpoints.alone_in(Path(config["reward_dir"])), checks.advice_when_interrupted(checks.run_folder(config)):
+    with files.alone_in(Path(config["reward_dir"])), checks.advice_when_interrupted(checks.run_folder(config)):
         train(config, arguments, console, found)
 
 

@@ -38,10 +38,27 @@ def main() -> None:
         )
     trained = take_settings_of(Path(config["adapter"]), config, arguments)
     environment.prepare(config["model"], *cli.reward_models(config["rewards"]))
+    with files.alone_in(Path(config["validation_dir"])):
+        validate(config, arguments, trained)
 
+
+def validate(config: dict, arguments, trained: dict) -> None:
+    """Draw, measure, report. `trained` is the adapter's run.json."""
     from rich.console import Console
 
-    from phi2_grpo import chat, checks, data, evaluation, journal, model, progress, proof, rollout, scoring, statistics
+    from phi2_grpo import (
+        chat,
+        checks,
+        data,
+        evaluation,
+        journal,
+        model,
+        progress,
+        proof,
+        rollout,
+        scoring,
+        statistics,
+    )
     from phi2_grpo.loading import load_tokenizer, use_base_of
 
     console = Console()

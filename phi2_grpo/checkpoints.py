@@ -3,15 +3,11 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from config import CONFIG
 from phi2_grpo import files
-from phi2_grpo.cli import UserError
 
 # What a resumed run may change: how long it goes, what it prints and keeps, and how it is fitted into memory.
 HARMLESS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval_steps", "stop_on_collapse", "report_to",
@@ -136,27 +132,3 @@ def _same(was, now) -> bool:
     if was == now:
         return True
     return isinstance(was, str) and isinstance(now, str) and was and now and Path(was).resolve() == Path(now).resolve()
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """No other process writes to `folder` meanwhile. A killed process leaves no lock (flock(2)). Raises UserError.
-
-    Of several processes of one run the first asks for all.
-    """
-    if int(os.environ.get("RANK", "0")):
-        yield
-        return
-    folder = folder.resolve()
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another run is writing to {folder}. Wait until it has ended, or choose another folder.") from None
-    except OSError as error:
-        raise UserError(f"cannot write beside {folder}: {error.strerror}. Choose another folder.") from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from phi2_grpo.cli import UserError
 
 
@@ -81,3 +83,27 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}. Choose another folder.") from None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other process writes to `folder` meanwhile. A killed process leaves no lock (flock(2)). Raises UserError.
+
+    Of several processes of one run the first asks for all.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    folder = folder.resolve()
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run is writing to {folder}. Wait until it has ended, or choose another folder.") from None
+    except OSError as error:
+        raise UserError(f"cannot write beside {folder}: {error.strerror}. Choose another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,325 @@
+"""Killed, interrupted, out of disk, in each other's way: what is on disk afterwards, and how it goes on."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from benchmarks import kills
+from phi2_grpo import checkpoints, data, files, interruption
+from phi2_grpo.cli import Terminated, UserError
+from phi2_grpo.loading import load_tokenizer
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the finished run's checkpoints, of steps 4 and 6, without what it left at the end."""
+    shutil.copytree(trained, tmp_path / "o")
+    return tmp_path / "o"
+
+
+# --- killed
+
+
+def test_killed_three_times_it_ends_the_same(quick, tmp_path):
+    """Once in a save at least. (Thirty times: benchmarks/kills.py.)"""
+    flags = (14, *quick, "--eval_prompts", 3)
+    done = subprocess.run(kills.command(flags, tmp_path / "whole"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = kills.kill_and_resume(3, tmp_path / "killed", flags, seed=random.randrange(2**32))
+    assert found["kills"] >= 2, found
+    assert kills.same(tmp_path / "whole-final", tmp_path / "killed-final"), found
+    assert [path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")] == [], (
+        "nothing half-written is left"
+    )
+
+
+def test_a_killed_prepare_leaves_old_or_new_data_or_says_so(micro, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "d")
+    tokenizer = load_tokenizer({"model": str(micro), "model_revision": "main"})
+    config = {
+        **json.loads((prepared / "funnel.json").read_text())["settings"],
+        "model": str(micro),
+        "data_dir": str(tmp_path / "d"),
+    }
+    command = [
+        sys.executable,
+        "prepare_data.py",
+        "--preset",
+        "tiny",
+        "--model",
+        str(micro),
+        "--max_prompt_tokens",
+        "100",
+        "--data_dir",
+        str(tmp_path / "d"),
+        "--overwrite",
+    ]
+    scratch = tmp_path / "d" / ".preparing"
+    for pause in (0.0, 0.3):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+            while not scratch.exists() and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(pause)
+            process.kill()
+        try:
+            assert len(data.load_prompts(config, tokenizer)[0]["train"]) > 100
+        except UserError as error:
+            assert "--overwrite" in str(error)
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert not scratch.exists() and data.load_prompts(config, tokenizer)[0]
+
+
+# --- checkpoints that are not whole
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "no run.json", "run.json cut"])
+def test_a_broken_checkpoint_is_passed_over(call, quick, run, harm):
+    newest = run / "checkpoint-6"
+    match harm:
+        case "truncated":
+            os.truncate(newest / "adapter_model.safetensors", 100)
+        case "missing":
+            (newest / "optimizer.pt").unlink()
+        case "no run.json":
+            (newest / "run.json").unlink()
+        case "run.json cut":
+            text = (newest / "run.json").read_text()
+            (newest / "run.json").write_text(text[: len(text) // 2])
+    assert [path.name for path in checkpoints.whole_checkpoints(run)] == ["checkpoint-4"]
+    done = call("train_grpo", 6, *quick, "--output_dir", run, "--resume", "--save_steps", 2, "--check")
+    said = " ".join(done.out.replace("│", " ").split())
+    assert done.code == 0 and "resuming at checkpoint-4 (checkpoint-6 passed over: not whole)" in said, done.err
+
+
+def test_the_step_counts_and_not_the_clock(call, quick, trained, run):
+    """A clock that went back between the checkpoints, and a metrics.jsonl cut in mid-line."""
+    os.utime(run / "checkpoint-6", (1, 1))
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-25])
+    options = (*quick, "--output_dir", run, "--resume", "--save_steps", 2, "--sample_steps", 3)
+    done = call("train_grpo", 8, *options)
+    assert done.code == 0 and "resuming at checkpoint-6" in done.out, done.err
+    assert [path.name for path in checkpoints.whole_checkpoints(run)] == ["checkpoint-6", "checkpoint-8"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+def test_old_checkpoints_go_when_the_new_one_is_whole(call, quick, run, monkeypatch):
+    """The save of step 8 fails half-way: what was there before is still there."""
+    from phi2_grpo.trainer import Trainer
+
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", full)
+    options = (*quick, "--output_dir", run, "--resume", "--save_steps", 2)
+    done = call("train_grpo", 8, *options)
+    assert done.code == 2 and "no room is left on the disk" in done.err and "Traceback" not in done.err, done.err
+    assert "checkpoint-6 is whole: go on with --resume" in done.err
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
+    assert not (run / ".incoming").exists(), "room is given back"
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    assert call("train_grpo", 8, *options).code == 0
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_a_disk_that_is_really_full(quick, tmp_path):
+    """A file system of 3 MB: the first checkpoints fit, a later one does not; with room it goes on."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        command = [
+            sys.executable,
+            "train_grpo.py",
+            "60",
+            *map(str, quick),
+            "--output_dir",
+            str(place / "o"),
+            "--save_steps",
+            "1",
+            "--save_total_limit",
+            "9",
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "no room is left" in done.stderr and "--resume" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        left = checkpoints.whole_checkpoints(place / "o")
+        assert left and not (place / "o" / ".incoming").exists()
+        assert subprocess.run(["mount", "-o", "remount,size=60m", str(place)]).returncode == 0
+        step = checkpoints.step_of(left[-1])
+        command[2] = str(step + 1)
+        done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and f"resuming at checkpoint-{step}" in done.stdout, done.stderr
+    finally:
+        subprocess.run(["umount", str(place)])
+
+
+# --- interrupted
+
+
+def test_the_second_signal_stops_at_once(capsys):
+    asked = interruption.Interruption()
+    with asked.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert asked.asked == signal.SIGTERM and "once more stops at once" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+    with pytest.raises(Terminated):
+        asked.raise_if_asked()
+    interruption.Interruption().raise_if_asked()
+
+
+# --- other settings
+
+
+def test_what_may_change_and_what_may_not(call, quick, run, tmp_path):
+    resume = ("train_grpo", "--check", *quick, "--resume", "--output_dir", run)
+    assert call(*resume, "--max_steps", 50, "--save_steps", 7, "--sample_steps", 2, "--report_to", "none").code == 0
+    assert call(*resume, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2).code == 0
+    done = call(*resume, "--learning_rate", "1e-5", "--seed", 7, "--rewards", "ending", "--lora_r", 8)
+    assert done.code == 2 and "Traceback" not in done.err
+    for part in (
+        "learning_rate was 0.001, is 1e-05",
+        "seed was 0, is 7",
+        "lora_r was 16, is 8",
+        "rewards was ['length:1.0'], is ['ending']",
+    ):
+        assert part in done.err, done.err
+    done = call(*resume, "--per_device_train_batch_size", 16)
+    assert done.code == 2 and "an update had 8 completions (1 process(es)), has 16 (1)" in done.err, done.err
+
+
+def test_other_prompts_are_another_run(call, quick, micro, run, tmp_path):
+    how = ("--preset", "tiny", "--model", micro, "--max_prompt_tokens", 60, "--data_dir", tmp_path / "d")
+    assert call("prepare_data", *how).code == 0
+    done = call("train_grpo", "--check", *quick, "--resume", "--output_dir", run, "--data_dir", tmp_path / "d")
+    assert done.code == 2 and "others than those it was trained on" in done.err, done.err
+
+
+def test_a_schedule_that_ends_may_not_be_made_longer():
+    then = {"config": {"max_steps": 10, "lr_scheduler_type": "linear"}}
+    assert checkpoints.differences(then, {"max_steps": 20, "lr_scheduler_type": "linear"}, 1) == ["max_steps was 10, is 20"]
+    then["config"]["lr_scheduler_type"] = "constant"
+    assert checkpoints.differences(then, {"max_steps": 20, "lr_scheduler_type": "constant"}, 1) == []
+    assert checkpoints.differences({"config": {"model": "."}}, {"model": str(Path.cwd())}, 1) == [], "the same folder"
+
+
+# --- in each other's way
+
+
+@pytest.mark.parametrize("name", ["train_grpo", "train_reward", "prepare_data", "validate_model"])
+def test_two_in_one_folder(call, quick, micro, prepared, final, tmp_path, name):
+    flags = {
+        "train_grpo": (1, *quick, "--output_dir", tmp_path / "o"),
+        "train_reward": (*quick[:6], "--report_to", "none", "--reward_dir", tmp_path / "o"),
+        "prepare_data": ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "o"),
+        "validate_model": (*quick[:6], "--adapter", final, "--validation_dir", tmp_path / "o"),
+    }[name]
+    with files.alone_in(tmp_path / "o"):
+        done = call(name, *flags)
+    assert done.code == 2 and "another run is writing to" in done.err and "Traceback" not in done.err, done.err
+    assert not (tmp_path / "o" / "checkpoint-1").exists()
+
+
+# --- nothing let in, nothing let out
+
+
+def test_a_pickled_adapter_is_not_read(call, quick, final, tmp_path):
+    shutil.copytree(final, tmp_path / "a")
+    torch.save(load_file(tmp_path / "a" / "adapter_model.safetensors"), tmp_path / "a" / "adapter_model.bin")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    for name, flags in (("train_grpo", ("--init_adapter", tmp_path / "a")), ("validate_model", ("--adapter", tmp_path / "a"))):
+        options = quick if name == "train_grpo" else quick[:6]
+        where = ("--output_dir", tmp_path / "o") if name == "train_grpo" else ("--validation_dir", tmp_path / "v")
+        done = call(name, *options, *flags, *where)
+        assert done.code == 2 and "adapter_model.safetensors missing" in done.err, done.err
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_Zq7PlantedTokenOfTheHub",
+    "WANDB_API_KEY": "planted0wandb0key0of0forty0characters000",
+    "AWS_SECRET_ACCESS_KEY": "PlantedSecretOfACloud",
+}
+
+
+def test_no_secret_in_anything_written(quick, tmp_path):
+    """Tokens in the environment of a training and of a validation: in no file, no message, no error."""
+    environment = {**os.environ, **SECRETS, "TRACKIO_DIR": str(tmp_path / "tracks")}
+    options = [option for option in map(str, quick) if option not in ("--report_to", "none")]
+    printed = ""
+    for command in (
+        ["train_grpo.py", "1", *options, "--output_dir", str(tmp_path / "o")],
+        [
+            "validate_model.py",
+            *map(str, quick[:6]),
+            "--adapter",
+            str(tmp_path / "o-final"),
+            "--validation_dir",
+            str(tmp_path / "v"),
+            "--max_prompts",
+            "2",
+        ],
+        ["train_grpo.py", "1", *options, "--output_dir", str(tmp_path / "o"), "--learning_rate", "x"],
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == (2 if "x" in command else 0), done.stderr
+        printed += done.stdout + done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 30
+    for secret in SECRETS.values():
+        assert secret not in printed
+        assert not [path for path in written if secret.encode() in path.read_bytes()]
+
+
+# --- a base from the Hub's cache, with its commit
+
+
+def test_the_commit_of_a_hub_model_is_recorded(quick, micro, tmp_path):
+    """A revision that stands for a commit: offline, from a cache as the Hub's library lays it out."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--someone--micro"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(micro, cache / "snapshots" / commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [
+        sys.executable,
+        "train_grpo.py",
+        "1",
+        *map(str, quick),
+        "--model",
+        "someone/micro",
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "o-final" / "run.json").read_text())
+    assert run["model_commit"] == commit and run["config"]["model_revision"] == "main"
+
+
+def test_the_commit_of_a_hub_data_set():
+    from types import SimpleNamespace
+
+    from phi2_grpo.oasst import _commit
+
+    commit = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
+    sums = {f"hf://datasets/OpenAssistant/oasst1@{commit}/data/train-00000-of-00001.parquet": {"num_bytes": 1}}
+    assert _commit(SimpleNamespace(info=SimpleNamespace(download_checksums=sums))) == commit
+    assert _commit(SimpleNamespace(info=SimpleNamespace(download_checksums=None))) is None
