@@ -37,14 +37,16 @@ lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/ready
+bench: .venv/ready-dev
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/seeds.py
 	$(BIN)/python benchmarks/reward_seeds.py
 	$(BIN)/python benchmarks/reward_memory.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/kills.py
+	$(BIN)/python benchmarks/fuzz.py
 
 dashboard: .venv/ready
 	TRACKIO_DIR=$(CURDIR)/results/trackio $(BIN)/trackio show --project phi2-grpo

@@ -111,6 +111,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
             logging_steps=1,
             disable_tqdm=True,
             dataloader_pin_memory=device.type == "cuda",
+            ddp_find_unused_parameters=False,  # every adapter weight is in every forward pass
             project="phi2-grpo",
             run_name=Path(config["output_dir"]).name,
             trackio_static_space_id=False,  # stay on this machine
@@ -126,7 +127,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     # TRL's own path serves vLLM; for the rest an engine, which the held-out evaluations share.
     speaker = trainer.accelerator.unwrap_model(trainer.model)
     engine = rollout.make_engine(config["rollout"], speaker, config["rollout_batch_size"], plan.reserve(found["plan"]))
-    trainer.engine = None if config["use_vllm"] else engine
+    trainer.engine = None if config["use_vllm"] or model.spread() else engine
     trainer.create_model_card = lambda *_, **__: None  # ours is written with each checkpoint
     adapted = model.describe_coverage(trainer.model)
     read = {key: config[key] for key in KEYS}
@@ -179,10 +180,11 @@ def train(config: dict, arguments, console, found: dict) -> None:
         model.take_up(trainer, good[-1])
         kept = checkpoints.step_of(good[-1])
         console.print(f"Stopped at step {watch.collapsed_at}. The result is {good[-1].name}.", style="bold red")
+    state = trainer.accelerator.get_state_dict(trainer.model) if model.spread() else None  # by all processes together
     if trainer.accelerator.is_main_process:
         final = checks.final_folder(config)
         with files.whole_folder(final) as folder:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
             report.describe_folder(folder, tokenizer, facts, history, watch.seconds(), finished=True, kept=kept)
         rows = [row for row in report.step_rows(history) if kept is None or row["step"] <= kept]

@@ -90,7 +90,7 @@ def main() -> None:
     body = (
         f"{found['kills']} kills (kill -9), {found['in a save']} of them in a save; after the last resume the adapter is "
         f"{'the same, bit for bit, as' if equal else 'NOT that of'} the run that was never killed; its metrics and "
-        f"evaluations {'have every step once' if equal else 'differ'}.\n\nPreset tiny, {flags[0]} steps with a checkpoint after each."
+        f"evaluations {'have every step once' if equal else 'differ'}.\n\nPreset tiny, {flags[0]} steps, each saved."
     )
     write_section(
         "Killed and resumed", f"python benchmarks/kills.py --kills {arguments.kills}", body, "torch", "transformers", "trl"

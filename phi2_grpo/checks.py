@@ -345,6 +345,12 @@ def _rollout(config: dict, wrapped: PeftModel):
                 "copy of the weights."
             )
         return "vllm", f"vLLM, {config['vllm_mode']}"
+    if model.spread():
+        if config["eval_prompts"]:
+            raise UserError(
+                "with FSDP or ZeRO no process has the whole base, so none can evaluate alone: give --eval_prompts 0."
+            )
+        return "generate", "generate: the weights are spread over the processes"
     engine, why = rollout.choose(config["rollout"], wrapped)
     return engine, f"{engine}: {why}"
 

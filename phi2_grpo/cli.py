@@ -140,6 +140,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if process():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2)  # the first will have said the same, and the launcher has ended this one by then
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

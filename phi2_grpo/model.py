@@ -69,7 +69,12 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
 def load_base(config: dict, device: torch.device, dtype: torch.dtype):
     """The frozen base with SDPA attention, in `dtype`, on `device`."""
     model = load_pretrained(AutoModelForCausalLM, config, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device)
+    return model if spread() else model.to(device)
+
+
+def spread() -> bool:
+    """Whether accelerate launch is to spread the weights over the processes (FSDP, ZeRO): then no card has all of them."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def load_judge(config: dict, device: torch.device, dtype: torch.dtype):

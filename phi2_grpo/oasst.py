@@ -70,10 +70,12 @@ def _message(row, where: str) -> Message:
         rank = None if row.get("rank") is None or row["rank"] != row["rank"] else int(row["rank"])
     except (TypeError, ValueError, IndexError, KeyError, OverflowError):
         raise UserError(f"{where}: labels, detoxify or rank are not what oasst1 has there.") from None
-    return Message(
-        row["message_id"], row["parent_id"], row["message_tree_id"], row["text"], row["role"], row["lang"], rank,
-        not row.get("deleted"), row.get("review_result") is not False, toxicity,
-    )  # fmt: skip
+    strings = [row[column] for column in ("message_id", "parent_id", "message_tree_id", "text", "role", "lang")]
+    try:
+        "".join(filter(None, strings)).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON can say it, and nothing after this can
+        strings = [each and each.encode("utf-8", "replace").decode() for each in strings]
+    return Message(*strings, rank, not row.get("deleted"), row.get("review_result") is not False, toxicity)
 
 
 def _json_lines(path: Path) -> Iterator[Message]:

@@ -412,7 +412,8 @@ def test_a_value_that_is_no_number_stops_the_run_after_saving(call, quick, tmp_p
     # Once before the training, once on the held-out prompts, then once a step: the sixth call is the fourth step's.
     assert done.code == 2 and "'late' returned nan" in done.err and "checkpoint-3 is whole" in done.err, done.err
     assert not (tmp_path / "o-final").exists()
-    resumed = call("train_grpo", 6, *options, "length", "--resume")
+    (tmp_path / "late.py").write_text("def late(answers, **_):\n    return [float(len(answer)) for answer in answers]\n")
+    resumed = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late", "--resume")
     assert resumed.code == 0, resumed.err
     rows = [json.loads(line) for line in (tmp_path / "o-final" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

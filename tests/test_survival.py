@@ -135,35 +135,23 @@ def test_old_checkpoints_go_when_the_new_one_is_whole(call, quick, run, monkeypa
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_a_disk_that_is_really_full(quick, tmp_path):
+def test_a_disk_that_is_really_full(call, quick, tmp_path):
     """A file system of 3 MB: the first checkpoints fit, a later one does not; with room it goes on."""
     place = tmp_path / "small"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)], capture_output=True).returncode:
         pytest.skip("no right to mount a tmpfs")
     try:
-        command = [
-            sys.executable,
-            "train_grpo.py",
-            "60",
-            *map(str, quick),
-            "--output_dir",
-            str(place / "o"),
-            "--save_steps",
-            "1",
-            "--save_total_limit",
-            "9",
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and "no room is left" in done.stderr and "--resume" in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
+        how = (*quick, "--output_dir", place / "o", "--save_steps", 1, "--save_total_limit", 9, "--eval_prompts", 0)
+        done = call("train_grpo", 60, *how)
+        assert done.code == 2 and "no room is left" in done.err and "--resume" in done.err, done.err
+        assert "Traceback" not in done.err
         left = checkpoints.whole_checkpoints(place / "o")
         assert left and not (place / "o" / ".incoming").exists()
         assert subprocess.run(["mount", "-o", "remount,size=60m", str(place)]).returncode == 0
         step = checkpoints.step_of(left[-1])
-        command[2] = str(step + 1)
-        done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and f"resuming at checkpoint-{step}" in done.stdout, done.stderr
+        done = call("train_grpo", step + 1, *how, "--resume")
+        assert done.code == 0 and f"resuming at checkpoint-{step}" in done.out, done.err
     finally:
         subprocess.run(["umount", str(place)])
 
@@ -258,60 +246,36 @@ SECRETS = {
 }
 
 
-def test_no_secret_in_anything_written(quick, tmp_path):
-    """Tokens in the environment of a training and of a validation: in no file, no message, no error."""
-    environment = {**os.environ, **SECRETS, "TRACKIO_DIR": str(tmp_path / "tracks")}
-    options = [option for option in map(str, quick) if option not in ("--report_to", "none")]
-    printed = ""
-    for command in (
-        ["train_grpo.py", "1", *options, "--output_dir", str(tmp_path / "o")],
-        [
-            "validate_model.py",
-            *map(str, quick[:6]),
-            "--adapter",
-            str(tmp_path / "o-final"),
-            "--validation_dir",
-            str(tmp_path / "v"),
-            "--max_prompts",
-            "2",
-        ],
-        ["train_grpo.py", "1", *options, "--output_dir", str(tmp_path / "o"), "--learning_rate", "x"],
-    ):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == (2 if "x" in command else 0), done.stderr
-        printed += done.stdout + done.stderr
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) > 30
-    for secret in SECRETS.values():
-        assert secret not in printed
-        assert not [path for path in written if secret.encode() in path.read_bytes()]
-
-
-# --- a base from the Hub's cache, with its commit
-
-
-def test_the_commit_of_a_hub_model_is_recorded(quick, micro, tmp_path):
-    """A revision that stands for a commit: offline, from a cache as the Hub's library lays it out."""
+def test_a_base_of_the_hub_and_secrets_in_the_environment(quick, micro, tmp_path):
+    """Offline, from a cache as the Hub's library lays it out: its commit is recorded. Tokens in the environment of a training and
+    a validation: in no file, no message. And the tracker, in a folder of this machine, is quiet about itself."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub" / "models--someone--micro"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(commit)
     shutil.copytree(micro, cache / "snapshots" / commit)
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "train_grpo.py",
-        "1",
-        *map(str, quick),
-        "--model",
-        "someone/micro",
-        "--output_dir",
-        str(tmp_path / "o"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    place = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "TRACKIO_DIR": str(tmp_path / "tracks")}
+    base, data_dir = ("--preset", "tiny", "--model", "someone/micro"), map(str, quick[4:6])
+    tracked = [*base, *data_dir, *(option for option in map(str, quick[6:]) if option not in ("--report_to", "none"))]
+    printed = ""
+    for command in (
+        ["train_grpo.py", "1", *tracked, "--output_dir", str(tmp_path / "o")],
+        ["validate_model.py", *base, *map(str, quick[4:6]), "--adapter", str(tmp_path / "o-final"), "--validation_dir",
+         str(tmp_path / "v"), "--max_prompts", "2"],
+    ):  # fmt: skip
+        environment = {**os.environ, **SECRETS, **place}
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout + done.stderr
     run = json.loads((tmp_path / "o-final" / "run.json").read_text())
     assert run["model_commit"] == commit and run["config"]["model_revision"] == "main"
+    assert "trackio" not in printed.lower() and "upload" not in printed.lower()
+    assert list((tmp_path / "tracks").glob("phi2-grpo*")), "its table stands in TRACKIO_DIR"
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 30
+    for secret in SECRETS.values():
+        assert secret not in printed
+        assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
 def test_the_commit_of_a_hub_data_set():

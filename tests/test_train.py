@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import re
 import signal
 import subprocess
@@ -211,16 +210,6 @@ def test_interrupted(quick, tmp_path, number, code):
         _, error = process.communicate(timeout=60)
     assert process.returncode == code and "--resume" in error and "Traceback" not in error
     assert checks.whole_checkpoints(str(tmp_path / "o")) and not (tmp_path / "o-final").exists()
-
-
-def test_the_tracker_is_local_and_quiet(quick, tmp_path):
-    options = [option for option in map(str, quick) if option not in ("--report_to", "none")]
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "tracks")}
-    command = [sys.executable, "train_grpo.py", "2", *options, "--output_dir", str(tmp_path / "o")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "trackio" not in done.stdout.lower() and "upload" not in done.stdout.lower()
-    assert list((tmp_path / "tracks").glob("phi2-grpo*")), "its table stands in TRACKIO_DIR"
 
 
 def test_curve_and_card_of_an_odd_run(tmp_path):

@@ -1,0 +1,38 @@
+"""tests/test_fuzz.py with many more cases: anything that can be said to the project is answered, or refused in words.
+
+python benchmarks/fuzz.py [--cases 10000]
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=10_000)
+    cases = parser.parse_args().cases
+    from benchmarks.results import write_section
+
+    command = [sys.executable, "-m", "pytest", "tests/test_fuzz.py", "-v", "--disable-warnings"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "FUZZ_CASES": str(cases)}, capture_output=True, text=True)
+    found = re.findall(r"^tests/test_fuzz.py::(\w+) (PASSED|FAILED)", done.stdout, re.MULTILINE)
+    if not found:
+        raise SystemExit(done.stdout + done.stderr)
+    lines = ["| what was made up | cases | traceback or hang |", "|---|---|---|"]
+    for name, end in found:
+        what = name.removeprefix("test_").replace("_", " ")
+        lines.append(f"| {what} | {cases:,} | {'none' if end == 'PASSED' else 'YES, see the test'} |")
+    write_section("Fuzzed", f"python benchmarks/fuzz.py --cases {cases}", "\n".join(lines), "hypothesis")
+    if done.returncode:
+        raise SystemExit(done.stdout)
+
+
+if __name__ == "__main__":
+    main()

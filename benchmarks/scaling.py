@@ -1,0 +1,61 @@
+"""Samples a second by one process and by two, each on a core of its own, with the same batch a process.
+
+  python benchmarks/scaling.py [--turns 3] [--steps 14]
+
+train_grpo.py on preset tiny under torchrun (gloo), in turn 1 2 1 2; the first two steps of each are not counted.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+BATCH, WARM = 32, 2
+
+
+def samples_a_second(processes: int, steps: int, output: Path) -> float:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*torchrun, "train_grpo.py",
+               str(steps), "--preset", "tiny", "--report_to", "none", "--eval_prompts", "0", "--per_device_train_batch_size",
+               str(BATCH), "--output_dir", str(output)]  # fmt: skip
+    # One thread each: those of two processes would fight for the same cores.
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM:]
+    return processes * BATCH * len(rows) / sum(row["step_time"] for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=14)
+    arguments = parser.parse_args()
+    from benchmarks.models import middle
+    from benchmarks.results import write_section
+
+    if not (ROOT / "data" / "tiny").exists():
+        subprocess.run([sys.executable, "prepare_data.py", "--preset", "tiny"], cwd=ROOT, check=True)
+    found = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for turn in range(arguments.turns):
+            for processes, speeds in found.items():
+                speeds.append(samples_a_second(processes, arguments.steps, Path(scratch) / f"{turn}-{processes}"))
+                print(f"turn {turn + 1}, {processes}: {speeds[-1]:.1f} samples/s", flush=True)
+    lines = ["| processes | samples/s, median [lowest, highest] |", "|---|---|"]
+    lines += [f"| {processes} | {middle(speeds, 1)} |" for processes, speeds in found.items()]
+    ratios = [two / one for one, two in zip(*found.values(), strict=True)]
+    body = (
+        "\n".join(lines)
+        + f"\n\n{BATCH} completions a process and step, a thread each.\n\ntwo processes {middle(ratios)} times one"
+    )
+    write_section("Two processes", "python benchmarks/scaling.py", body, "torch", "trl", "accelerate")
+
+
+if __name__ == "__main__":
+    main()

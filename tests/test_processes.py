@@ -1,0 +1,184 @@
+"""Several processes: the update of one, one voice, one writer, and what happens when one is gone. On the CPU, by gloo."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from phi2_grpo import checkpoints
+
+ALONE = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+ALONE["OMP_NUM_THREADS"] = "1"  # the threads of several processes would fight for the same cores
+
+
+def launch(processes: int, *command, **options):
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        str(free_port()),
+    ]
+    return subprocess.run([*torchrun, *map(str, command)], cwd=ROOT, env=ALONE, capture_output=True, text=True, **options)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_make_the_update_of_one(quick, tmp_path, processes):
+    """The same completions, the same global batch of 8 in groups of 8 that lie across the processes; checkpoints, rows and lines once."""
+    how = (2, *quick, "--num_generations", 8, "--warmup_steps", 0, "--eval_prompts", 0, "--save_steps", 1)
+    one = subprocess.run(
+        [sys.executable, "tests/spread.py", *map(str, how), "--output_dir", str(tmp_path / "one")],
+        cwd=ROOT,
+        env=ALONE,
+        capture_output=True,
+        text=True,
+    )
+    assert one.returncode == 0, one.stderr
+    many = launch(
+        processes, "tests/spread.py", *how, "--per_device_train_batch_size", 8 // processes, "--output_dir", tmp_path / "many"
+    )
+    assert many.returncode == 0, many.stderr
+    for a, b in zip(rows_of(tmp_path / "one-final"), rows_of(tmp_path / "many-final"), strict=True):
+        for key in ("reward", "reward_std", "grad_norm", "completions/mean_length", "answers/tokens", "answers/ended"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3), key
+    ones, manys = (load_file(tmp_path / f"{side}-final" / "adapter_model.safetensors") for side in ("one", "many"))
+    for name, weight in ones.items():
+        assert (weight - manys[name]).abs().mean() < 2e-5, name
+    assert len(re.findall(r"^ +\d/2 ", many.stdout, re.MULTILINE)) == 2 and many.stdout.count("Before the start") == 1
+    whole = checkpoints.whole_checkpoints(tmp_path / "many")
+    assert [path.name for path in whole] == ["checkpoint-1", "checkpoint-2"]
+    states = {path.name for path in whole[-1].glob("rng_state*")}
+    assert states == {f"rng_state_{rank}.pth" for rank in range(processes)}
+    assert json.loads((tmp_path / "many-final" / "run.json").read_text())["processes"] == processes
+
+
+@pytest.mark.slow
+def test_a_real_run_by_two_processes_and_on_by_one(quick, tmp_path):
+    """Sampling, held-out evaluation and saving in each other's company; then resumed by one process with the same global batch."""
+    how = (*quick, "--save_steps", 2, "--eval_steps", 2, "--eval_prompts", 4, "--output_dir", tmp_path / "o")
+    done = launch(2, "train_grpo.py", 2, *how, "--per_device_train_batch_size", 4)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held out: reward") == 2
+    refused = subprocess.run(
+        [sys.executable, "train_grpo.py", "--check", *map(str, how), "--resume", "--per_device_train_batch_size", "4"],
+        cwd=ROOT,
+        env=ALONE,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2 and "an update had 8 completions (2 process(es)), has 4 (1)" in refused.stderr
+    resumed = subprocess.run(
+        [sys.executable, "train_grpo.py", "3", *map(str, how), "--resume"], cwd=ROOT, env=ALONE, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in rows_of(tmp_path / "o-final")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_refusal_is_said_once(quick, tmp_path):
+    done = launch(2, "train_grpo.py", 1, *quick, "--num_generations", 5, "--output_dir", tmp_path / "o")
+    assert done.returncode != 0 and done.stderr.count("not a multiple of num_generations 5") == 1
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_the_same_step_everywhere(quick, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "train_grpo.py",
+        "500",
+    ]
+    options = (*quick, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "o", "--save_steps", 2)
+    with subprocess.Popen(
+        [*command, *map(str, options)], cwd=ROOT, env=ALONE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_a_checkpoint(tmp_path / "o")
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert "--resume" in error and error.count("interrupted.") == 1, error
+    assert checkpoints.whole_checkpoints(tmp_path / "o")
+
+
+@pytest.mark.slow
+def test_a_machine_that_dies_and_one_that_goes_on(quick, tmp_path):
+    """Two agents on loopback as two machines; one is killed in mid-step: the other ends in bounded time, and says how to go on."""
+    port = free_port()
+    options = (*quick, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "o", "--save_steps", 2)
+
+    def machine(rank: int, steps: int, *more):
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--node_rank",
+            str(rank),
+            "--nproc_per_node",
+            "1",
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(port),
+            "train_grpo.py",
+            str(steps),
+        ]
+        return subprocess.Popen(
+            [*torchrun, *map(str, (*options, *more))],
+            cwd=ROOT,
+            env=ALONE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first, second = machine(0, 500), machine(1, 500)
+    wait_for_a_checkpoint(tmp_path / "o")
+    for process in [*psutil.Process(second.pid).children(recursive=True), second]:
+        process.kill()
+    second.communicate()
+    started = time.monotonic()
+    _, error = first.communicate(timeout=120)
+    assert first.returncode != 0 and time.monotonic() - started < 120
+    assert "another process of this run is gone" in error and "--resume" in error, error
+    step = checkpoints.step_of(checkpoints.whole_checkpoints(tmp_path / "o")[-1])
+    port = free_port()
+    both = [machine(rank, step + 1, "--resume") for rank in range(2)]
+    for process in both:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+    assert [row["step"] for row in rows_of(tmp_path / "o-final")] == list(range(1, step + 2))
+
+
+def wait_for_a_checkpoint(output: Path) -> None:
+    waited = time.monotonic()
+    while not checkpoints.whole_checkpoints(output):
+        assert time.monotonic() - waited < 120
+        time.sleep(0.05)
