@@ -6,11 +6,11 @@ import re
 from conftest import ROOT, script
 
 
-def test_the_tiny_chain(tmp_path):
+def test_the_tiny_chain(call, tmp_path):
     """Prepare, inspect, train and validate the real tiny model: after 25 steps it is better on prompts it has not seen."""
     where = ("--data_dir", tmp_path / "data")
-    assert script("prepare_data", "--preset", "tiny", *where).code == 0
-    assert script("inspect_data", "--preset", "tiny", *where).code == 0
+    assert call("prepare_data", "--preset", "tiny", *where).code == 0
+    assert call("inspect_data", "--preset", "tiny", *where).code == 0
     options = ("--output_dir", tmp_path / "grpo", "--report_to", "none")
     trained = script("train_grpo", "25", "--preset", "tiny", *where, *options, "--learning_rate", "2e-3")
     assert trained.code == 0, trained.err

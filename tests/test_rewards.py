@@ -344,15 +344,15 @@ def test_steps_in_which_nothing_is_scored_are_shown_as_such(call, quick, tmp_pat
 GAMED = "def one_token(answers, **_):\n    return [answer.count(',') / 8 for answer in answers]\n"
 
 
-def test_a_gamed_reward_is_seen_and_the_last_good_checkpoint_kept(tmp_path):
+def test_a_gamed_reward_is_seen_and_the_last_good_checkpoint_kept(call, tmp_path):
     """The tiny model, paid for commas alone."""
     (tmp_path / "gamed.py").write_text(GAMED)
     where = ("--data_dir", tmp_path / "data")
-    assert script("prepare_data", "--preset", "tiny", *where).code == 0
+    assert call("prepare_data", "--preset", "tiny", *where).code == 0
     options = ("--max_completion_length", 32, "--target_tokens", 16, "--per_device_train_batch_size", 16, "--report_to", "none",
                "--learning_rate", 3e-3, "--beta", 0, "--save_steps", 5, "--output_dir", tmp_path / "o")  # fmt: skip
-    command = ("60", "--preset", "tiny", *where, *options, "--rewards", f"{tmp_path}/gamed.py:one_token", "--stop_on_collapse")
-    done = script("train_grpo", *command)
+    command = (60, "--preset", "tiny", *where, *options, "--rewards", f"{tmp_path}/gamed.py:one_token", "--stop_on_collapse")
+    done = call("train_grpo", *command)
     assert done.code == 0, done.err
     assert "collapse: signs/" in done.out and "The result is checkpoint-" in done.out
     run = json.loads((tmp_path / "o-final" / "run.json").read_text())

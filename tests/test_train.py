@@ -187,7 +187,7 @@ def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, 
     assert any(value.abs().max() > 1e-5 for key, value in after.items() if "lora_B" in key)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
 def test_interrupted(quick, tmp_path, number, code):
     command = [
         sys.executable,
@@ -209,6 +209,7 @@ def test_interrupted(quick, tmp_path, number, code):
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == code and "--resume" in error and "Traceback" not in error
+    assert "stopping after this step, with a checkpoint" in error
     assert checks.whole_checkpoints(str(tmp_path / "o")) and not (tmp_path / "o-final").exists()
 
 
