@@ -62,6 +62,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from dataclasses import fields
 
     import torch
+    from accelerate.utils import gather_object
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
     from transformers import set_seed
     from trl import GRPOConfig
@@ -120,6 +121,12 @@ def train(config: dict, arguments, console, found: dict) -> None:
         processing_class=tokenizer,
         peft_config=lora,
     )
+    starts = gather_object([checkpoints.step_of(whole[-1]) if whole else 0])
+    if len(set(starts)) > 1:
+        raise cli.UserError(
+            f"the processes found different checkpoints, of the steps {sorted(set(starts))}: all machines must see the same "
+            f"{config['output_dir']}, on a shared disk."
+        )
     if config["init_adapter"]:
         # Loaded after TRL has wrapped the base: the reference of the KL stays the base with its adapter off.
         weights = load_peft_weights(config["init_adapter"], device=str(device))
@@ -168,34 +175,41 @@ def train(config: dict, arguments, console, found: dict) -> None:
         if trainer.state.global_step < config["max_steps"]:
             asked.raise_if_asked()
 
-    history, kept = trainer.state.log_history, None
-    if watch.collapsed_at:
-        good = [path for path in checkpoints.whole_checkpoints(config["output_dir"])
-                if checkpoints.step_of(path) <= watch.collapsed_at - monitor.WINDOW]  # fmt: skip
-        if not good:
-            raise cli.UserError(
-                f"it collapsed at step {watch.collapsed_at}, before there was a good checkpoint, so there is no result. Mend "
-                "the reward, lower --learning_rate or --save_steps, or raise --beta; then --overwrite."
-            )
-        model.take_up(trainer, good[-1])
-        kept = checkpoints.step_of(good[-1])
-        console.print(f"Stopped at step {watch.collapsed_at}. The result is {good[-1].name}.", style="bold red")
+    history = trainer.state.log_history
+    kept = take_last_good(trainer, config, watch.collapsed_at, console) if watch.collapsed_at else None
     state = trainer.accelerator.get_state_dict(trainer.model) if model.spread() else None  # by all processes together
-    if trainer.accelerator.is_main_process:
-        final = checks.final_folder(config)
-        with files.whole_folder(final) as folder:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state)
-            tokenizer.save_pretrained(folder)
-            report.describe_folder(folder, tokenizer, facts, history, watch.seconds(), finished=True, kept=kept)
-        rows = [row for row in report.step_rows(history) if kept is None or row["step"] <= kept]
-        first, last = report.window(rows, "reward") or (math.nan, math.nan)
-        console.print(
-            f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {monitor.duration(watch.seconds())}.\n"
-            f"Adapter: {final}   curve: {final / 'reward.png'}\n"
-            "Is it better on prompts it has not seen?\n"
-            f"  python validate_model.py --preset {arguments.preset} --adapter {final}",
-            highlight=False,
+    if not trainer.accelerator.is_main_process:
+        return
+    final = checks.final_folder(config)
+    with files.whole_folder(final) as folder:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+        report.describe_folder(folder, tokenizer, facts, history, watch.seconds(), finished=True, kept=kept)
+    rows = [row for row in report.step_rows(history) if kept is None or row["step"] <= kept]
+    first, last = report.window(rows, "reward") or (math.nan, math.nan)
+    console.print(
+        f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {monitor.duration(watch.seconds())}.\n"
+        f"Adapter: {final}   curve: {final / 'reward.png'}\n"
+        "Is it better on prompts it has not seen?\n"
+        f"  python validate_model.py --preset {arguments.preset} --adapter {final}",
+        highlight=False,
+    )
+
+
+def take_last_good(trainer, config: dict, collapsed_at: int, console) -> int:
+    """Put the trainer back to the last checkpoint before the collapse, and return its step. Raises UserError without one."""
+    from phi2_grpo import checkpoints, model, monitor
+
+    whole = checkpoints.whole_checkpoints(config["output_dir"])
+    good = [path for path in whole if checkpoints.step_of(path) <= collapsed_at - monitor.WINDOW]
+    if not good:
+        raise cli.UserError(
+            f"it collapsed at step {collapsed_at}, before there was a good checkpoint, so there is no result. Mend the reward, "
+            "lower --learning_rate or --save_steps, or raise --beta; then --overwrite."
         )
+    model.take_up(trainer, good[-1])
+    console.print(f"Stopped at step {collapsed_at}. The result is {good[-1].name}.", style="bold red")
+    return checkpoints.step_of(good[-1])
 
 
 def save_now(trainer, config: dict) -> str:

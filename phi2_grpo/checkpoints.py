@@ -42,8 +42,11 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def seal(folder: Path, facts: dict) -> None:
-    """Write run.json, with the size of every other file beside it."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file() and path.name != "run.json"}
+    """Write run.json, with the size of every other file beside it that a resumed run needs."""
+    for_people = {"run.json", "README.md", "reward.png"}
+    sizes = {
+        path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file() and path.name not in for_people
+    }
     files.write_json(folder / "run.json", {**facts, "files": sizes})
 
 
@@ -89,10 +92,11 @@ class WholeCheckpoints:
         finally:
             self._saving, self.args.save_total_limit = False, kept
         if self.args.should_save:
-            (output / INCOMING).rmdir()
+            shutil.rmtree(output / INCOMING, ignore_errors=True)
             whole = whole_checkpoints(output)
             for old in found_checkpoints(output):
-                if old not in whole[-kept:] and step_of(old) < self.state.global_step:
+                ours = (old / "run.json").is_file()
+                if ours and old not in whole[-kept:] and step_of(old) < self.state.global_step:
                     shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 

@@ -66,7 +66,7 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     checks.run("settings", _settings, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
-    if resume and not overwrite:
+    if resume:
         checks.run("same run", _same_run, config, Path(config["output_dir"]), funnel)
     wrapped = checks.run("LoRA", _lora, config) if tokenizer else None
     longest = checks.run("context", _context, config, tokenizer, prompts, wrapped)
@@ -102,7 +102,7 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
     checks.run("output folder", _output, run_folder(config), Path(config["reward_dir"]), resume, overwrite)
     tokenizer = checks.run("base model", _tokenizer, config)
     found = checks.run("data", _pairs, config, tokenizer) or {}
-    if resume and not overwrite:
+    if resume:
         checks.run("same run", _same_run, config, run_folder(config), found.get("funnel"))
     wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}) if tokenizer else None
     checks.run("disk", _disk, config, wrapped, Path(config["reward_dir"]))
@@ -207,14 +207,20 @@ def _output(output: Path, final: Path, resume: bool, overwrite: bool):
     files.check_writable(final)
     if final.exists() and any(final.iterdir()) and not (final / "run.json").is_file():
         raise UserError(f"{final} holds something that no run of this project wrote, and it stays. Choose another folder.")
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
     whole = whole_checkpoints(output)
-    # Only what cost time to make counts as a run: a first checkpoint that was never finished does not.
+    broken = [path for path in checkpoints.found_checkpoints(output) if path not in whole and any(path.iterdir())]
+    if broken and not whole and not overwrite:
+        raise UserError(
+            f"{broken[-1]} is there, but is not whole, or another program's. Choose another folder; or replace what is there: "
+            "--overwrite."
+        )
     run = whole[-1] if whole else final if final.exists() else None
-    if resume and not whole and final.exists() and not overwrite:
+    if resume and not whole and final.exists():
         raise UserError(f"{final} is finished, and there is no checkpoint to go on from. Replace it: --overwrite.")
     if resume:
-        broken = [path.name for path in checkpoints.found_checkpoints(output) if path not in whole]
-        passed = f" ({', '.join(broken)} passed over: not whole)" if broken else ""
+        passed = f" ({', '.join(path.name for path in broken)} passed over: not whole)" if broken else ""
         return output, (f"resuming at {whole[-1].name}" if whole else "no whole checkpoint: starting at step 0") + passed
     if run and not overwrite:
         raise UserError(f"{run} holds a run. Go on with it: --resume; replace it: --overwrite; or choose another folder.")

@@ -26,6 +26,11 @@ def why_not(model) -> str | None:
         return "this Phi has other attention or activation than Phi-2"
     if config.rope_parameters.get("rope_type", "default") != "default":
         return "this Phi stretches its positions"
+    inner = model.model
+    plain = {nn.Linear: [model.lm_head], nn.Embedding: [inner.embed_tokens], nn.LayerNorm: [inner.final_layernorm]}
+    plain[nn.LayerNorm] += [layer.input_layernorm for layer in inner.layers]
+    if any(type(module) is not kind for kind, modules in plain.items() for module in modules):
+        return "more is adapted than the linear layers inside"
     for layer in model.model.layers:
         for name in sum(LAYER.values(), ()):
             module = layer.get_submodule(name)

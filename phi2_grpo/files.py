@@ -34,6 +34,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             path.rename(outgoing)
         incoming.rename(path)
     finally:
+        if outgoing.exists() and not path.exists():
+            outgoing.rename(path)  # it was stopped between the two
         shutil.rmtree(incoming, ignore_errors=True)
         shutil.rmtree(outgoing, ignore_errors=True)
 
@@ -80,7 +82,7 @@ def check_writable(path: Path) -> None:
             raise NotADirectoryError(20, f"{nearest} is a file")
         probe = nearest / f".write-test-{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another machine on the same disk may have the same process id
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}. Choose another folder.") from None
 

@@ -42,8 +42,8 @@ class Interruption(TrainerCallback):
             args.world_size > 1
         ):  # signals reach processes at different times, and one that stops alone leaves the others waiting
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        self.asked = int(asked)
-        if self.asked:
+        if agreed := int(asked):  # or else a signal that has come since stays noted, for the next step
+            self.asked = agreed
             control.should_save = control.should_training_stop = True
 
     def raise_if_asked(self) -> None:

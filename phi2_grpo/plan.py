@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from config import CONFIG, PRESETS
 from phi2_grpo import model
-from phi2_grpo.rollout import rows_in
+from phi2_grpo.rollout import rounded, rows_in
 
 GB = 1e9
 CARDS = ("phi2", "phi2-24gb", "phi2-80gb")  # presets for one card, from small to large
@@ -28,7 +28,7 @@ def memory(
     Activations of the update are an estimate: 100 bytes for each token, layer and hidden unit in bfloat16 (for Phi with LoRA
     under autocast: inputs of the adapters 18, attention 8, the layer norm 4, gelu in float32 56, and some for what is on its
     way); with checkpointing this for one layer, and each layer's input. The cache takes what is left, up to all completions
-    of a step. `judges`: bytes of reward models.
+    of a step or an evaluation. `judges`: bytes of reward models.
     """
     base = wrapped.config
     _, trainable, parameters = model.coverage(wrapped)
@@ -43,10 +43,10 @@ def memory(
         "reward model": judges,
         "update": inputs + layer if config["activation_checkpointing"] else layer * base.num_hidden_layers,
     }
-    per_row = length * model.cache_bytes_per_token(base, dtype)
+    per_row = rounded(length) * model.cache_bytes_per_token(base, dtype)
     left = free - parts["CUDA"] - parts["weights"] - judges
     rows = config["rollout_batch_size"] or rows_in(left, per_row, reserve(parts), device)
-    parts["KV cache"] = min(rows, completions(config)) * per_row
+    parts["KV cache"] = min(rows, max(completions(config), config["eval_prompts"])) * per_row
     return {name: int(size) for name, size in parts.items() if size}
 
 
@@ -72,10 +72,8 @@ def largest_preset(wrapped: PeftModel, longest: int, device: torch.device, dtype
     for name in CARDS:
         config = {**CONFIG, **PRESETS[name]}
         parts = memory(config, wrapped, longest, device, dtype, free)
-        row = parts["KV cache"] / (
-            (longest + config["max_completion_length"]) * model.cache_bytes_per_token(wrapped.config, dtype)
-        )
-        if need(parts, "graph") <= free and round(row) >= config["num_generations"]:
+        per_row = rounded(longest + config["max_completion_length"]) * model.cache_bytes_per_token(wrapped.config, dtype)
+        if need(parts, "graph") <= free and parts["KV cache"] >= config["num_generations"] * per_row:
             fitting = name
     return fitting
 

@@ -7,6 +7,7 @@ dropped. On the CPU the same steps run without the capture.
 """
 
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -50,6 +51,11 @@ def make_engine(name: str, model, rows: int = 0, reserve: int = 0):
     return Graph(model, rows, reserve) if engine == "graph" else Generate(model, rows, reserve)
 
 
+def rounded(length: int) -> int:
+    """`length` as the cache has it: the next multiple of LENGTHS."""
+    return -(-length // LENGTHS) * LENGTHS
+
+
 def rows_in(free: float, row: int, reserve: int, device: torch.device) -> int:
     """How many sequences, `row` bytes of cache each, to decode at once of `free` bytes, `reserve` of them for others."""
     room = 0.9 * free - reserve  # the rest is for logits, and for prompts while they are filled in
@@ -63,7 +69,18 @@ def rows_that_fit(model, length: int, reserve: int = 0) -> int:
         free = torch.cuda.mem_get_info(model.device)[0] + unused
     else:
         free = psutil.virtual_memory().available
-    return rows_in(free, length * cache_bytes_per_token(model.config, model.dtype), reserve, model.device)
+    return rows_in(free, rounded(length) * cache_bytes_per_token(model.config, model.dtype), reserve, model.device)
+
+
+@contextmanager
+def speaking(model) -> Iterator[None]:
+    """Inside, `model` is in evaluation mode: in training mode activation checkpointing takes every layer's cache away."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class Generate:
@@ -77,8 +94,9 @@ class Generate:
     def __call__(self, prompts: list[list[int]], generation: GenerationConfig, tokenizer=None) -> list[list[int]]:
         """Completion ids of each prompt; the end token is kept, padding is not. `tokenizer` is needed for stop strings."""
         rows = self.rows or rows_that_fit(self.model, max(map(len, prompts)) + generation.max_new_tokens, self.reserve)
-        return [ids for start in range(0, len(prompts), rows)
-                for ids in self._portion(prompts[start : start + rows], generation, tokenizer)]  # fmt: skip
+        with speaking(self.model):
+            return [ids for start in range(0, len(prompts), rows)
+                    for ids in self._portion(prompts[start : start + rows], generation, tokenizer)]  # fmt: skip
 
     @torch.no_grad()
     def _portion(self, prompts, generation, tokenizer):
@@ -157,8 +175,8 @@ class Graph:
         self.decoder = PhiDecoder(model)
         self.cuda = self.decoder.device.type == "cuda"
         self.state: State | None = None
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.cuda else None
+        self.stream = torch.cuda.Stream() if self.cuda else None  # one for all captures: libraries keep a workspace a stream
+        self._forget_graphs()
 
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], generation: GenerationConfig, tokenizer=None) -> list[list[int]]:
@@ -170,28 +188,27 @@ class Graph:
         new = max(0, min(generation.max_new_tokens, self.decoder.context - max(map(len, prompts))))
         noise = None if sampling.greedy else torch.rand(len(prompts), new, dtype=torch.float64)
         if self.decoder.take_adapter():
-            self.graphs.clear()
+            self._forget_graphs()
         rows = self._make_room(len(prompts), max(map(len, prompts)) + new)
-        training = self.model.training
-        self.model.eval()  # in training mode checkpointing forbids a cache
-        try:
-            found = []
+        found = []
+        with speaking(self.model):
             for start in range(0, len(prompts), rows):
                 part = slice(start, start + rows)
                 found += self._portion(prompts[part], sampling, new, None if noise is None else noise[part])
-            return found
-        finally:
-            self.model.train(training)
+        return found
+
+    def _forget_graphs(self) -> None:
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.pool = None  # that of graphs which are gone may not be used again
 
     def _make_room(self, rows: int, length: int) -> int:
         """State for `rows` sequences of `length` tokens, or for as many as fit; returns how many."""
-        length = -(-length // LENGTHS) * LENGTHS
-        state = self.state
+        length, state = rounded(length), self.state
         if state and state.length >= length and state.rows >= min(rows, self.fit):
             return state.rows
         if state:
             rows, length = max(rows, state.rows), max(length, state.length)
-        self.graphs.clear()
+        self._forget_graphs()
         self.state = state = None  # the old one goes before memory is looked at
         self.fit = self.rows or rows_that_fit(self.model, length, self.reserve)
         self.state = State(self.decoder, min(rows, self.fit), length)
@@ -243,7 +260,7 @@ class Graph:
         """One token more for the first `rows` rows, which have at most `length` tokens each, the current one included."""
         if not self.cuda:
             return self._step(rows, length, sampling)
-        length = min(-(-length // LENGTHS) * LENGTHS, self.state.length)
+        length = min(rounded(length), self.state.length)
         key = (rows, length, sampling)
         if key not in self.graphs:
             self.graphs[key] = self._capture(*key)
@@ -259,15 +276,17 @@ class Graph:
         """The step as a graph; nothing has moved when it returns."""
         moving = self.state.moving()
         before = [tensor.clone() for tensor in moving]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once without capture: libraries choose and allocate at their first call
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # once without capture: libraries choose and allocate at their first call
             self._step(rows, length, sampling)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         for tensor, old in zip(moving, before, strict=True):
             tensor.copy_(old)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):  # they run one after another, so they may share their memory
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream
+        ):  # they run one after another, so they may share their memory
             self._step(rows, length, sampling)
         return graph
 

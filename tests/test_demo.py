@@ -2,7 +2,9 @@
 
 import json
 import re
+from pathlib import Path
 
+import pytest
 from conftest import ROOT, script
 
 
@@ -75,12 +77,47 @@ def test_readme_s_numbers_are_the_measured_ones():
     """The tables over seeds, and the sentence at the top, are those that the benchmarks wrote."""
     readme, results = ((ROOT / path).read_text() for path in ("README.md", "benchmarks/RESULTS.md"))
     tables = {}
-    for title in ("The tiny run, over seeds", "The tiny reward model, over seeds"):
+    for title in ("The tiny run, over seeds", "The tiny reward model, over seeds", "A GRPO step, tiny"):
         section = results.split(f"## {title}\n")[1].split("\n## ")[0]
         tables[title] = [line for line in section.splitlines() if line.startswith("|")]
         assert len(tables[title]) >= 5 and all(line in readme for line in tables[title]), title
     for number in re.findall(r"[+-]?\d\.\d+", tables["The tiny run, over seeds"][2]):
         assert number in readme.split("![")[0], f"{number} of seed 0 is missing at the top"
+
+
+def test_readme_s_sentences_are_the_measured_ones():
+    readme, results = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "benchmarks/RESULTS.md"))
+    for pattern in (r"step \d\.\d+ \[[^]]+\] times stock TRL", r"two processes \d\.\d+ \[[^]]+\] times one",
+                    r"\d+ kills \(kill -9\), \d+ of them in a save"):  # fmt: skip
+        found = re.findall(pattern, results)
+        assert found and all(sentence in readme for sentence in found), pattern
+
+
+@pytest.mark.slow
+def test_the_commands_of_two_sections_run_as_they_stand(tmp_path):
+    """In a copy of the project, what can run without a card: "If it stops" and "More GPUs"."""
+    import os
+    import shutil
+    import subprocess
+    import sys
+
+    readme = (ROOT / "README.md").read_text()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "results" / "tiny-base", tmp_path / "results" / "tiny-base")
+    place = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    commands = ["python prepare_data.py --preset tiny"]
+    for title in ("If it stops", "More GPUs"):
+        block = re.search(rf"## {title}\n.*?```bash\n(.+?)```", readme, re.DOTALL)[1]
+        commands += [line.split("  #")[0] for line in block.splitlines() if "--multi_gpu" not in line]
+    assert len(commands) == 4
+    for command in commands:
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=place, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+    assert json.loads((tmp_path / "results" / "tiny-grpo-final" / "run.json").read_text())["steps"] == 120
+    assert json.loads((tmp_path / "results" / "two-final" / "run.json").read_text())["processes"] == 2
 
 
 def test_pins_are_exact():

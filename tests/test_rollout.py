@@ -266,15 +266,16 @@ def test_ended_rows_and_repeated_prompts_cost_nothing(policy, monkeypatch):
     assert min(map(len, completions)) < max(map(len, completions))
 
 
-def test_a_policy_in_training_mode_stays_in_it(policy):
+@pytest.mark.parametrize("engine", [rollout.Graph, rollout.Generate])
+def test_a_policy_in_training_mode_stays_in_it(policy, engine):
+    """With activation checkpointing, which in that mode takes the cache away, and so the text before the last token."""
+    prompts = prompts_of(policy, 3, 2)
+    plain = policy.generate(torch.tensor(prompts[:1]), generation_config=settings(policy, 15))[0, len(prompts[0]) :].tolist()
     policy.train()
     policy.gradient_checkpointing_enable()
-    prompts = prompts_of(policy, 3, 2)
-    training = rollout.Graph(policy)(prompts, settings(policy, 15))
-    assert policy.training
-    policy.eval()
-    policy.gradient_checkpointing_disable()
-    assert training == rollout.Generate(policy)(prompts, settings(policy, 15))
+    found = engine(policy)(prompts, settings(policy, 15))
+    assert policy.training and found[0] == rollout.up_to_end(plain, [policy.config.eos_token_id])
+    assert rollout.Graph(policy)(prompts, settings(policy, 15)) == found
 
 
 # --- what a card does differently, as far as a machine without one can tell
@@ -345,6 +346,8 @@ def test_what_each_model_gets(policy, micro, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(micro)
     dora = get_peft_model(base, LoraConfig(r=2, target_modules=["fc1"], use_dora=True))
     assert "no plain LoRA" in decoder.why_not(dora)
+    head = get_peft_model(AutoModelForCausalLM.from_pretrained(micro), LoraConfig(r=2, target_modules=["fc1", "lm_head"]))
+    assert "more is adapted" in decoder.why_not(head)
     with torch.device("meta"):  # the checks look at a model that has no weights yet
         bare = AutoModelForCausalLM.from_config(base.config)
     assert decoder.why_not(bare) is None

@@ -103,6 +103,20 @@ def test_a_broken_checkpoint_is_passed_over(call, quick, run, harm):
     assert done.code == 0 and "resuming at checkpoint-4 (checkpoint-6 passed over: not whole)" in said, done.err
 
 
+def test_what_is_there_and_not_whole_is_not_removed_unasked(call, quick, run):
+    """Another program's checkpoints, or one's own that were damaged: refused, with and without --resume, until --overwrite."""
+    shutil.rmtree(run / "checkpoint-4")
+    (run / "checkpoint-6" / "README.md").write_text("my notes")  # what is for people may be changed
+    assert [path.name for path in checkpoints.whole_checkpoints(run)] == ["checkpoint-6"]
+    (run / "checkpoint-6" / "run.json").unlink()
+    for more in ((), ("--resume",)):
+        done = call("train_grpo", 8, *quick, "--output_dir", run, *more)
+        assert done.code == 2 and "not whole, or another program's" in done.err, done.err
+    assert (run / "checkpoint-6" / "optimizer.pt").exists()
+    done = call("train_grpo", 8, *quick, "--output_dir", run, "--resume", "--overwrite")
+    assert done.code == 2 and "Give one of them" in done.err
+
+
 def test_the_step_counts_and_not_the_clock(call, quick, trained, run):
     """A clock that went back between the checkpoints, and a metrics.jsonl cut in mid-line."""
     os.utime(run / "checkpoint-6", (1, 1))
