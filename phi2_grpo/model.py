@@ -68,7 +68,8 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
 
 def load_base(config: dict, device: torch.device, dtype: torch.dtype):
     """The frozen base with SDPA attention, in `dtype`, on `device`."""
-    model = load_pretrained(AutoModelForCausalLM, config, dtype=dtype, attn_implementation="sdpa")
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}  # a pickle may run code
+    model = load_pretrained(AutoModelForCausalLM, config, **options)
     return model if spread() else model.to(device)
 
 
@@ -79,7 +80,7 @@ def spread() -> bool:
 
 def load_judge(config: dict, device: torch.device, dtype: torch.dtype):
     """The base with a new head of one output, to be trained as a reward model."""
-    options = {"num_labels": 1, "dtype": dtype, "attn_implementation": "sdpa"}
+    options = {"num_labels": 1, "dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
     return new_head(load_pretrained(AutoModelForSequenceClassification, config, **options).to(device))
 
 

@@ -177,6 +177,22 @@ def test_a_machine_that_dies_and_one_that_goes_on(quick, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "o-final")] == list(range(1, step + 2))
 
 
+@pytest.mark.slow
+def test_a_machine_that_never_comes_and_a_port_in_use():
+    """torchrun's own messages, which launch/README.md quotes, in bounded time."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+    job = ["train_grpo.py", "--preset", "tiny", "--check"]
+    alone = ["--nnodes", "2", "--node_rank", "0", "--master_port", str(free_port()), "--rdzv-conf", "timeout=5"]
+    done = subprocess.run([*command, *alone, *job], cwd=ROOT, env=ALONE, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "1/2 clients joined" in done.stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = ["--master_port", str(taken.getsockname()[1])]
+        done = subprocess.run([*command, *port, *job], cwd=ROOT, env=ALONE, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "address already in use" in done.stderr
+
+
 def wait_for_a_checkpoint(output: Path) -> None:
     waited = time.monotonic()
     while not checkpoints.whole_checkpoints(output):

@@ -242,6 +242,14 @@ def test_two_in_one_folder(call, quick, micro, prepared, final, tmp_path, name):
 # --- nothing let in, nothing let out
 
 
+def test_a_pickled_base_is_not_read(call, quick, micro, tmp_path):
+    shutil.copytree(micro, tmp_path / "base")
+    torch.save(load_file(tmp_path / "base" / "model.safetensors"), tmp_path / "base" / "pytorch_model.bin")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    done = call("train_grpo", 1, *quick, "--model", tmp_path / "base", "--output_dir", tmp_path / "o")
+    assert done.code == 2 and "safetensors" in done.err and "Traceback" not in done.err, done.err
+
+
 def test_a_pickled_adapter_is_not_read(call, quick, final, tmp_path):
     shutil.copytree(final, tmp_path / "a")
     torch.save(load_file(tmp_path / "a" / "adapter_model.safetensors"), tmp_path / "a" / "adapter_model.bin")
