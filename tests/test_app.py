@@ -452,6 +452,7 @@ def test_a_password_is_asked_for(loud, roomy, tmp_path):
         running.close()
 
 
+@pytest.mark.slow
 def test_zerogpu_is_used_where_it_is(tmp_path):
     """With a `spaces` package that looks like Hugging Face's: imported before torch, and what generates is decorated."""
     (tmp_path / "spaces.py").write_text(

@@ -378,6 +378,7 @@ def test_a_collapse_before_any_checkpoint_has_no_result(call, quick, tmp_path, m
     assert not (tmp_path / "o-final").exists()
 
 
+@pytest.mark.slow
 def test_alarms_are_on_the_tracker_s_page(quick, tmp_path, monkeypatch):
     import sqlite3
 

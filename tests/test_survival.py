@@ -32,11 +32,11 @@ def run(trained, tmp_path) -> Path:
 # --- killed
 
 
-def test_killed_three_times_it_ends_the_same(quick, tmp_path):
+def test_killed_three_times_it_ends_the_same(call, quick, tmp_path):
     """Once in a save at least. (Thirty times: benchmarks/kills.py.)"""
     flags = (14, *quick, "--eval_prompts", 3)
-    done = subprocess.run(kills.command(flags, tmp_path / "whole"), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = call("train_grpo", *kills.command(flags, tmp_path / "whole")[2:])
+    assert done.code == 0, done.err
     found = kills.kill_and_resume(3, tmp_path / "killed", flags, seed=random.randrange(2**32))
     assert found["kills"] >= 2, found
     assert kills.same(tmp_path / "whole-final", tmp_path / "killed-final"), found
