@@ -60,7 +60,7 @@ def answers(page) -> list[str]:
     return page.evaluate(script)
 
 
-def wait_for(page, condition, seconds: float = 20.0):
+def wait_for(page, condition, seconds: float = 60.0):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not come"
@@ -160,7 +160,8 @@ def test_compare_differs_and_uses_one_seed(visit):
     same = []
     for seed in range(4):
         page.get_by_role("spinbutton", name="Seed").fill(str(seed))
-        page.wait_for_timeout(100)
+        page.get_by_role("spinbutton", name="Seed").press("Tab")
+        page.wait_for_timeout(300)
         page.locator("#compare").click()
         wait_for(page, lambda seed=seed: page.locator(".note:visible", has_text=f"seed {seed}").count() == 2)
         base, tuned = (page.locator(f"#{pane} textarea").input_value() for pane in ("base", "tuned"))

@@ -44,7 +44,8 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # beside another worker its processes would slow the browser's tests down
+@pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_make_the_update_of_one(quick, tmp_path, processes):
     """The same completions, the same global batch of 8 in groups of 8 that lie across the processes; checkpoints, rows and lines once."""
     how = (2, *quick, "--num_generations", 8, "--warmup_steps", 0, "--eval_prompts", 0, "--save_steps", 1)
