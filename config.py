@@ -30,7 +30,7 @@ CONFIG = {
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
     "rollout": "auto",  # auto (graph where it can), graph (ours, for Phi), generate (transformers' own)
-    "rollout_batch_size": 0,  # completions decoded at once; 0: as many as memory holds. The result does not depend on it
+    "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With graph the training does not depend on it
     "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts, README says how much
     "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
     "vllm_server_base_url": "",  # of that server, http://HOST:8000

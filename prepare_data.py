@@ -60,7 +60,8 @@ def main() -> None:
 
         prepared, funnels, taken = data.Prepared(scratch), {}, set()
         for split in ("validation", "train"):  # validation first: what stands there leaves train
-            paths = chunks[split if trees is None else ""].paths if trees is not None or split in chunks else []
+            part = chunks.get("", chunks.get(split))  # one part for both, or one each, or none
+            paths = part.paths if part else []
             funnel, seen, kept = Counter(oasst.candidates([], lambda _: [], *limits(config, languages))[1]), set(), 0
             for rows, counts in each(config, [(path, trees, split == "validation", languages) for path in paths], tokenizer):
                 prompts, pairs = oasst.distinct(rows, seen, taken)

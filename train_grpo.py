@@ -42,7 +42,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import checks, files
+    from phi2_grpo import checks, failures, files
 
     console = Console(quiet=cli.process() > 0)
     console.print(f"train_grpo: {cli.differences(config, KEYS)}", highlight=False)
@@ -53,7 +53,7 @@ def main() -> None:
         console.print(checks.expectation(config, found), highlight=False)
         console.print("All is ready. Without --check, training starts here.")
         return
-    with files.alone_in(Path(config["output_dir"])), checks.advice_when_interrupted(Path(config["output_dir"])):
+    with files.alone_in(Path(config["output_dir"])), failures.advice_when_interrupted(Path(config["output_dir"])):
         train(config, arguments, console, found)
 
 
@@ -71,6 +71,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
         checkpoints,
         checks,
         evaluation,
+        failures,
         files,
         held_out,
         interruption,
@@ -167,10 +168,10 @@ def train(config: dict, arguments, console, found: dict) -> None:
             part = trainer.failed_in or "update"
             raise cli.UserError(
                 f"memory ran out in the {part} of step {trainer.state.global_step + 1}: {str(error).split('. ')[0]}.\n"
-                f"  {save_now(trainer, config)} The next smaller setting: {checks.smaller(config, part)}"
+                f"  {save_now(trainer, config)} The next smaller setting: {failures.smaller(config, part)}"
             ) from None
         except Exception as error:
-            checks.explain(error, Path(config["output_dir"]))
+            failures.explain(error, Path(config["output_dir"]))
             raise
         if trainer.state.global_step < config["max_steps"]:
             asked.raise_if_asked()

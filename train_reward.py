@@ -32,7 +32,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import checks, files
+    from phi2_grpo import checks, failures, files
 
     console = Console()
     console.print(f"train_reward: {cli.differences(config, KEYS)}", highlight=False)
@@ -42,7 +42,7 @@ def main() -> None:
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    with files.alone_in(Path(config["reward_dir"])), checks.advice_when_interrupted(checks.run_folder(config)):
+    with files.alone_in(Path(config["reward_dir"])), failures.advice_when_interrupted(checks.run_folder(config)):
         train(config, arguments, console, found)
 
 
@@ -53,7 +53,8 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from transformers import set_seed
     from trl import RewardConfig
 
-    from phi2_grpo import accuracy, checkpoints, checks, files, interruption, model, monitor, progress, report, reward_model
+    from phi2_grpo import accuracy, checkpoints, checks, failures, files, interruption, model, monitor, progress, report
+    from phi2_grpo.reward_model import judge
     from phi2_grpo.trainer import JudgeTrainer
 
     device, dtype = found["device"]
@@ -106,7 +107,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
             with asked.listening():
                 trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
         except Exception as error:
-            checks.explain(error, run_folder)
+            failures.explain(error, run_folder)
             raise
         if trainer.state.global_step < found["steps"]:
             asked.raise_if_asked()
@@ -115,7 +116,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     trained = trainer.accelerator.unwrap_model(trainer.model).eval()
     with progress.counting(console, "judging held-out replies", 2 * len(held_out)) as advance:
         chosen, rejected = accuracy.judge_pairs(
-            lambda prompts, replies: reward_model.judge(trained, tokenizer, prompts, replies), held_out, advance
+            lambda prompts, replies: judge(trained, tokenizer, prompts, replies), held_out, advance
         )
     scale = accuracy.scale(chosen, rejected)
     measured = accuracy.accuracies(held_out, chosen, rejected)

@@ -10,7 +10,6 @@ Base answers come from the same model with the adapter off. Everything is measur
 (KL from the base, surprise at human replies). A killed validation goes on where it was.
 """
 
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def main() -> None:
     config, arguments = cli.parse(parser)
     if any(not prompt.strip() for prompt in arguments.prompt or []):
         raise cli.UserError("--prompt is empty. Give it a question.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if cli.processes() > 1:
         raise cli.UserError(
             "validate_model.py runs in one process: start it with python, not with accelerate launch or torchrun."
         )
@@ -53,6 +52,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
         evaluation,
         journal,
         model,
+        plan,
         progress,
         proof,
         rollout,
@@ -90,7 +90,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
         "model": [config["model"], config["model_revision"], device.type, str(dtype)],
         **{key: config[key] for key in drawing},
     }
-    checks.fits_context(prompts, tokenizer, config)
+    length = checks.fits_context(prompts, tokenizer, config)
     with console.status("loading the model"):
         base = model.load_base(config, device, dtype)
         for judge in scorer.models:
@@ -100,8 +100,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
             model.add_adapter(policy, arguments.against, "against")
     sides = {"base": ("against" if arguments.against else None), "tuned": "default"}
     engine = rollout.make_engine(config["rollout"], policy, config["rollout_batch_size"], evaluation.held_bytes(policy))
-    longest = max(chat.count_tokens(tokenizer, [row["prompt"] for row in prompts])) + config["max_completion_length"]
-    batch = config["rollout_batch_size"] or rollout.rows_that_fit(policy, longest, evaluation.held_bytes(policy))
+    batch = config["rollout_batch_size"] or plan.rows_that_fit(policy, length, evaluation.held_bytes(policy))
     drawn = journal.Journal(folder / "unfinished" / "journal.jsonl", run, batch, arguments.overwrite)
     names = ("base", "tuned")
     if arguments.against:

@@ -76,10 +76,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     arguments = parser.parse_args()
+    from benchmarks.models import prepared
     from benchmarks.results import write_section
 
-    if not (ROOT / "data" / "tiny").exists():
-        subprocess.run([sys.executable, "prepare_data.py", "--preset", "tiny"], cwd=ROOT, check=True)
+    prepared()
     flags = (3 * arguments.kills, "--preset", "tiny", "--max_completion_length", 16, "--target_tokens", 8, "--eval_prompts", 4,
              "--per_device_train_batch_size", 8)  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:

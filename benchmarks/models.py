@@ -1,5 +1,10 @@
 """The two models that speed is measured on: Phi-2's full size with random weights, and the tiny one. With a live LoRA."""
 
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from peft import PeftModel, get_peft_model
 
@@ -8,6 +13,7 @@ from phi2_grpo import model
 from phi2_grpo.loading import load_tokenizer
 from phi2_grpo.tiny import tiny_base
 
+ROOT = Path(__file__).resolve().parent.parent
 MEAN_TOKENS = 128  # of a completion of the full-size model, whose random weights would hardly ever end one
 
 
@@ -30,18 +36,20 @@ def base_of(name: str):
     if name == "tiny":
         return model.load_base(setting("tiny"), device, dtype), tokenizer
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            base = model.full_size_phi2()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with device:
+        base = model.full_size_phi2(dtype)
     end = tokenizer.eos_token_id
     base.config.eos_token_id = base.generation_config.eos_token_id = base.generation_config.pad_token_id = end
     # Random logits have a spread s of about 1 each, so their exponentials sum to V exp(s^2 / 2).
     spread = base.lm_head.weight.float().std() * base.config.hidden_size**0.5
     base.lm_head.bias.data[end] = torch.log(base.config.vocab_size * torch.exp(spread**2 / 2) / MEAN_TOKENS)
     return base, tokenizer
+
+
+def prepared() -> None:
+    """The tiny data, where it is not there yet."""
+    if not (ROOT / "data" / "tiny").exists():
+        subprocess.run([sys.executable, "prepare_data.py", "--preset", "tiny"], cwd=ROOT, check=True)
 
 
 def policy_of(name: str) -> PeftModel:
@@ -58,8 +66,6 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory held so far: on the card, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -32,9 +32,7 @@ def make(folder: Path, size: str) -> None:
 
     base = folder / "base"
     if size == "full":
-        torch.set_default_dtype(torch.bfloat16)
-        model.full_size_phi2().save_pretrained(base)
-        torch.set_default_dtype(torch.float32)
+        model.full_size_phi2(torch.bfloat16).save_pretrained(base)
         tiny._tokenizer(tiny.SAMPLE.read_text(encoding="utf-8").splitlines()[:50]).save_pretrained(base)
     else:
         base.symlink_to(tiny.tiny_base())
@@ -48,6 +46,7 @@ def measure(folder: Path, variant: str) -> None:
     """Prints what is held at the end, and the peak, in bytes."""
     import torch
 
+    from benchmarks.models import peak_bytes
     from config import CONFIG
     from phi2_grpo import model
     from phi2_grpo.reward_model import RewardModel
@@ -65,11 +64,10 @@ def measure(folder: Path, variant: str) -> None:
         judge.load(config, base, device, dtype)
         judge(prompts=[[{"role": "user", "content": "Why?"}]] * 2, answers=["Because it is so.", "Nobody knows."])
     if device.type == "cuda":
-        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        held = torch.cuda.memory_allocated()
     else:
         held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"memory {held} {peak}")
+    print(f"memory {held} {peak_bytes(device)}")
 
 
 def main() -> None:

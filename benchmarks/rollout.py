@@ -8,35 +8,26 @@ turns, A B A B, after one turn that is not counted. The limit: weights read once
 """
 
 import argparse
+import random
 import sys
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from phi2_grpo import environment
-
-environment.prepare("tiny")
-
-from transformers import GenerationConfig  # noqa: E402
-
-from benchmarks import models  # noqa: E402
-from benchmarks.results import write_section  # noqa: E402
-from phi2_grpo import plan, rollout  # noqa: E402
-from phi2_grpo.model import cache_bytes_per_token  # noqa: E402
 
 PROMPT, GROUP = 64, 8
 
 
 def prompts_of(batch: int, vocabulary: int) -> list[list[int]]:
-    torch.manual_seed(0)
-    groups = torch.randint(5, min(vocabulary, 2500), (-(-batch // GROUP), PROMPT)).tolist()
+    draw = random.Random(0)
+    groups = [[draw.randrange(5, min(vocabulary, 2500)) for _ in range(PROMPT)] for _ in range(-(-batch // GROUP))]
     return [groups[row // GROUP] for row in range(batch)]
 
 
-def timed(engine, prompts: list[list[int]], new: int, device: torch.device) -> float:
+def timed(engine, prompts: list[list[int]], new: int, device) -> float:
+    import torch
+    from transformers import GenerationConfig
+
     how = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0,
                            disable_compile=True)  # fmt: skip
     if device.type == "cuda":
@@ -52,11 +43,21 @@ def timed(engine, prompts: list[list[int]], new: int, device: torch.device) -> f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("full", "tiny"), default="full" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--model", choices=("full", "tiny"), default="tiny")
     parser.add_argument("--batches", default="1,8,32,64")
     parser.add_argument("--lengths", default="128,256,512")
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
+    from phi2_grpo import environment
+
+    environment.prepare("tiny")
+    import torch
+
+    from benchmarks import models
+    from benchmarks.results import write_section
+    from phi2_grpo import plan, rollout
+    from phi2_grpo.model import cache_bytes_per_token
+
     device, dtype = models.device_of(arguments.model)
     policy = models.policy_of(arguments.model)
     policy.generation_config.eos_token_id = policy.get_base_model().generation_config.eos_token_id = None

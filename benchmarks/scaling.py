@@ -36,11 +36,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=14)
     arguments = parser.parse_args()
-    from benchmarks.models import middle
+    from benchmarks.models import middle, prepared
     from benchmarks.results import write_section
 
-    if not (ROOT / "data" / "tiny").exists():
-        subprocess.run([sys.executable, "prepare_data.py", "--preset", "tiny"], cwd=ROOT, check=True)
+    prepared()
     found = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(arguments.turns):

@@ -99,11 +99,10 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(work(arguments.side, arguments.model, arguments.steps)))
         return
-    from benchmarks.models import middle
+    from benchmarks.models import middle, prepared
     from benchmarks.results import write_section
 
-    if not (ROOT / "data" / "tiny").exists():
-        subprocess.run([sys.executable, "prepare_data.py", "--preset", "tiny"], cwd=ROOT, check=True)
+    prepared()
     found = {side: [] for side in SIDES}
     for turn in range(arguments.turns):
         for side in SIDES:

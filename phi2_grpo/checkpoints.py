@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there, and who may go on from them."""
 
-import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -99,14 +98,6 @@ class WholeCheckpoints:
                 if ours and old not in whole[-kept:] and step_of(old) < self.state.global_step:
                     shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether `error` means that no room is left: each library that writes says it in its own way."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    text = str(error)
-    return any(part in text for part in ("No space left", "os error 28", "file write failed", "unexpected pos"))
 
 
 def differences(then: dict, now: dict, world: int) -> list[str]:

@@ -4,15 +4,14 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from rich.table import Table
 
-from phi2_grpo import checkpoints, data, files, model, plan, rollout
+from phi2_grpo import checkpoints, cli, data, files, model, plan, rollout
 from phi2_grpo.chat import count_tokens
 from phi2_grpo.checkpoints import whole_checkpoints
 from phi2_grpo.cli import UserError
@@ -95,7 +94,7 @@ def expectation(config: dict, found: dict) -> str:
 
 def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, dict]:
     """The same for the training of a reward model; loads device, dtype, tokenizer, pairs, funnel, steps and left_out."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if cli.processes() > 1:
         raise UserError("train_reward.py runs in one process: start it with python, not with accelerate launch or torchrun.")
     checks = Checklist()
     device = checks.run("device", _device, config)
@@ -142,8 +141,8 @@ def same_base(adapters: list[Path], config: dict | None) -> None:
         )
 
 
-def fits_context(prompts: list[dict], tokenizer, config: dict) -> None:
-    """Raise UserError unless the longest prompt and the longest answer fit into the model's context."""
+def fits_context(prompts: list[dict], tokenizer, config: dict) -> int:
+    """Tokens of the longest prompt and the longest answer together. Raises UserError where the context is shorter."""
     longest = max(count_tokens(tokenizer, [row["prompt"] for row in prompts]))
     context = getattr(model.empty_base(config).config, "max_position_embeddings", None) or 2048
     if longest + config["max_completion_length"] > context:
@@ -151,6 +150,7 @@ def fits_context(prompts: list[dict], tokenizer, config: dict) -> None:
             f"the longest prompt has {longest} tokens; with max_completion_length {config['max_completion_length']} that is "
             f"more than the context of {context}. Give at most --max_completion_length {max(0, context - longest)}."
         )
+    return longest + config["max_completion_length"]
 
 
 def run_folder(config: dict) -> Path:
@@ -159,46 +159,6 @@ def run_folder(config: dict) -> Path:
     if not reward_dir.name:
         raise UserError(f"--reward_dir is {config['reward_dir']}, but it takes a folder of its own.")
     return reward_dir.with_name(f"{reward_dir.name}-run")
-
-
-@contextmanager
-def advice_when_interrupted(output: Path) -> Iterator[None]:
-    """Adds to a Ctrl-C or SIGTERM what is left, and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        left = whole_checkpoints(output)
-        advice = f"{left[-1]} is whole: go on with --resume." if left else "No checkpoint was written yet."
-        raise type(interrupt)(advice) from None
-
-
-def smaller(config: dict, part: str) -> str:
-    """The next smaller setting after memory ran out in `part` of a step."""
-    size, passes = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
-    if part == "rollout":
-        rows = config["rollout_batch_size"] or size * passes
-        if rows > 1:
-            return f"--rollout_batch_size {rows // 2}"
-    if not config["activation_checkpointing"]:
-        return "--activation_checkpointing"
-    if size > 1:
-        return f"--per_device_train_batch_size {size // 2} --gradient_accumulation_steps {-(-size * passes // (size // 2))}"
-    length = config["max_completion_length"] // 2
-    return f"--max_completion_length {length} --target_tokens {min(config['target_tokens'], length // 2)}"
-
-
-def explain(error: Exception, output: Path) -> None:
-    """Raise a UserError for what ended a training and is no bug: a full disk, another process that is gone."""
-    left = whole_checkpoints(output)
-    advice = f"{left[-1]} is whole: go on with --resume." if left else "No checkpoint was written yet: start again."
-    if checkpoints.disk_is_full(error):
-        free = shutil.disk_usage(files.nearest_existing(output)).free
-        text = f"no room is left on the disk of {output} ({free / GB:.2f} GB free): {error}\n  Make room. {advice}"
-        raise UserError(text) from None
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out", "remote process")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(part in str(error) for part in lost):
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"another process of this run is gone, or its machine: {reason}\n  {advice}") from None
 
 
 def _output(output: Path, final: Path, resume: bool, overwrite: bool):
@@ -232,7 +192,7 @@ def _same_run(config: dict, output: Path, funnel: dict):
     if not whole:
         return True, "nothing to go on from"
     then = files.read_json(whole[-1] / "run.json")
-    changed = checkpoints.differences(then, config, int(os.environ.get("WORLD_SIZE", "1")))
+    changed = checkpoints.differences(then, config, cli.processes())
     if (then.get("data") or {}).get("fingerprint") != funnel["fingerprint"]:
         changed.append(f"the prompts in {config['data_dir']} are others than those it was trained on")
     if changed:
@@ -323,7 +283,7 @@ def _context(config: dict, tokenizer, prompts, wrapped: PeftModel):
 
 
 def _batch(config: dict, prompts):
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = cli.processes()
     size, passes, group = (config[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"))
     sampled = size * passes * world
     if sampled % group:

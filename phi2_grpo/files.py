@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from phi2_grpo.cli import UserError
+from phi2_grpo.cli import UserError, process
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     Of several processes of one run the first asks for all.
     """
-    if int(os.environ.get("RANK", "0")):
+    if process():
         yield
         return
     folder = folder.resolve()

@@ -38,9 +38,8 @@ class Interruption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         asked = torch.tensor(self.asked, device=args.device)
-        if (
-            args.world_size > 1
-        ):  # signals reach processes at different times, and one that stops alone leaves the others waiting
+        # Signals reach processes at different times, and one that stops alone leaves the others waiting.
+        if args.world_size > 1:
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         if agreed := int(asked):  # or else a signal that has come since stays noted, for the next step
             self.asked = agreed

@@ -107,9 +107,9 @@ def empty_base(config: dict):
         return AutoModelForCausalLM.from_config(model_config)
 
 
-def full_size_phi2():
+def full_size_phi2(dtype: torch.dtype = torch.float32):
     """Phi-2 with random weights on the current default device, for tests and benchmarks."""
-    return AutoModelForCausalLM.from_config(PhiConfig(**PHI2))
+    return AutoModelForCausalLM.from_config(PhiConfig(**PHI2), dtype=dtype)
 
 
 def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig:

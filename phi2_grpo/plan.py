@@ -8,16 +8,37 @@ from peft import PeftModel
 
 from config import CONFIG, PRESETS
 from phi2_grpo import model
-from phi2_grpo.rollout import rounded, rows_in
 
 GB = 1e9
 CARDS = ("phi2", "phi2-24gb", "phi2-80gb")  # presets for one card, from small to large
 TURNS = ("update", "KV cache")
+LENGTHS = 128  # a captured decode step looks at a multiple of so many cache places
+CPU_ROWS = 64  # completions decoded at once on a CPU; 64 were no faster than 32 there (benchmarks/RESULTS.md)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new process can have."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that this process can still have."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def rounded(length: int) -> int:
+    """`length` as the rollout's cache has it: the next multiple of LENGTHS."""
+    return -(-length // LENGTHS) * LENGTHS
+
+
+def rows_in(free: float, row: int, reserve: int, device: torch.device) -> int:
+    """How many sequences, `row` bytes of cache each, to decode at once of `free` bytes, `reserve` of them for others."""
+    room = 0.9 * free - reserve  # the rest is for logits, and for prompts while they are filled in
+    return max(1, min(256 if device.type == "cuda" else CPU_ROWS, int(room / row)))
+
+
+def rows_that_fit(loaded, length: int, reserve: int = 0) -> int:
+    """The same for sequences of `length` tokens of a model that is loaded, in what memory is free now."""
+    row = rounded(length) * model.cache_bytes_per_token(loaded.config, loaded.dtype)
+    return rows_in(free_memory(loaded.device), row, reserve, loaded.device)
 
 
 def memory(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -13,6 +12,7 @@ import torch
 from phi2_grpo import files
 from phi2_grpo.accuracy import NEAR, verdict
 from phi2_grpo.checkpoints import seal
+from phi2_grpo.cli import processes
 from phi2_grpo.loading import commit_of
 from phi2_grpo.model import generation_config
 
@@ -74,7 +74,7 @@ def run_facts(config: dict, preset: str, device: torch.device, dtype: torch.dtyp
         "config": config,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "git_commit": git_commit(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": processes(),
         "hardware": hardware(device),
         "model_commit": commit_of(config),
         "dtype": str(dtype).removeprefix("torch."),

@@ -8,27 +8,16 @@ dropped. On the CPU the same steps run without the capture.
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import psutil
 import torch
 from transformers import DynamicCache, GenerationConfig, set_seed
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from phi2_grpo.decoder import PhiDecoder, why_not
-from phi2_grpo.model import cache_bytes_per_token
+from phi2_grpo.plan import rounded, rows_that_fit
+from phi2_grpo.sampling import Sampling, ends_of, up_to_end
 
-LENGTHS = 128  # a captured step looks at a multiple of so many cache places
 LOOK = 16  # decode steps on a card between two looks at which rows have ended: a look waits for the device
 FILL_TOKENS = 2048  # prompt tokens in one forward pass, padding included
-CPU_ROWS = 64  # more at once is not faster on a CPU
-UNDERSTOOD = {"do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "eos_token_id", "bos_token_id", "pad_token_id",
-              "stop_strings", "use_cache", "disable_compile", "transformers_version"}  # fmt: skip
 
 
 def choose(name: str, model) -> tuple[str, str]:
@@ -51,27 +40,6 @@ def make_engine(name: str, model, rows: int = 0, reserve: int = 0):
     return Graph(model, rows, reserve) if engine == "graph" else Generate(model, rows, reserve)
 
 
-def rounded(length: int) -> int:
-    """`length` as the cache has it: the next multiple of LENGTHS."""
-    return -(-length // LENGTHS) * LENGTHS
-
-
-def rows_in(free: float, row: int, reserve: int, device: torch.device) -> int:
-    """How many sequences, `row` bytes of cache each, to decode at once of `free` bytes, `reserve` of them for others."""
-    room = 0.9 * free - reserve  # the rest is for logits, and for prompts while they are filled in
-    return max(1, min(256 if device.type == "cuda" else CPU_ROWS, int(room / row)))
-
-
-def rows_that_fit(model, length: int, reserve: int = 0) -> int:
-    """The same for sequences of `length` tokens of `model`, which is loaded, in what memory is free now."""
-    if model.device.type == "cuda":
-        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        free = torch.cuda.mem_get_info(model.device)[0] + unused
-    else:
-        free = psutil.virtual_memory().available
-    return rows_in(free, rounded(length) * cache_bytes_per_token(model.config, model.dtype), reserve, model.device)
-
-
 @contextmanager
 def speaking(model) -> Iterator[None]:
     """Inside, `model` is in evaluation mode: in training mode activation checkpointing takes every layer's cache away."""
@@ -85,8 +53,6 @@ def speaking(model) -> Iterator[None]:
 
 class Generate:
     """transformers' generate, in portions."""
-
-    name = "generate"
 
     def __init__(self, model, rows: int = 0, reserve: int = 0):
         self.model, self.rows, self.reserve = model, rows, reserve
@@ -109,56 +75,7 @@ class Generate:
         device = self.model.device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         output = self.model.generate(**inputs, generation_config=generation, tokenizer=tokenizer)
-        return [up_to_end(row, _ends(generation)) for row in output[:, longest:].tolist()]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What of a GenerationConfig decides about a token."""
-
-    greedy: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    ends: tuple[int, ...]
-
-    @classmethod
-    def of(cls, generation: GenerationConfig) -> "Sampling":
-        """Raises ValueError for a setting that would change the answer and is none of these."""
-        strange = {key: value for key, value in generation.to_diff_dict().items()
-                   if key not in UNDERSTOOD and (value is True or value not in (None, 0, 1))}  # fmt: skip
-        if strange:
-            raise ValueError(f"only generate understands {strange}")
-        top_k = 50 if generation.top_k is None else generation.top_k  # generate's own default
-        return cls(not generation.do_sample, generation.temperature or 1.0, top_k, generation.top_p or 1.0, _ends(generation))
-
-    def pick(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Tokens (B,) for logits (B, V) and numbers (B, 1) from 0 to 1: the same number picks the same token in any batch."""
-        if self.greedy:
-            return logits.argmax(-1)
-        warpers = LogitsProcessorList()
-        if self.temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        heights = warpers(None, logits.float()).softmax(-1).cumsum(-1, dtype=torch.float64)  # float32 loses the rare tokens
-        picked = torch.searchsorted(heights, noise * heights[:, -1:], right=True)[:, 0]
-        return picked.clamp_(max=logits.shape[-1] - 1)
-
-
-def _ends(generation: GenerationConfig) -> tuple[int, ...]:
-    ends = generation.eos_token_id
-    return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
-
-
-def up_to_end(ids: list[int], ends: Container[int]) -> list[int]:
-    """`ids` up to the first end token, which is kept."""
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[: i + 1]
-    return ids
+        return [up_to_end(row, ends_of(generation)) for row in output[:, longest:].tolist()]
 
 
 class Graph:
@@ -167,8 +84,6 @@ class Graph:
     What is drawn comes from torch's generator of the CPU, a number for each completion and token: portions, dropped rows and
     the device change nothing.
     """
-
-    name = "graph"
 
     def __init__(self, model, rows: int = 0, reserve: int = 0):
         self.model, self.rows, self.reserve = model, rows, reserve
@@ -284,9 +199,8 @@ class Graph:
             tensor.copy_(old)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream
-        ):  # they run one after another, so they may share their memory
+        # Graphs run one after another, so they may share their memory.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             self._step(rows, length, sampling)
         return graph
 

@@ -92,12 +92,8 @@ def test_captured_steps_see_an_update_of_the_adapter(micro, exact):
 def full_size_policy():
     from peft import get_peft_model
 
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            base = model.full_size_phi2()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device("cuda"):
+        base = model.full_size_phi2(torch.bfloat16)
     return get_peft_model(base, model.lora_config(CONFIG, base))
 
 
@@ -154,4 +150,4 @@ def test_the_benchmarks_run_on_a_card(command, tmp_path, monkeypatch):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "H100" in done.stdout or torch.cuda.get_device_name() in done.stdout
+    assert torch.cuda.get_device_name() in done.stdout

@@ -178,8 +178,7 @@ from phi2_grpo import model
 from config import CONFIG
 folder = sys.argv[1]
 if len(sys.argv) > 2:
-    torch.set_default_dtype(torch.bfloat16)
-    model.full_size_phi2().save_pretrained(folder)
+    model.full_size_phi2(torch.bfloat16).save_pretrained(folder)
 else:
     base = model.load_base({**CONFIG, "model": folder}, torch.device("cpu"), torch.bfloat16)
     size = sum(parameter.nbytes for parameter in base.parameters() if parameter.abs().max() >= 0)

@@ -10,7 +10,7 @@ from scipy.stats import chi2_contingency, chisquare
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from config import CONFIG
-from phi2_grpo import decoder, evaluation, model, rollout
+from phi2_grpo import decoder, evaluation, model, plan, rollout, sampling
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
 
@@ -274,7 +274,7 @@ def test_a_policy_in_training_mode_stays_in_it(policy, engine):
     policy.train()
     policy.gradient_checkpointing_enable()
     found = engine(policy)(prompts, settings(policy, 15))
-    assert policy.training and found[0] == rollout.up_to_end(plain, [policy.config.eos_token_id])
+    assert policy.training and found[0] == sampling.up_to_end(plain, [policy.config.eos_token_id])
     assert rollout.Graph(policy)(prompts, settings(policy, 15)) == found
 
 
@@ -302,7 +302,7 @@ def test_the_way_of_a_card(micro, monkeypatch, seed):
     torch.manual_seed(seed)
     assert engine(prompts, how) == plain
     assert len(captured) == len(set(captured)) > 3, "each kind of step is captured once"
-    assert all(length % rollout.LENGTHS == 0 for _, length, _ in captured)
+    assert all(length % plan.LENGTHS == 0 for _, length, _ in captured)
     seen = len(captured)
     torch.manual_seed(seed)
     assert engine(prompts, how) == plain and len(captured) == seen, "and replayed ever after"
@@ -324,7 +324,7 @@ def test_no_step_waits_for_the_device(policy):
     how = sampled(policy, 10, top_k=9, top_p=0.8, temperature=0.7)
     engine(prompts_of(policy, 3, 2), how)
     with torch.no_grad(), Watch():
-        engine._step(4, 64, rollout.Sampling.of(how))
+        engine._step(4, 64, sampling.Sampling.of(how))
 
 
 # --- the choice
@@ -357,7 +357,7 @@ def test_a_setting_that_the_engine_does_not_know_goes_to_generate(policy):
     prompts = prompts_of(policy, 4, 1)
     how = settings(policy, 20, repetition_penalty=3.0)
     with pytest.raises(ValueError, match="repetition_penalty"):
-        rollout.Sampling.of(how)
+        sampling.Sampling.of(how)
     assert rollout.Graph(policy)(prompts, how) == rollout.Generate(policy)(prompts, how)
     usual = model.generation_config(type("T", (), {"eos_token_id": 0, "pad_token_id": 0}), CONFIG)
-    assert rollout.Sampling.of(usual) == rollout.Sampling(False, CONFIG["chat_temperature"], 50, CONFIG["chat_top_p"], (0,))
+    assert sampling.Sampling.of(usual) == sampling.Sampling(False, CONFIG["chat_temperature"], 50, CONFIG["chat_top_p"], (0,))
