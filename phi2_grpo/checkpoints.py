@@ -76,7 +76,7 @@ class WholeCheckpoints:
         if self.args.should_save:
             shutil.rmtree(output / INCOMING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._saving, self.args.save_total_limit = True, None
+        self._saving = True  # the trainer's own pruning sees the incoming folder alone, and finds nothing to do
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process has written its random state
@@ -89,7 +89,7 @@ class WholeCheckpoints:
                 shutil.rmtree(output / INCOMING, ignore_errors=True)  # room for a message, and for the next try
             raise
         finally:
-            self._saving, self.args.save_total_limit = False, kept
+            self._saving = False
         if self.args.should_save:
             shutil.rmtree(output / INCOMING, ignore_errors=True)
             whole = whole_checkpoints(output)

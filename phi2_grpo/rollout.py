@@ -184,7 +184,7 @@ class Graph:
     def _step(self, rows: int, length: int, sampling: Sampling) -> None:
         state = self.state
         logits = self.decoder.logits(state.tokens[:rows], state.positions[:rows], state.cache, length)
-        state.positions[:rows] += ~state.ended[:rows]  # a row that has ended stays where it is, and so inside the cache
+        state.positions[:rows] += 1  # of ended rows too: none goes further than a live one could, so all stay in the cache
         state.take(logits, rows, sampling)
 
     def _capture(self, rows: int, length: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
