@@ -96,7 +96,7 @@ def main() -> None:
         f"Tokens/s and ms of the fastest of {arguments.turns} turns, the prompts' filling in included; times: median [lowest, "
         "highest] of the turns' ratios. A cache that the processor holds near itself can pass the limit of a copy."
     )
-    command = f"python benchmarks/rollout.py --model {arguments.model}"
+    command = " ".join(["python benchmarks/rollout.py", *sys.argv[1:]])
     write_section(f"Rollout, {arguments.model}", command, body, "torch", "transformers", "peft")
 
 

@@ -129,7 +129,7 @@ def main() -> None:
     sentences = [text.format(middle(values)) for text, values in ratios.items()][::-1]
     note = f"{found['ours'][0]['machine']}; {arguments.turns} turns of {arguments.steps} steps, the first {WARM} not counted."
     body = "\n".join(lines) + f"\n\n{note} Medians [lowest, highest].\n\n" + "\n\n".join(sentences)
-    command = f"python benchmarks/step.py --model {arguments.model}"
+    command = " ".join(["python benchmarks/step.py", *sys.argv[1:]])
     write_section(f"A GRPO step, {arguments.model}", command, body, "torch", "transformers", "trl", "peft")
 
 

@@ -38,7 +38,7 @@ STOP_STRINGS = ["\nInstruct:", "\nOutput:", "\nUser:", "\nHuman:", "\nExercise:"
 
 MAX_CHARACTERS = 20_000  # of a question; far over any context here, and cheap to refuse
 MAX_NEW_TOKENS = 512  # of an answer, where the context allows it
-MAX_SECONDS = 180.0  # of an answer: a Phi-2 on two CPU cores writes about 3 tokens a second
+MAX_SECONDS = 180.0  # of an answer: a Phi-2 on two CPU cores writes about 2 tokens a second
 TUNED, BASE = "tuned", "base"
 RUNNING = "…"
 
@@ -257,7 +257,7 @@ class Engine:
         dtype = str(self.model.dtype).removeprefix("torch.")
         if self.model.device.type == "cuda":
             return f"{torch.cuda.get_device_name()}, {dtype}"
-        slow = ", about 3 tokens/s on two cores: long answers take a minute or two"
+        slow = ", about 2 tokens/s on two cores: long answers take minutes"
         return f"CPU, {dtype}{slow if self.model.num_parameters() > 1e9 else ''}"
 
     def close(self) -> None:
