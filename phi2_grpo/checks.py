@@ -87,7 +87,8 @@ def expectation(config: dict, found: dict) -> str:
     mean = sum(prompts) / len(prompts)
     decoding, update = plan.step_seconds(config, found["wrapped"], mean, found["plan"], dtype, bandwidth, flops)
     return (
-        f"At the least {_short(decoding + update)} s a step (rollout {_short(decoding)}, update {_short(update)}) if every completion has "
+        f"At the least {_short(decoding + update)} s a step (rollout {_short(decoding)}, update {_short(update)}) if every "
+        "completion has "
         f"full length: by {bandwidth / GB:,.0f} GB/s and {flops / 1e12:.3g} TFLOP/s as measured here, no time lost in between."
     )
 
