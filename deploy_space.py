@@ -35,17 +35,15 @@ def main() -> None:
 
     from rich.console import Console
     from rich.filesize import decimal
-    from rich.table import Table
 
-    from phi2_grpo import hub
+    from phi2_grpo import hub, looks
 
     console = Console()
     name = hub.check_name(arguments.name)
     adapter = Path(config["adapter"])
     with tempfile.TemporaryDirectory(prefix="space-") as folder:
         stage(Path(folder), adapter)
-        table = Table("file", "size", title=f"What the Space {name} gets", title_justify="left")
-        table.columns[1].justify = "right"
+        table = looks.table(f"What the Space {name} gets", "file", "size")
         sent = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         for path in sent:
             table.add_row(str(path.relative_to(folder)), decimal(path.stat().st_size))

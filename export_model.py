@@ -57,13 +57,14 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from phi2_grpo import chat, model
+    from phi2_grpo import cards, chat, model
     from phi2_grpo.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config)
     empty = model.empty_base(config)
     stored = empty.config.dtype or torch.float32
     dtype = getattr(torch, config["dtype"]) if config["dtype"] != "auto" else _export_dtype(stored)
+    name = str(dtype).removeprefix("torch.")
     needed = empty.num_parameters() * dtype.itemsize
     free = shutil.disk_usage(files.nearest_existing(out)).free
     if free < 1.05 * needed:
@@ -82,13 +83,13 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
         with console.status("writing"):
             merged.save_pretrained(folder, max_shard_size="5GB")
             tokenizer.save_pretrained(folder)
-            files.write_text(folder / "README.md", card(config, adapter, dtype))
+            files.write_text(folder / "README.md", cards.of_merged(adapter, name))
             del tuned, merged
         with console.status("reading it back"):
             written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
             compare(console, written, tokenizer, expected)
     size = sum(path.stat().st_size for path in out.iterdir())
-    console.print(f"Merged model: {out}, {str(dtype).removeprefix('torch.')}, {size / 1e9:.2f} GB", highlight=False)
+    console.print(f"Merged model: {out}, {name}, {size / 1e9:.2f} GB", highlight=False)
 
 
 def _export_dtype(stored):
@@ -124,15 +125,12 @@ def log_probs(language_model, tokenizer, prompt: str, ids: list[int]) -> list[fl
 
 def compare(console, written, tokenizer, expected: list[tuple[str, list[int], list[float]]]) -> None:
     """What was written against the adapter on its float32 base: the greedy answers, and the log-probs of the adapter's."""
-    from rich.table import Table
     from rich.text import Text
 
-    from phi2_grpo import chat
+    from phi2_grpo import chat, looks
 
-    table = Table(
-        "sample prompt", "greedy answers", "largest log-prob difference", title="Merged against adapter", title_justify="left"
-    )
-    table.columns[2].justify = "right"
+    columns = ("sample prompt", "greedy answers", "largest log-prob difference")
+    table = looks.table("Merged against adapter", *columns, words=(0, 1))
     for question, (prompt, ids, wanted) in zip(chat.SAMPLE_PROMPTS, expected, strict=True):
         same = len(os.path.commonprefix([ids, greedy(written, tokenizer, question)[1]]))
         found = log_probs(written, tokenizer, prompt, ids)
@@ -140,27 +138,6 @@ def compare(console, written, tokenizer, expected: list[tuple[str, list[int], li
         words = "the same" if same == len(ids) else f"the same for {same} of {len(ids)} tokens"
         table.add_row(Text(question), words, f"{largest:.2g} nats")
     console.print(table)
-
-
-def card(config: dict, adapter: Path, dtype) -> str:
-    """The adapter's own card, for the merged model: other metadata, other code."""
-    text = (adapter / "README.md").read_text(encoding="utf-8") if (adapter / "README.md").is_file() else "---\n---\n"
-    _, header, body = text.split("---\n", 2)
-    header = header.replace("library_name: peft", "library_name: transformers")
-    before, _, after = body.partition("## Use\n")
-    use = (
-        f"## Use\n\nMerged in float32, written in {str(dtype).removeprefix('torch.')}: plain weights, which transformers, vLLM "
-        "and llama.cpp's converter read. Stop strings are left out, for plain `generate` refuses them: cut an answer before "
-        '"\\nInstruct:" or "\\nExercise".\n\n'
-        "```python\nfrom transformers import pipeline\n\n"
-        'chat = pipeline("text-generation", "DIR or USER/NAME")\n'
-        'print(chat([{"role": "user", "content": "What are the benefits of exercise?"}])[0]["generated_text"][-1]["content"])\n'
-        "```\n\n"
-    )
-    rest = after[after.index("## How it was made") :] if "## How it was made" in after else ""
-    picture = "![reward curve](reward.png)\n\n"
-    before = before.replace(picture, "").replace("# A LoRA adapter for", "# Merged: a LoRA adapter for")
-    return f"---\n{header}---\n{before}{use}{rest}"
 
 
 def send(console, name: str, folder: Path, private: bool, only_adapter: bool) -> None:

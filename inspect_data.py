@@ -65,16 +65,14 @@ def main() -> None:
 def show_tables(console, rows: list[dict], lengths: list[int]) -> None:
     """Per language: how many, how long, how many with a human reply."""
     import numpy
-    from rich.table import Table
+
+    from phi2_grpo import looks
 
     by_language = defaultdict(list)
     for row, length in zip(rows, lengths, strict=True):
         by_language[row["lang"]].append((row, length))
-    title = "Prompts (lengths in tokens, chat template included)"
     columns = ("language", "train", "validation", "median", "95 %", "longest", "with a reply")
-    table = Table(*columns, title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = looks.table("Prompts (lengths in tokens, chat template included)", *columns)
     groups = sorted(by_language.items(), key=lambda item: -len(item[1]))
     if len(groups) > 1:
         groups.append(("all", list(zip(rows, lengths, strict=True))))
@@ -109,24 +107,21 @@ def show_samples(console, rows: list[dict], texts: list[str], lengths: list[int]
 
 def draw(rows: list[dict], lengths: list[int], path: Path) -> None:
     """Histogram of token lengths, and prompts per language."""
-    from matplotlib.figure import Figure
+    from phi2_grpo import looks
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = looks.figure(1, 2, 11, 4)
     width = 1 + (max(lengths) - min(lengths)) // 40  # whole tokens, or the bars would have gaps
-    left.hist(lengths, bins=range(min(lengths), max(lengths) + width + 1, width), color="#4c72b0")
+    left.hist(lengths, bins=range(min(lengths), max(lengths) + width + 1, width), color=looks.BLUE)
     left.set(xlabel="prompt length (tokens, chat template included)", ylabel="prompts", title=f"{len(rows):,} prompts")
     counts = {split: Counter(row["lang"] for row in rows if row["split"] == split) for split in ("train", "validation")}
     languages = [language for language, _ in Counter(row["lang"] for row in rows).most_common(20)]
     train = [counts["train"][language] for language in languages]
-    right.bar(languages, train, label="train", color="#4c72b0")
+    right.bar(languages, train, label="train", color=looks.BLUE)
     held_out = [counts["validation"][language] for language in languages]
-    right.bar(languages, held_out, bottom=train, label="validation", color="#dd8452")
+    right.bar(languages, held_out, bottom=train, label="validation", color=looks.ORANGE)
     right.set(ylabel="prompts", title="languages" + (" (the 20 most frequent)" if len(languages) == 20 else ""))
     right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    looks.save(figure, path)
 
 
 if __name__ == "__main__":

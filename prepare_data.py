@@ -143,18 +143,17 @@ def _choose(chunk: tuple) -> tuple:
 def show(console, funnels: dict, prepared, data_dir: Path) -> None:
     """The funnel and the languages, as tables."""
     from datasets import load_from_disk
-    from rich.table import Table
 
-    funnel = Table("step", "train", "validation", title="What was kept", title_justify="left")
-    funnel.columns[1].justify = funnel.columns[2].justify = "right"
+    from phi2_grpo import looks
+
+    funnel = looks.table("What was kept", "step", "train", "validation")
     for step in funnels["train"]:
         style = "bold" if step == "kept" else None
         funnel.add_row(step, f"{funnels['train'][step]:,}", f"{funnels['validation'][step]:,}", style=style)
     console.print(funnel)
 
     counts = {split: Counter(table["lang"]) for split, table in prepared.items()}
-    languages = Table("language", "train", "validation", title="Prompts by language", title_justify="left")
-    languages.columns[1].justify = languages.columns[2].justify = "right"
+    languages = looks.table("Prompts by language", "language", "train", "validation")
     for language, _ in sum(counts.values(), Counter()).most_common():
         languages.add_row(language, f"{counts['train'][language]:,}", f"{counts['validation'][language]:,}")
     console.print(languages)

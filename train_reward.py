@@ -32,7 +32,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import checks, failures, files
+    from phi2_grpo import checkpoints, checks, files, running
 
     console = Console()
     console.print(f"train_reward: {cli.differences(config, KEYS)}", highlight=False)
@@ -42,75 +42,49 @@ def main() -> None:
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    with files.alone_in(Path(config["reward_dir"])), failures.advice_when_interrupted(checks.run_folder(config)):
+    with files.alone_in(Path(config["reward_dir"])), running.advice_when_interrupted(checkpoints.reward_run_folder(config)):
         train(config, arguments, console, found)
 
 
 def train(config: dict, arguments, console, found: dict) -> None:
     """Train, measure on the validation pairs, and leave the finished reward model in reward_dir."""
-    from dataclasses import fields
-
     from transformers import set_seed
     from trl import RewardConfig
 
-    from phi2_grpo import accuracy, checkpoints, checks, failures, files, interruption, model, monitor, progress, report
+    from phi2_grpo import accuracy, checkpoints, files, looks, model, monitor, progress, report, running
     from phi2_grpo.reward_model import judge
-    from phi2_grpo.trainer import JudgeTrainer
+    from phi2_grpo.trainer import JudgeTrainer, training_arguments
 
     device, dtype = found["device"]
     tokenizer = found["tokenizer"]
     tokenizer.padding_side = "right"  # the head reads the last token
-    run_folder, reward_dir = checks.run_folder(config), Path(config["reward_dir"])
+    run_folder, reward_dir = checkpoints.reward_run_folder(config), Path(config["reward_dir"])
     whole = checkpoints.whole_checkpoints(run_folder) if arguments.resume else []
+    read = {key: config[key] for key in KEYS}
 
     set_seed(config["seed"])
     base = model.load_judge(config, device, dtype)
-    names = {field.name for field in fields(RewardConfig)} - {"output_dir"}
+    own = {
+        "output_dir": str(run_folder),
+        "run_name": reward_dir.name,
+        "project": "phi2-reward",
+        "learning_rate": config["reward_learning_rate"],
+        "max_steps": found["steps"],
+        "max_length": None,  # too long pairs are left out before, and counted
+    }
     trainer = JudgeTrainer(
         model=base,
-        args=RewardConfig(
-            **{key: config[key] for key in KEYS if key in names},
-            output_dir=str(run_folder),
-            learning_rate=config["reward_learning_rate"],
-            max_steps=found["steps"],
-            max_length=None,  # too long pairs are left out before, and counted
-            bf16=dtype.itemsize == 2 and device.type == "cuda",
-            use_cpu=device.type == "cpu",
-            logging_steps=1,
-            disable_tqdm=True,
-            dataloader_pin_memory=device.type == "cuda",
-            project="phi2-reward",
-            run_name=reward_dir.name,
-            trackio_static_space_id=False,
-        ),
+        args=training_arguments(RewardConfig, read, device, dtype, **own),
         train_dataset=found["pairs"]["train"],
         processing_class=tokenizer,
         peft_config=model.lora_config(config, base, "SEQ_CLS"),
     )
-    trainer.create_model_card = lambda *_, **__: None
     adapted = model.describe_coverage(trainer.model)
-    facts = report.run_facts({key: config[key] for key in KEYS}, arguments.preset, device, dtype, found["funnel"], adapted)
-    before = files.read_json(whole[-1] / "run.json").get("seconds", 0.0) if whole else 0.0
-    watch = monitor.RewardMonitor(facts, before)
-    trainer.complete = watch.complete
-    trainer.add_callback(watch)
-    progress.quiet(trainer)
+    facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
+    watch = monitor.RewardMonitor(facts, checkpoints.seconds_of(whole))
+    trainer.watched_by(watch)
     console.print(f"LoRA on {adapted}", highlight=False)
-    if whole and checkpoints.step_of(whole[-1]) >= found["steps"]:
-        model.take_up(trainer, whole[-1])  # nothing is left to train: it was killed while it measured
-    else:
-        if not whole:
-            checkpoints.remove_run(run_folder)
-        asked = interruption.Interruption()
-        trainer.add_callback(asked)
-        try:
-            with asked.listening():
-                trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-        except Exception as error:
-            failures.explain(error, run_folder)
-            raise
-        if trainer.state.global_step < found["steps"]:
-            asked.raise_if_asked()
+    running.train(trainer, config, run_folder, whole, found["steps"])
 
     held_out = found["pairs"]["validation"].to_list()
     trained = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -120,12 +94,12 @@ def train(config: dict, arguments, console, found: dict) -> None:
         )
     scale = accuracy.scale(chosen, rejected)
     measured = accuracy.accuracies(held_out, chosen, rejected)
-    rows = report.loss_rows(trainer.state.log_history)
     with files.whole_folder(reward_dir) as folder:
         trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         standard = [[(score - scale["mean"]) / scale["std"] for score in scores] for scores in (chosen, rejected)]
         accuracy.draw(measured, *standard, folder / "scores.png")
+        rows = report.loss_rows(trainer.state.log_history)
         report.describe_reward_folder(folder, facts, rows, watch.seconds(), scale, measured, found["left_out"])
     checkpoints.remove_run(run_folder)  # its checkpoints have served
     with contextlib.suppress(OSError):  # not empty: the rest is somebody's
@@ -134,7 +108,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     console.print(accuracy.verdict(measured), style="bold", highlight=False)
     console.print(
         f"{measured['ties']} ties, counted half. Rank correlation of score and length: {measured['rank_correlation']:.2f}.\n"
-        f"Reward model: {reward_dir}, in {monitor.duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
+        f"Reward model: {reward_dir}, in {looks.duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
         f"  python train_grpo.py --preset {arguments.preset} --rewards {config['reward_dir']},ending "
         "--output_dir results/on-reward-model",
         highlight=False,

@@ -46,6 +46,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from rich.console import Console
 
     from phi2_grpo import (
+        cards,
         chat,
         checks,
         data,
@@ -90,14 +91,16 @@ def validate(config: dict, arguments, trained: dict) -> None:
         "model": [config["model"], config["model_revision"], device.type, str(dtype)],
         **{key: config[key] for key in drawing},
     }
-    length = checks.fits_context(prompts, tokenizer, config)
+    context = model.context_of(model.empty_base(config))
+    length = checks.fits_context([row["prompt"] for row in prompts], tokenizer, config, context)
+    length += config["max_completion_length"]
     with console.status("loading the model"):
         base = model.load_base(config, device, dtype)
         for judge in scorer.models:
             judge.load(config, base, device, dtype)
         policy = model.load_adapter(base, config["adapter"])
         if arguments.against:
-            model.add_adapter(policy, arguments.against, "against")
+            model.load_adapter(policy, arguments.against, "against")
     sides = {"base": ("against" if arguments.against else None), "tuned": "default"}
     engine = rollout.make_engine(config["rollout"], policy, config["rollout_batch_size"], evaluation.held_bytes(policy))
     batch = config["rollout_batch_size"] or plan.rows_that_fit(policy, length, evaluation.held_bytes(policy))
@@ -153,7 +156,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
         proof.write(new, found, samples, prompts, shown, facts, {**config, "against": arguments.against})
     as_trained = all(config[key] == (trained.get("config") or {}).get(key) for key in TRAINED_WITH)
     if not arguments.against and as_trained and len(prompts) >= statistics.FEW:
-        proof.add_to_card(adapters[0], found)
+        cards.add_validation(adapters[0], found["line"], proof.metric_table(found))
     else:
         console.print("The model card is left as it is: that takes the settings of the training, the base, and 20 prompts.")
     console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", highlight=False)
@@ -188,10 +191,10 @@ def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
 
 def show_samples(console, engine, tokenizer, voice, names: tuple[str, str], config: dict, questions: list[str]) -> list[dict]:
     """The questions answered by both as a chat (the adapter's generation_config.json), side by side, trimmed."""
-    from rich.table import Table
     from rich.text import Text
     from transformers import GenerationConfig
 
+    from phi2_grpo import looks
     from phi2_grpo.answers import trim
     from phi2_grpo.chat import render
     from phi2_grpo.rollout import complete
@@ -208,7 +211,7 @@ def show_samples(console, engine, tokenizer, voice, names: tuple[str, str], conf
             answers[side] = trim(ids, tokenizer)
     samples = []
     for i, question in enumerate(questions):
-        table = Table(*names, title=Text(question), title_justify="left", expand=True, show_lines=True)
+        table = looks.table(Text(question), *names, words=(0, 1), expand=True, show_lines=True)
         pair = [answers["base"][i], answers["tuned"][i]]
         table.columns[0].ratio = table.columns[1].ratio = 1
         table.add_row(*(Text(answer.text) for answer in pair))

@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import numpy
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
+
+from phi2_grpo import looks
 
 NEAR = 0.15  # two replies are of nearly equal length where they differ by at most this share of the longer
 FEW = 20  # pairs; a language or rank distance with fewer, or from fewer prompts, is not shown by itself
@@ -56,7 +59,7 @@ def accuracies(pairs: list[dict], chosen: list[float], rejected: list[float]) ->
     for name, key in (("language", "lang"), ("rank distance", "rank_distance")):
         values = numpy.array([pair[key] for pair in pairs])
         groups += [(f"{name} {value}", values == value) for value in sorted(set(values.tolist()))]
-    rows = []
+    measured = []
     for name, mask in groups:
         enough = mask.sum() >= FEW and len(set(prompts[mask])) >= FEW_PROMPTS
         if mask.any() and (enough or name in ("all", "nearly equal length")):
@@ -64,11 +67,11 @@ def accuracies(pairs: list[dict], chosen: list[float], rejected: list[float]) ->
             for key, values in (("model", right), ("longer", longer), ("difference", right - longer)):
                 row[key] = round(float(values[mask].mean()), 4)
                 row[f"{key}_interval"] = [_finite(end) for end in interval(values[mask], prompts[mask])]
-            rows.append(row)
+            measured.append(row)
     every_length = [length[0] for length in lengths] + [length[1] for length in lengths]
     correlation = stats.spearmanr([*chosen, *rejected], every_length).statistic if len(set(every_length)) > 1 else 0.0
     ties = int(sum(a == b for a, b in zip(chosen, rejected, strict=True)))
-    return {"groups": rows, "ties": ties, "rank_correlation": _finite(correlation)}
+    return {"groups": measured, "ties": ties, "rank_correlation": _finite(correlation)}
 
 
 def _finite(value: float) -> float | None:
@@ -81,21 +84,28 @@ def scale(chosen: list[float], rejected: list[float]) -> dict[str, float]:
     return {"mean": float(scores.mean()), "std": float(scores.std()) or 1.0}
 
 
+COLUMNS = ("held-out pairs", "", LABELS["model"], LABELS["longer"], "difference")
+
+
+def rows(found: dict) -> list[list[str]]:
+    """The accuracies for people, in per cent, by COLUMNS."""
+
+    def cell(row: dict, key: str, sign: str) -> str:
+        low, high = row[f"{key}_interval"]
+        spread = "?" if low is None else f"{100 * low:{sign}.0f}, {100 * high:{sign}.0f}"
+        return f"{100 * row[key]:{sign}.1f} [{spread}]"
+
+    signs = {"model": "", "longer": "", "difference": "+"}
+    return [
+        [row["group"], str(row["pairs"]), *(cell(row, key, sign) for key, sign in signs.items())] for row in found["groups"]
+    ]
+
+
 def table(found: dict) -> Table:
-    """The accuracies for people."""
-    shown = Table("held-out pairs", "", "reward model", LABELS["longer"], "difference", title_justify="left")
-    shown.title = "How often it agrees with people (95 % interval; chance is 50 %)"
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for row in found["groups"]:
-        cells = []
-        for key, sign in (("model", ""), ("longer", ""), ("difference", "+")):
-            low, high = row[f"{key}_interval"]
-            cells.append(
-                f"{100 * row[key]:{sign}.1f}"
-                + (f" [{100 * low:{sign}.0f}, {100 * high:{sign}.0f}]" if low is not None else " [?]")
-            )
-        shown.add_row(row["group"], str(row["pairs"]), *(cell.replace("[", "\\[") for cell in cells))
+    """The same for the terminal."""
+    shown = looks.table("How often it agrees with people, % [95 % interval]; chance is 50", *COLUMNS)
+    for row in rows(found):
+        shown.add_row(*map(Text, row))
     return shown
 
 
@@ -115,32 +125,24 @@ def verdict(found: dict) -> str:
 
 def draw(found: dict, chosen: list[float], rejected: list[float], path) -> None:
     """Histograms of the scores of preferred and other replies; accuracies with their intervals."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = looks.figure(1, 2, 11, 4.6)
     edges = numpy.histogram_bin_edges([*chosen, *rejected], bins=30)
-    left.hist(chosen, edges, alpha=0.6, color="#55a868", label="preferred by people")
-    left.hist(rejected, edges, alpha=0.6, color="#c44e52", label="the other reply")
+    left.hist(chosen, edges, alpha=0.6, color=looks.GREEN, label="preferred by people")
+    left.hist(rejected, edges, alpha=0.6, color=looks.RED, label="the other reply")
     left.set(
         title="Scores of held-out human replies", xlabel="score (0: the mean, 1: one standard deviation)", ylabel="replies"
     )
     left.legend(frameon=False)
-    rows = found["groups"][::-1]
-    for i, row in enumerate(rows):
-        for key, shift, color in (("model", 0.14, "#4c72b0"), ("longer", -0.14, "#999999")):
-            low, high = row[f"{key}_interval"]
-            if low is not None:
-                right.plot([low, high], [i + shift] * 2, color=color, linewidth=1.5)
-            right.plot(row[key], i + shift, "o", color=color, label=LABELS[key] if i == 0 else None)
+    groups = found["groups"][::-1]
+    for i, row in enumerate(groups):
+        for key, shift, color in (("model", 0.14, looks.BLUE), ("longer", -0.14, looks.GREY)):
+            looks.point(right, i + shift, row[key], row[f"{key}_interval"], color, LABELS[key] if i == 0 else None)
     right.axvline(0.5, color="grey", linestyle="--", linewidth=1)
     right.text(0.49, -0.5, "chance", color="grey", ha="right", fontsize=8)
-    right.set_yticks(range(len(rows)), [f"{row['group']} ({row['pairs']})" for row in rows])
-    right.set(title="Agreement with people, 95 % interval", xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
+    right.set_yticks(range(len(groups)), [f"{row['group']} ({row['pairs']})" for row in groups])
+    right.set(title="Agreement with people, 95 % interval", xlim=(0, 1), ylim=(-0.6, len(groups) - 0.4))
     right.legend(frameon=False, loc="upper left")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    looks.save(figure, path)
 
 
 def judge_pairs(judge: Judge, pairs: list[dict], advance: Callable[[int], None]) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from config import CONFIG
 from phi2_grpo import files
+from phi2_grpo.cli import UserError
 
 # What a resumed run may change: how long it goes, what it prints and keeps, and how it is fitted into memory.
 HARMLESS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval_steps", "stop_on_collapse", "report_to",
@@ -14,6 +15,22 @@ HARMLESS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval
             "chat_top_p", "reward_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "use_vllm", "vllm_mode",
             "vllm_server_base_url", "vllm_gpu_memory_utilization"}  # fmt: skip
 INCOMING = ".incoming"
+
+
+def final_folder(config: dict) -> Path:
+    """Where the finished adapter goes."""
+    output = Path(config["output_dir"])
+    if not output.name:  # "." or "/"
+        output = output.resolve()
+    return output.with_name(f"{output.name}-final")
+
+
+def reward_run_folder(config: dict) -> Path:
+    """Where the checkpoints of a reward model's training stand until it is finished."""
+    reward_dir = Path(config["reward_dir"]).resolve()
+    if not reward_dir.name:
+        raise UserError(f"--reward_dir is {config['reward_dir']}, but it takes a folder of its own.")
+    return reward_dir.with_name(f"{reward_dir.name}-run")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -30,6 +47,11 @@ def found_checkpoints(output_dir: str | Path) -> list[Path]:
 def whole_checkpoints(output_dir: str | Path) -> list[Path]:
     """Those that nothing is missing from, by the sizes in their run.json, which is written last."""
     return [path for path in found_checkpoints(output_dir) if is_whole(path)]
+
+
+def seconds_of(whole: list[Path]) -> float:
+    """How long a run had taken up to the newest of `whole`."""
+    return files.read_json(whole[-1] / "run.json").get("seconds", 0.0) if whole else 0.0
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from rich.table import Table
 
-from phi2_grpo import checkpoints, cli, data, files, model, plan, rollout
+from phi2_grpo import checkpoints, cli, data, files, looks, model, plan, rollout
 from phi2_grpo.chat import count_tokens
 from phi2_grpo.checkpoints import whole_checkpoints
 from phi2_grpo.cli import UserError
@@ -45,7 +45,7 @@ class Checklist:
         return value
 
     def table(self) -> Table:
-        table = Table("check", "", "found", title="Before the start", title_justify="left")
+        table = looks.table("Before the start", "check", "", "found", words=(0, 1, 2))
         for name, good, found in self.rows:
             table.add_row(name, "[green]ok[/]" if good else "[red]no[/]", found.replace("[", "\\["))
         return table
@@ -61,7 +61,7 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     the LoRA without weights and the memory plan."""
     checks = Checklist()
     device = checks.run("device", _device, config)
-    checks.run("output folder", _output, Path(config["output_dir"]), final_folder(config), resume, overwrite)
+    checks.run("output folder", _output, Path(config["output_dir"]), checkpoints.final_folder(config), resume, overwrite)
     checks.run("settings", _settings, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
@@ -103,11 +103,11 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
         raise UserError("train_reward.py runs in one process: start it with python, not with accelerate launch or torchrun.")
     checks = Checklist()
     device = checks.run("device", _device, config)
-    checks.run("output folder", _output, run_folder(config), Path(config["reward_dir"]), resume, overwrite)
+    checks.run("output folder", _output, checkpoints.reward_run_folder(config), Path(config["reward_dir"]), resume, overwrite)
     tokenizer = checks.run("base model", _tokenizer, config)
     found = checks.run("data", _pairs, config, tokenizer) or {}
     if resume:
-        checks.run("same run", _same_run, config, run_folder(config), found.get("funnel"))
+        checks.run("same run", _same_run, config, checkpoints.reward_run_folder(config), found.get("funnel"))
     wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}) if tokenizer else None
     checks.run("disk", _disk, config, wrapped, Path(config["reward_dir"]))
     return checks, {"device": device, "tokenizer": tokenizer, **found}
@@ -124,14 +124,6 @@ def _device(config: dict):
     return (device, dtype), f"{name}, {str(dtype).removeprefix('torch.')}"
 
 
-def final_folder(config: dict) -> Path:
-    """Where the finished adapter goes."""
-    output = Path(config["output_dir"])
-    if not output.name:  # "." or "/"
-        output = output.resolve()
-    return output.with_name(f"{output.name}-final")
-
-
 def same_base(adapters: list[Path], config: dict | None) -> None:
     """Raise UserError unless all adapters name the same base, at the same revision; with `config`, the base that it names."""
     named = [files.read_json(adapter / "adapter_config.json") for adapter in adapters]
@@ -146,24 +138,16 @@ def same_base(adapters: list[Path], config: dict | None) -> None:
         )
 
 
-def fits_context(prompts: list[dict], tokenizer, config: dict) -> int:
-    """Tokens of the longest prompt and the longest answer together. Raises UserError where the context is shorter."""
-    longest = max(count_tokens(tokenizer, [row["prompt"] for row in prompts]))
-    context = getattr(model.empty_base(config).config, "max_position_embeddings", None) or 2048
+def fits_context(conversations: list[list[dict]], tokenizer, config: dict, context: int) -> int:
+    """Tokens of the longest prompt. Raises UserError where that and the longest answer are more than the `context`."""
+    longest = max(count_tokens(tokenizer, conversations))
     if longest + config["max_completion_length"] > context:
         raise UserError(
             f"the longest prompt has {longest} tokens; with max_completion_length {config['max_completion_length']} that is "
-            f"more than the context of {context}. Give at most --max_completion_length {max(0, context - longest)}."
+            f"more than the context of {context}. Give at most --max_completion_length {max(0, context - longest)}, or "
+            "prepare the data with a smaller --max_prompt_tokens."
         )
-    return longest + config["max_completion_length"]
-
-
-def run_folder(config: dict) -> Path:
-    """Where the checkpoints of a reward model's training stand until it is finished."""
-    reward_dir = Path(config["reward_dir"]).resolve()
-    if not reward_dir.name:
-        raise UserError(f"--reward_dir is {config['reward_dir']}, but it takes a folder of its own.")
-    return reward_dir.with_name(f"{reward_dir.name}-run")
+    return longest
 
 
 def _output(output: Path, final: Path, resume: bool, overwrite: bool):
@@ -276,14 +260,8 @@ def _lora(config: dict):
 
 
 def _context(config: dict, tokenizer, prompts, wrapped: PeftModel):
-    longest = max(count_tokens(tokenizer, [prompt for table in prompts.values() for prompt in table["prompt"]]))
-    context = wrapped.config.max_position_embeddings
-    if longest + config["max_completion_length"] > context:
-        raise UserError(
-            f"the longest prompt has {longest} tokens; with max_completion_length {config['max_completion_length']} that is "
-            f"more than the context of {context}. Give at most --max_completion_length {max(0, context - longest)}, or "
-            "prepare the data with a smaller --max_prompt_tokens."
-        )
+    context = model.context_of(wrapped)
+    longest = fits_context([prompt for table in prompts.values() for prompt in table["prompt"]], tokenizer, config, context)
     return longest, f"{longest} prompt + {config['max_completion_length']} completion tokens at most, of {context}"
 
 

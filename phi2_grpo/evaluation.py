@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from phi2_grpo.chat import render
+from phi2_grpo.model import context_of
 from phi2_grpo.rollout import complete_in_batches
 from phi2_grpo.scoring import Scorer
 
@@ -106,8 +107,7 @@ def surprise(policy, tokenizer, rows: list[dict], advance=lambda count: None) ->
     prompts = tokenizer(render(tokenizer, [row["prompt"] for row in rows]), add_special_tokens=False)["input_ids"]
     # The answer begins with the space behind "Output:", as in training.
     replies = tokenizer([f" {row['reference'] or ''}" for row in rows], add_special_tokens=False)["input_ids"]
-    context = getattr(policy.config, "max_position_embeddings", None) or 2048
-    replies = [reply[: max(0, context - len(prompt))] for prompt, reply in zip(prompts, replies, strict=True)]
+    replies = [reply[: max(0, context_of(policy) - len(prompt))] for prompt, reply in zip(prompts, replies, strict=True)]
     values: list[tuple[float, int] | None] = [None] * len(rows)
     chosen = [i for i, row in enumerate(rows) if row["reference"] and replies[i]]
     for part in _batches([prompts[i] for i in chosen], [replies[i] for i in chosen]):

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
     PhiConfig,
-    TrainerState,
 )
 
 from phi2_grpo.answers import STOP_STRINGS
@@ -167,35 +166,10 @@ def wrap_empty(config: dict) -> PeftModel:
         return get_peft_model(model, lora_config(config, model))
 
 
-def add_adapter(policy: PeftModel, folder: str, name: str) -> None:
-    """A second adapter on the same base, called `name`; `policy.set_adapter` switches. Raises UserError."""
-    path = check_adapter(folder)
-    try:
-        with safe_open(path / "adapter_model.safetensors", "pt") as weights:
-            saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
-        policy.load_adapter(folder, adapter_name=name, is_trainable=False)
-    except Exception as error:  # as in load_adapter
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the adapter {folder} cannot be put on the same base: {reason}") from None
-    adapted = sum(hasattr(module, "lora_A") and name in module.lora_A for module in policy.modules())
-    if saved != adapted:
-        raise UserError(
-            f"the adapter {folder} has weights for {saved} modules where the base has {adapted}: it has another base."
-        )
-    policy.set_adapter("default")
-
-
 def cache_bytes_per_token(config, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads) * dtype.itemsize
-
-
-def take_up(trainer, checkpoint: Path) -> None:
-    """Put the trainer where the checkpoint left it, without training: its weights and its state."""
-    weights = load_peft_weights(str(checkpoint), device=str(trainer.accelerator.device))
-    set_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model), weights)
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def generation_config(tokenizer, config: dict) -> GenerationConfig:
@@ -211,27 +185,45 @@ def generation_config(tokenizer, config: dict) -> GenerationConfig:
     )
 
 
-def load_adapter(base, folder: str, is_trainable: bool = False) -> PeftModel:
-    """`base` with the adapter of `folder` on it (`base` itself is changed; switch with `disable_adapter()`).
+def load_adapter(model, folder: str, name: str = "default") -> PeftModel:
+    """`model` with the adapter of `folder` on it, called `name`.
 
-    Raises UserError where the adapter is broken, or was made for a model of other shapes.
+    A base is wrapped (`disable_adapter()` is its voice then); a policy, which has one, gets another, to which `set_adapter`
+    switches. Raises UserError where the adapter is broken, or was made for a model of other shapes.
     """
     path = check_adapter(folder)
+    base = model.config.name_or_path
     try:
-        adapter = LoraConfig.from_pretrained(str(path))
-        with safe_open(path / "adapter_model.safetensors", "pt") as weights:
-            saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
-        model = PeftModel.from_pretrained(base, str(path), is_trainable=is_trainable)
+        named = LoraConfig.from_pretrained(str(path)).base_model_name_or_path
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(path), adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
     except Exception as error:  # PEFT, safetensors and json raise a dozen kinds for a folder that does not fit
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the adapter {folder} cannot be put on {base.config.name_or_path}: {reason}\n"
+            f"the adapter {folder} cannot be put on {base}: {reason}\n"
             "  It is broken, or was trained on another base model; give that one with --model."
         ) from None
-    adapted = coverage(model)[0].total()
-    if saved != adapted:  # PEFT passes over what has no place, and leaves at zero what it has no weights for
-        raise UserError(
-            f"the adapter {folder} has weights for {saved} modules, but {base.config.name_or_path} has {adapted} of them: it "
-            f"was trained on another base model, {adapter.base_model_name_or_path}. Give that one with --model."
-        )
+    try:
+        check_all_in_place(model, path, name)
+    except UserError as error:
+        raise UserError(f"{error} It was trained on another base model, {named}. Give that one with --model.") from None
     return model
+
+
+def check_all_in_place(model: PeftModel, folder: Path, name: str = "default") -> None:
+    """Raise UserError unless each LoRA matrix in `folder` has its module in `model`, and each module its matrix.
+
+    PEFT passes over what has no place, and leaves at zero what it has no weights for.
+    """
+    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+        saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
+    adapted = sum(hasattr(module, "lora_A") and name in module.lora_A for module in model.modules())
+    if saved != adapted:
+        raise UserError(f"{folder} has weights for {saved} modules, but {model.config.name_or_path} has {adapted} of them.")
+
+
+def context_of(model) -> int:
+    """The longest text it can hold, in tokens."""
+    return getattr(model.config, "max_position_embeddings", None) or 2048

@@ -5,10 +5,9 @@ import time
 from pathlib import Path
 
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
-from phi2_grpo import report
+from phi2_grpo import looks, report
 from phi2_grpo.chat import render
 from phi2_grpo.checkpoints import seal
 from phi2_grpo.progress import ProgressBar, alert
@@ -39,13 +38,6 @@ COLLAPSE = {
 SINCE_START = {"signs/one_language"}  # a base that answers all in English is no drift
 
 
-def duration(seconds: float) -> str:
-    """1:05 or 2:03:04."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 class Watch(ProgressBar):
     """Times a run over its resumptions, and prints a line a step under a header that comes back."""
 
@@ -71,7 +63,7 @@ class Watch(ProgressBar):
         if (done - 1) % HEADER_EVERY == 0:
             self.console.print(f"     step  {self.header}     left", style="bold")
         step = f"{state.global_step}/{state.max_steps}"
-        self.console.print(f"{step:>9}  {cells}  {duration(left):>7}", highlight=False)
+        self.console.print(f"{step:>9}  {cells}  {looks.duration(left):>7}", highlight=False)
 
 
 class Monitor(Watch):
@@ -179,7 +171,7 @@ class Monitor(Watch):
         names = [key.removeprefix("same/") for key in compared if key.startswith("same/")]
         if len(names) < 2:
             return
-        table = Table("reward", "same in a group", *names[:-1], title="Rewards within groups", title_justify="left")
+        table = looks.table("Rewards within groups", "reward", "same in a group", *names[:-1])
         for i, name in enumerate(names):
             cells = [
                 f"{value:+.2f}" if (value := compared.get(f"agreement/{other}~{name}")) is not None else ""

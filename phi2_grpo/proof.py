@@ -1,20 +1,18 @@
 """What a validation says: one line to quote, tables, pictures, and the answers behind them."""
 
-import contextlib
 import json
 import random
 import re
 from pathlib import Path
 
 import numpy
-from rich.table import Table
 from rich.text import Text
 
-from phi2_grpo import files, signs
+from phi2_grpo import files, looks, signs
 from phi2_grpo.monitor import COLLAPSE, SINCE_START
 from phi2_grpo.statistics import FEW, interval, paired, word
 
-COLORS = {"base": "#999999", "tuned": "#4c72b0"}
+COLORS = {"base": looks.GREY, "tuned": looks.BLUE}
 # What is neither a reward nor good or bad by itself; of the rest more is better, but for the surprise.
 DIRECTION = {"answer tokens": None, "KL from base": None, "reply surprise": False}
 EXPLAINED = {
@@ -105,10 +103,6 @@ def number(value: float | None, places: int = 2, sign: str = "") -> str:
     return "?" if value is None else f"{round(value, places) + 0.0:{sign}.{places}f}"  # + 0.0: no -0.00
 
 
-def places_of(metric: str) -> int:
-    return 1 if metric == "answer tokens" else 3
-
-
 def quote(found: dict) -> str:
     """One line that a person can quote; its words are fixed by the intervals and the alarms."""
     base, tuned = found["names"]
@@ -145,70 +139,75 @@ def metric_rows(found: dict, most_places: int = 3) -> list[list[str]]:
     rows = []
     for name, m in found["metrics"].items():
         small = m["low"] is not None and max(abs(m["low"]), abs(m["high"])) < 0.1  # [-0.01, -0.00] would say nothing
-        places = min(places_of(name), 3 if small else most_places)
-        spread = f"[{number(m['low'], places, '+')}, {number(m['high'], places, '+')}]"
-        rows.append([name + (" *" if m["trained"] else ""), number(m["base"], places), number(m["tuned"], places),
-                     f"{number(m['difference'], places, '+')} {spread}", f"{m['win_rate']:.0%}", m["verdict"]])  # fmt: skip
+        places = min(1 if name == "answer tokens" else 3, 3 if small else most_places)
+        rows.append([name + (" *" if m["trained"] else ""), *_compared(m, places), f"{m['win_rate']:.0%}", m["verdict"]])
     return rows
 
 
-def perplexity_words(found: dict) -> str:
+def metric_table(found: dict) -> list[str]:
+    """The lines of that table in Markdown."""
+    return looks.markdown(("mean of", *found["names"], "difference, 95 % interval", "wins", "verdict"), metric_rows(found))
+
+
+def language_rows(found: dict) -> list[list[str]]:
+    """language, prompts, base, tuned, difference with its interval, verdict, of the headline's metric."""
+    return [[code, str(m["prompts"]), *_compared(m, 3), m["verdict"]] for code, m in found["languages"].items()]
+
+
+def _compared(m: dict, places: int) -> list[str]:
+    """base, tuned, difference [low, high]."""
+    low, high, difference = (number(m[key], places, "+") for key in ("low", "high", "difference"))
+    return [number(m["base"], places), number(m["tuned"], places), f"{difference} [{low}, {high}]"]
+
+
+def remarks(found: dict) -> list[str]:
+    """What is to be said beside the tables."""
+    said = []
     base, tuned = (found.get("perplexity", {}).get(side) for side in ("base", "tuned"))
-    if base is None:
-        return ""
-    return f"Perplexity of the best human replies: {base:,.4g} to {found['names'][0]}, {tuned:,.4g} to {found['names'][1]}."
+    if base is not None:
+        names = found["names"]
+        said.append(f"Perplexity of the best human replies: {base:,.4g} to {names[0]}, {tuned:,.4g} to {names[1]}.")
+    if found["missing"]:
+        said.append(f"Left out, for they could not be computed on these prompts: {', '.join(found['missing'])}.")
+    if found["prompts"] < FEW:
+        said.append(f"Fewer than {FEW} prompts: the intervals are weak.")
+    return said
 
 
 def show(console, found: dict, samples_per_prompt: int) -> None:
     """The numbers for the terminal."""
     names = found["names"]
     title = f"{found['prompts']} held-out prompts x {samples_per_prompt}, at the training temperature"
-    table = Table("mean of", *names, "difference \\[95 %]", "wins", "", title=title, title_justify="left")
-    for column in table.columns[1:5]:
-        column.justify = "right"
+    table = looks.table(title, "mean of", *names, "difference \\[95 %]", "wins", "", words=(0, 5))
     styles = {"better": "green", "worse": "red"}
     for row in metric_rows(found, most_places=2):
         table.add_row(*map(Text, row[:-1]), row[-1].replace("no difference shown", "-"), style=styles.get(row[-1]))
     table.caption, table.caption_justify = "* paid for in the training; -: no difference shown", "left"
     console.print(table)
     if found["languages"]:
-        languages = Table(
-            "language", "prompts", *names, "difference, 95 % interval", "", title=found["headline"], title_justify="left"
-        )
-        for code, m in found["languages"].items():
-            spread = f"{number(m['difference'], 3, '+')} [{number(m['low'], 3, '+')}, {number(m['high'], 3, '+')}]"
-            languages.add_row(code, str(m["prompts"]), number(m["base"], 3), number(m["tuned"], 3), Text(spread), m["verdict"])
+        columns = ("language", "prompts", *names, "difference, 95 % interval", "")
+        languages = looks.table(found["headline"], *columns, words=(0, 5))
+        for row in language_rows(found):
+            languages.add_row(*map(Text, row))
         console.print(languages)
-    if words := perplexity_words(found):
-        console.print(words, highlight=False)
-    for name in found["missing"]:
-        console.print(f"{name} could not be computed on these prompts, and is left out.", style="yellow", highlight=False)
-    if found["prompts"] < FEW:
-        console.print(f"Fewer than {FEW} prompts: the intervals are weak.", style="yellow")
+    for remark in remarks(found):
+        console.print(remark, highlight=False)
     console.print(Text(found["line"], style="bold"))
 
 
 def draw(found: dict, samples: list[dict], path: Path) -> None:
     """Paired differences, answer lengths, win rates by metric, and differences by language."""
-    from matplotlib.figure import Figure
-
     base_name, tuned_name = found["names"]
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    differences, lengths, wins, languages = figure.subplots(2, 2).flat
-    main = found["values"].get(found["headline"], {"base": [], "tuned": []})
-    paired_values = [t - b for b, t in zip(main["base"], main["tuned"], strict=True) if None not in (b, t)]
-    if paired_values:
-        differences.hist(paired_values, bins=20, color=COLORS["tuned"], alpha=0.7)
-        m = found["metrics"][found["headline"]]
+    headline = found["headline"]
+    figure, (differences, lengths, wins, languages) = looks.figure(2, 2, 11, 8)
+    if m := found["metrics"].get(headline):
+        differences.hist([t - b for b, t in _pairs(found, headline)], bins=20, color=looks.BLUE, alpha=0.7)
         if m["low"] is not None:
-            differences.axvspan(m["low"], m["high"], color="#dd8452", alpha=0.4, label="mean, 95 % interval")
-        differences.axvline(m["difference"], color="#dd8452")
-        differences.axvline(0, color="grey", linestyle="--", linewidth=1)
-        if m["low"] is not None:
+            differences.axvspan(m["low"], m["high"], color=looks.ORANGE, alpha=0.4, label="mean, 95 % interval")
             differences.legend(frameon=False)
-    differences.set(
-        title=f"{found['headline']}: {tuned_name} less {base_name}", xlabel="difference on a prompt", ylabel="prompts"
-    )
+        differences.axvline(m["difference"], color=looks.ORANGE)
+        differences.axvline(0, color="grey", linestyle="--", linewidth=1)
+    differences.set(title=f"{headline}: {tuned_name} less {base_name}", xlabel="difference on a prompt", ylabel="prompts")
     tokens = {side: [s["answer"].tokens for s in samples if s["side"] == side] for side in COLORS}
     edges = numpy.linspace(0, max(map(max, tokens.values())) + 1, 31)
     for side, name in zip(COLORS, found["names"], strict=True):
@@ -217,95 +216,74 @@ def draw(found: dict, samples: list[dict], path: Path) -> None:
     lengths.set(title="Answer lengths", xlabel="tokens", ylabel="answers")
     rated = [name for name in found["metrics"] if name not in DIRECTION][::-1]
     for i, name in enumerate(rated):
-        sides = found["values"][name]
-        won = [(t > b) + 0.5 * (t == b) for b, t in zip(sides["base"], sides["tuned"], strict=True) if None not in (b, t)]
-        if ends := interval(won):
-            wins.plot(ends, [i, i], color=COLORS["tuned"])
-        wins.plot(found["metrics"][name]["win_rate"], i, "o", color=COLORS["tuned"])
+        won = [(t > b) + 0.5 * (t == b) for b, t in _pairs(found, name)]
+        looks.point(wins, i, found["metrics"][name]["win_rate"], interval(won), looks.BLUE)
     wins.axvline(0.5, color="grey", linestyle="--", linewidth=1)
     wins.set_yticks(range(len(rated)), rated)
     wins.set(title=f"Share of prompts that {tuned_name} wins (ties half)", xlim=(0, 1), ylim=(-0.6, len(rated) - 0.4))
     shown = list(found["languages"].items())[::-1]
     for i, (_, m) in enumerate(shown):
-        languages.plot([m["low"], m["high"]], [i, i], color=COLORS["tuned"])
-        languages.plot(m["difference"], i, "o", color=COLORS["tuned"])
+        looks.point(languages, i, m["difference"], (m["low"], m["high"]), looks.BLUE)
     if shown:
         languages.axvline(0, color="grey", linestyle="--", linewidth=1)
         languages.set_yticks(range(len(shown)), [f"{code} ({m['prompts']})" for code, m in shown])
-        languages.set(title=f"{found['headline']}: difference by language", ylim=(-0.6, len(shown) - 0.4))
+        languages.set(title=f"{headline}: difference by language", ylim=(-0.6, len(shown) - 0.4))
     else:
         languages.text(0.5, 0.5, f"no language has {FEW} prompts", ha="center", transform=languages.transAxes)
         languages.set_axis_off()
-    for axes in (differences, lengths, wins, languages):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    looks.save(figure, path)
+
+
+def _pairs(found: dict, metric: str | None) -> list[tuple[float, float]]:
+    """(base, tuned) of the prompts that have both."""
+    sides = found["values"].get(metric) or {"base": [], "tuned": []}
+    return [pair for pair in zip(sides["base"], sides["tuned"], strict=True) if None not in pair]
 
 
 def markdown(found: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str], seed: int) -> str:
     """The whole report, complete by itself."""
-    base_name, tuned_name = found["names"]
-    head = f"| mean of | {base_name} | {tuned_name} | difference, 95 % interval | wins | verdict |\n|---|---|---|---|---|---|"
-    lines = ["# Validation", "", f"**{found['line']}**", "", *(f"- {fact}" for fact in facts), "", head]
-    lines += ["| " + " | ".join(row) + " |" for row in metric_rows(found)]
+    lines = ["# Validation", "", f"**{found['line']}**", "", *(f"- {fact}" for fact in facts), "", *metric_table(found)]
     lines += ["", "\\*: paid for in the training. Intervals: paired bootstrap over prompts. Wins: share of prompts on which "
                   "the second has more, ties half.", ""]  # fmt: skip
     lines += [f"- *{name}*: {text}" for name, text in EXPLAINED.items() if name in found["metrics"]]
-    lines += ["", perplexity_words(found)] if perplexity_words(found) else []
-    if found["missing"]:
-        lines += ["", f"Left out, for they could not be computed on these prompts: {', '.join(found['missing'])}."]
-    if found["prompts"] < FEW:
-        lines += ["", f"Fewer than {FEW} prompts: the intervals are weak."]
+    for remark in remarks(found):
+        lines += ["", remark]
     if found["languages"]:
-        lines += ["", f"## {found['headline'].capitalize()} by language", "",
-                  f"| language | prompts | {base_name} | {tuned_name} | difference, 95 % interval | verdict |",
-                  "|---|---|---|---|---|---|"]  # fmt: skip
-        for code, m in found["languages"].items():
-            spread = f"{number(m['difference'], 3, '+')} [{number(m['low'], 3, '+')}, {number(m['high'], 3, '+')}]"
-            lines.append(
-                f"| {code} | {m['prompts']} | {number(m['base'], 3)} | {number(m['tuned'], 3)} | {spread} | {m['verdict']} |"
-            )
-    lines += [
-        "",
-        "![paired differences, lengths, win rates, languages](validation.png)",
-        "",
-        "## Sample prompts, as a chat",
-        "",
-    ]
+        columns = ("language", "prompts", *found["names"], "difference, 95 % interval", "verdict")
+        lines += ["", f"## {found['headline'].capitalize()} by language", "", *looks.markdown(columns, language_rows(found))]
+    lines += ["", "![paired differences, lengths, win rates, languages](validation.png)", ""]
+    lines += ["## Sample prompts, as a chat", ""]
     for sample in shown:
         lines += [f"**{one_line(sample['prompt'])}**", ""]
-        for side, name in zip(("base", "tuned"), found["names"], strict=True):
+        for side, name in zip(COLORS, found["names"], strict=True):
             answer = sample[side]
             lines += [f"*{name}* ({answer['tokens']} tokens, {answer['why']})", "", fenced(answer["answer"]), ""]
-    main = found["values"].get(found["headline"])
-    if main:
-        differences = {i: t - b for i, (b, t) in enumerate(zip(main["base"], main["tuned"], strict=True)) if None not in (b, t)}
-        sign = -1 if found["reversed"] else 1
-        order = sorted(differences, key=lambda i: sign * differences[i])
-        chosen = {
-            "Most improved": [i for i in order[::-1] if sign * differences[i] > 0][:5],
-            "Most harmed": [i for i in order if sign * differences[i] < 0][:5],
-            "At random": random.Random(seed).sample(order, min(5, len(order))),
-        }
-        for title, picks in chosen.items():
-            lines += [f"## {title}", ""] + ([] if picks else ["None.", ""])
-            for i in picks:
-                lines += [
-                    f"**{one_line(prompts[i]['prompt'][-1]['content'])}** ({prompts[i]['lang']}, {differences[i]:+.2f})",
-                    "",
-                ]
-                for side, name in zip(("base", "tuned"), found["names"], strict=True):
-                    first = next(s for s in samples if s["side"] == side and s["prompt"] == i)
-                    scores = ", ".join(f"{key} {value:.2f}" for key, value in first["scores"].items() if value is not None)
-                    lines += [f"*{name}* ({first['answer'].tokens} tokens, {first['answer'].why}; {scores})", "",
-                              fenced(first["answer"].text), ""]  # fmt: skip
+    main = found["values"].get(found["headline"]) or {"base": [], "tuned": []}
+    both = enumerate(zip(main["base"], main["tuned"], strict=True))
+    sign = -1 if found["reversed"] else 1
+    gains = {i: sign * (tuned - base) for i, (base, tuned) in both if None not in (base, tuned)}
+    order = sorted(gains, key=gains.get)
+    chosen = {
+        "Most improved": [i for i in order[::-1] if gains[i] > 0][:5],
+        "Most harmed": [i for i in order if gains[i] < 0][:5],
+        "At random": random.Random(seed).sample(order, min(5, len(order))),
+    }
+    for title, picks in chosen.items():
+        lines += [f"## {title}", ""] + ([] if picks else ["None.", ""])
+        for i in picks:
+            row = prompts[i]
+            lines += [f"**{one_line(row['prompt'][-1]['content'])}** ({row['lang']}, {sign * gains[i]:+.2f})", ""]
+            for side, name in zip(COLORS, found["names"], strict=True):
+                first = next(s for s in samples if s["side"] == side and s["prompt"] == i)
+                scores = ", ".join(f"{key} {value:.2f}" for key, value in first["scores"].items() if value is not None)
+                answer = first["answer"]
+                lines += [f"*{name}* ({answer.tokens} tokens, {answer.why}; {scores})", "", fenced(answer.text), ""]
     return "\n".join(lines)
 
 
-def write(
-    folder: Path, found: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str], config: dict
-):
+def write(folder: Path, found: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str],
+          config: dict) -> None:  # fmt: skip
     """report.json, report.md, validation.png and samples.jsonl (every completion with its scores)."""
-    numbers = {key: value for key, value in found.items() if key != "values"}
     draw(found, samples, folder / "validation.png")
     files.write_text(folder / "report.md", markdown(found, samples, prompts, shown, facts, config["seed"]))
     lines = []
@@ -315,25 +293,8 @@ def write(
                       "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended, "why": answer.why,
                       "scores": sample["scores"], "completion_ids": sample["completion_ids"]})  # fmt: skip
     files.write_text(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    numbers = {key: value for key, value in found.items() if key != "values"}
     files.write_json(folder / "report.json", {**numbers, "facts": facts, "config": config, "samples": shown})
-
-
-CARD = "## On held-out prompts"
-
-
-def add_to_card(adapter: Path, found: dict) -> None:
-    """The result into the adapter's model card, before its "Use"; that of an earlier validation is replaced."""
-    path = adapter / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, use, after = text.partition("## Use\n")
-    if not use:
-        return
-    base, tuned = found["names"]
-    table = [f"| mean of | {base} | {tuned} | difference, 95 % interval | wins | verdict |", "|---|---|---|---|---|---|"]
-    table += ["| " + " | ".join(row) + " |" for row in metric_rows(found)]
-    section = "\n".join([CARD, "", found["line"], "", *table, "", ""])
-    with contextlib.suppress(OSError):  # a read-only adapter is validated all the same
-        files.write_text(path, before.partition(CARD)[0] + section + use + after)
 
 
 def one_line(text: str) -> str:

@@ -19,7 +19,7 @@ from phi2_grpo import files
 from phi2_grpo.chat import prepare_tokenizer
 from phi2_grpo.cli import UserError
 from phi2_grpo.loading import names_base
-from phi2_grpo.model import new_head
+from phi2_grpo.model import check_all_in_place, context_of, new_head
 
 BATCH = 16  # answers judged at once
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]  # what is taken from the Hub: no pickles, no code
@@ -184,8 +184,7 @@ def judge(model, tokenizer, prompts: list[list[dict]], answers: list[str]) -> li
     texts = conversations(tokenizer, prompts, answers)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths together: less padding
     scores = [0.0] * len(texts)
-    longest = getattr(model.config, "max_position_embeddings", None) or 2048
-    options = {"padding": True, "truncation": True, "max_length": longest, "add_special_tokens": False}
+    options = {"padding": True, "truncation": True, "max_length": context_of(model), "add_special_tokens": False}
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
         inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", **options).to(model.device)
@@ -204,12 +203,8 @@ def conversations(tokenizer, prompts: list[list[dict]], answers: list[str]) -> l
 
 def _with_adapter(model, folder: Path) -> PeftModel:
     """The adapter of `folder` on `model`. Raises UserError where it was made for another base."""
-    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
-        saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
     wrapped = PeftModel.from_pretrained(model, str(folder))
-    adapted = sum(hasattr(module, "lora_A") for module in wrapped.modules())
-    if saved != adapted:  # PEFT passes over what has no place
-        raise UserError(f"the reward model {folder} has weights for {saved} layers where its base has {adapted}.")
+    check_all_in_place(wrapped, folder)
     return wrapped
 
 

@@ -1,15 +1,47 @@
-"""TRL's trainer with our rollout and a clock: where the seconds of a step go."""
+"""TRL's trainers, with our rollout, a clock and checkpoints that are whole or not there."""
 
 import time
 from collections import defaultdict
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 from trl import GRPOTrainer, RewardTrainer
 
+from phi2_grpo import progress
 from phi2_grpo.checkpoints import WholeCheckpoints
 
 
-class Trainer(WholeCheckpoints, GRPOTrainer):
+def training_arguments(kind: type, config: dict, device: torch.device, dtype: torch.dtype, **own):
+    """A `kind` (GRPOConfig, RewardConfig) of those keys of `config` that are its fields, and of `own`."""
+    known = {field.name for field in fields(kind)}
+    settings = {key: value for key, value in config.items() if key in known and value != ""}
+    settings |= {
+        "bf16": dtype.itemsize == 2 and device.type == "cuda",  # autocast fails in a CPU's layer norm
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "trackio_static_space_id": False,  # stay on this machine
+    }
+    settings |= own
+    return kind(**{"run_name": Path(settings["output_dir"]).name, **settings})
+
+
+class Watched(WholeCheckpoints):
+    """Mixed into a trainer: what it prints, and what it completes its checkpoints with, is ours."""
+
+    def watched_by(self, watch) -> None:
+        """`watch`: a Watch (monitor.py)."""
+        self.complete = watch.complete
+        self.add_callback(watch)
+        progress.quiet(self)
+
+    def create_model_card(self, *_, **__) -> None:
+        """Not TRL's: ours is written with each checkpoint."""
+
+
+class Trainer(Watched, GRPOTrainer):
     """Rolls out with `engine` (rollout.py) where it is set, and logs where the seconds of a step went.
 
     `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (forward and backward); the optimizer itself,
@@ -71,5 +103,7 @@ class Trainer(WholeCheckpoints, GRPOTrainer):
         super().log(logs, start_time)
 
 
-class JudgeTrainer(WholeCheckpoints, RewardTrainer):
-    """TRL's, with checkpoints that are whole or not there."""
+class JudgeTrainer(Watched, RewardTrainer):
+    """For a reward model."""
+
+    failed_in = "judge"

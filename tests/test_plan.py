@@ -9,7 +9,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from config import CONFIG, PRESETS
-from phi2_grpo import checks, failures, model, plan
+from phi2_grpo import checks, model, plan, running
 
 CARD, BF16 = torch.device("cuda"), torch.bfloat16
 SIZES = {"phi2": 12e9, "phi2-24gb": 24e9, "phi2-80gb": 80e9}
@@ -155,10 +155,10 @@ def test_out_of_memory_saves_and_says_what_next(call, quick, tmp_path, monkeypat
 
 def test_the_next_smaller_setting():
     config = {**CONFIG, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 8}
-    assert failures.smaller(config, "update") == "--per_device_train_batch_size 1 --gradient_accumulation_steps 24"
-    assert failures.smaller({**config, "activation_checkpointing": False}, "log_probs") == "--activation_checkpointing"
-    assert failures.smaller({**config, "rollout_batch_size": 6}, "rollout") == "--rollout_batch_size 3"
-    assert "--max_completion_length 128 --target_tokens 64" in failures.smaller(
+    assert running.smaller(config, "update") == "--per_device_train_batch_size 1 --gradient_accumulation_steps 24"
+    assert running.smaller({**config, "activation_checkpointing": False}, "log_probs") == "--activation_checkpointing"
+    assert running.smaller({**config, "rollout_batch_size": 6}, "rollout") == "--rollout_batch_size 3"
+    assert "--max_completion_length 128 --target_tokens 64" in running.smaller(
         {**config, "per_device_train_batch_size": 1}, "update"
     )
 

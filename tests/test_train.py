@@ -14,7 +14,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
-from phi2_grpo import checks, report
+from phi2_grpo import checkpoints, report
 
 SELF_DESCRIBING = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
                    "chat_template.jinja", "generation_config.json", "README.md", "run.json", "metrics.jsonl", "evaluation.jsonl", "reward.png"}  # fmt: skip
@@ -125,7 +125,7 @@ def test_a_run_is_not_overwritten_unasked(call, quick, trained, tmp_path):
     assert "holds a run" in call("train_grpo", "--check", *quick, "--output_dir", output).err
     (output / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "o-final").rmdir()
-    assert checks.whole_checkpoints(str(output)) == []
+    assert checkpoints.whole_checkpoints(str(output)) == []
     done = call("train_grpo", "--check", *quick, "--output_dir", output, "--resume")
     assert done.code == 0 and "no whole checkpoint: starting at step 0" in " ".join(done.out.split())
 
@@ -139,7 +139,7 @@ def test_only_the_run_is_removed(call, quick, tmp_path):
     assert done.code == 0, done.err
     assert (tmp_path / "o" / "thesis.txt").read_text() == "years of work" and (tmp_path / "o" / "checkpoint-old").exists()
     assert not (tmp_path / "o" / "checkpoint-2").exists()
-    assert checks.final_folder({"output_dir": "."}).name.endswith("-final")
+    assert checkpoints.final_folder({"output_dir": "."}).name.endswith("-final")
 
 
 def test_a_folder_that_is_no_run_is_never_replaced(call, quick, tmp_path):
@@ -204,13 +204,13 @@ def test_interrupted(quick, tmp_path, number, code):
     heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     with subprocess.Popen(command, **options, **heeding) as process:
         waited = time.monotonic()
-        while not checks.whole_checkpoints(str(tmp_path / "o")) and time.monotonic() - waited < 120:
+        while not checkpoints.whole_checkpoints(str(tmp_path / "o")) and time.monotonic() - waited < 120:
             time.sleep(0.1)
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == code and "--resume" in error and "Traceback" not in error
     assert "stopping after this step, with a checkpoint" in error
-    assert checks.whole_checkpoints(str(tmp_path / "o")) and not (tmp_path / "o-final").exists()
+    assert checkpoints.whole_checkpoints(str(tmp_path / "o")) and not (tmp_path / "o-final").exists()
 
 
 def test_curve_and_card_of_an_odd_run(tmp_path):
