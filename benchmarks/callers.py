@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7979)
     arguments = parser.parse_args()
     from benchmarks.results import write_section
+    from phi2_grpo.looks import markdown
 
     adapter = ("--adapter", "results/tiny-grpo-final", "--base", "results/tiny-base", "--port", str(arguments.port))
     server = subprocess.Popen([sys.executable, "hf_app/app.py", *adapter], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -103,14 +104,14 @@ def main() -> None:
         server.terminate()
         server.wait(30)
     waits = sorted(found["waits"])
-    body = (
-        "| right answers | refused, queue full | mixed up | failed | seconds to an answer: median, 95th percentile "
-        "| server's memory after a quarter, at the end |\n|---|---|---|---|---|---|\n"
-        f"| {found['right']} | {found['refused']} | {found['mixed']} | {found['failed']} "
-        f"| {statistics.median(waits):.1f}, {waits[int(0.95 * len(waits))]:.1f} "
-        f"| {found['early']:.0f} MB, {found['late']:.0f} MB |\n\n"
-        f"{arguments.callers} callers for {arguments.seconds:.0f} s, tiny model, 32 tokens an answer, tuned and base in turn; "
-        "the callers share the two cores with the server."
+    columns = ("right answers", "refused, queue full", "mixed up", "failed", "seconds to an answer: median, 95th percentile",
+               "server's memory after a quarter, at the end")  # fmt: skip
+    took = f"{statistics.median(waits):.1f}, {waits[int(0.95 * len(waits))]:.1f}"
+    row = [*(found[kind] for kind in ("right", "refused", "mixed", "failed")), took,
+           f"{found['early']:.0f} MB, {found['late']:.0f} MB"]  # fmt: skip
+    body = "\n".join(markdown(columns, [row])) + (
+        f"\n\n{arguments.callers} callers for {arguments.seconds:.0f} s, tiny model, 32 tokens an answer, tuned and base in "
+        "turn; the callers share the two cores with the server."
     )
     write_section("Fifty callers on the app", "python benchmarks/callers.py", body, "torch", "transformers", "gradio")
 

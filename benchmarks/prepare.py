@@ -46,18 +46,19 @@ def measure(source: Path, folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     from benchmarks.results import write_section
+    from phi2_grpo.looks import markdown
 
-    lines = ["| rows | file | runs | seconds, lowest to highest | peak memory |", "|---|---|---|---|---|"]
+    lines = []
     with tempfile.TemporaryDirectory() as scratch:
         for rows, runs in ROWS.items():
             source = Path(scratch) / f"{rows}.jsonl"
             make_rows(source, rows)
             found = [measure(source, Path(scratch) / "data") for _ in range(runs)]
             seconds, memory = zip(*found, strict=True)
-            size = source.stat().st_size / 1e6
-            cells = f"{rows:,} | {size:.0f} MB | {runs} | {min(seconds):.1f} to {max(seconds):.1f} | {max(memory):.2f} GB"
-            lines.append(f"| {cells} |")
-    write_section("prepare_data", "python benchmarks/prepare.py", "\n".join(lines), "datasets", "tokenizers")
+            size, spread = f"{source.stat().st_size / 1e6:.0f} MB", f"{min(seconds):.1f} to {max(seconds):.1f}"
+            lines.append((f"{rows:,}", size, runs, spread, f"{max(memory):.2f} GB"))
+    table = markdown(("rows", "file", "runs", "seconds, lowest to highest", "peak memory"), lines)
+    write_section("prepare_data", "python benchmarks/prepare.py", "\n".join(table), "datasets", "tokenizers")
 
 
 if __name__ == "__main__":

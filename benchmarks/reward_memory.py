@@ -82,6 +82,7 @@ def main() -> None:
     import torch
 
     from benchmarks.results import write_section
+    from phi2_grpo.looks import markdown
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -91,10 +92,11 @@ def main() -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[variant] = [int(size) for size in done.stdout.rpartition("memory ")[2].split()]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, resident memory of the whole process"
-    lines = ["| | held | more than the policy alone | peak, loading included |", "|---|---|---|---|"]
-    for variant, (held, peak) in found.items():
-        more = held - found["policy alone"][0]
-        lines.append(f"| {variant} | {held / 1e9:.2f} GB | {more / 1e9:.2f} GB | {peak / 1e9:.2f} GB |")
+    alone = found["policy alone"][0]
+    rows = [
+        (variant, *(f"{size / 1e9:.2f} GB" for size in (held, held - alone, peak))) for variant, (held, peak) in found.items()
+    ]
+    lines = markdown(("", "held", "more than the policy alone", "peak, loading included"), rows)
     size = "Phi-2's size, random weights in bfloat16" if arguments.model == "full" else "the tiny model"
     body = "\n".join(lines) + f"\n\n{size}; {where}; LoRA r 16 in float32 and a head as the judge."
     title = "A reward model's memory" + ("" if arguments.model == "full" else ", tiny")

@@ -56,6 +56,7 @@ def main() -> None:
     from benchmarks import models
     from benchmarks.results import write_section
     from phi2_grpo import plan, rollout
+    from phi2_grpo.looks import markdown
     from phi2_grpo.model import cache_bytes_per_token
 
     device, dtype = models.device_of(arguments.model)
@@ -63,10 +64,7 @@ def main() -> None:
     policy.generation_config.eos_token_id = policy.get_base_model().generation_config.eos_token_id = None
     weights = sum(p.nbytes for name, p in policy.named_parameters() if "lora_" not in name)
     bandwidth, _ = plan.speed(device, dtype)
-    lines = [
-        "| batch | tokens | graph, tokens/s | generate, tokens/s | times | graph, ms a step | of the limit | peak, GB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for batch in map(int, arguments.batches.split(",")):
         for new in map(int, arguments.lengths.split(",")):
             prompts = prompts_of(batch, policy.config.vocab_size)
@@ -82,16 +80,24 @@ def main() -> None:
                 for name, engine in engines.items():
                     found[name].append(timed(engine, prompts, new, device))
             ratios = [slow / fast for fast, slow in zip(found["graph"], found["generate"], strict=True)]
-            best, step = min(found["graph"]), min(found["graph"]) / new
+            step = min(found["graph"]) / new
             live = batch * (PROMPT + new / 2) * cache_bytes_per_token(policy.config, dtype)
             share = plan.decode_seconds(weights, live, bandwidth) / step
             peaks = f"{peak['graph'] / 1e9:.2f}" if device.type == "cuda" else ""
-            lines.append(
-                f"| {batch} | {new} | {batch * new / best:,.0f} | {batch * new / min(found['generate']):,.0f} | "
-                f"{models.middle(ratios)} | {1000 * step:.2f} | {share:.0%} | {peaks} |"
-            )
-            print(lines[-1], flush=True)
-    body = "\n".join(lines) + (
+            speeds = [f"{batch * new / min(found[name]):,.0f}" for name in engines]
+            rows.append((batch, new, *speeds, models.middle(ratios), f"{1000 * step:.2f}", f"{share:.0%}", peaks))
+            print(*rows[-1], sep="  ", flush=True)
+    columns = (
+        "batch",
+        "tokens",
+        "graph, tokens/s",
+        "generate, tokens/s",
+        "times",
+        "graph, ms a step",
+        "of the limit",
+        "peak, GB",
+    )
+    body = "\n".join(markdown(columns, rows)) + (
         f"\n\n{models.machine(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
         f"Tokens/s and ms of the fastest of {arguments.turns} turns, the prompts' filling in included; times: median [lowest, "
         "highest] of the turns' ratios. A cache that the processor holds near itself can pass the limit of a copy."

@@ -38,6 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from benchmarks.models import middle, prepared
     from benchmarks.results import write_section
+    from phi2_grpo.looks import markdown
 
     prepared()
     found = {1: [], 2: []}
@@ -46,8 +47,8 @@ def main() -> None:
             for processes, speeds in found.items():
                 speeds.append(samples_a_second(processes, arguments.steps, Path(scratch) / f"{turn}-{processes}"))
                 print(f"turn {turn + 1}, {processes}: {speeds[-1]:.1f} samples/s", flush=True)
-    lines = ["| processes | samples/s, median [lowest, highest] |", "|---|---|"]
-    lines += [f"| {processes} | {middle(speeds, 1)} |" for processes, speeds in found.items()]
+    rows = [(processes, middle(speeds, 1)) for processes, speeds in found.items()]
+    lines = markdown(("processes", "samples/s, median [lowest, highest]"), rows)
     ratios = [two / one for one, two in zip(*found.values(), strict=True)]
     body = (
         "\n".join(lines)

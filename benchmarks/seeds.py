@@ -1,6 +1,7 @@
-"""The tiny run over several seeds: what the README's first table says.
+"""The tiny run over several seeds: what the README's tables of seeds say.
 
   python benchmarks/seeds.py [--seeds 3] [--steps 100]
+  python benchmarks/seeds.py --judge      # with a reward model of its own for each seed, and GRPO on that and on `ending`
 
 Trains and validates preset tiny for each seed; the numbers are those of validate_model.py's report.json.
 """
@@ -15,36 +16,69 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def run(*command: str) -> None:
+    subprocess.run([sys.executable, *command, "--preset", "tiny"], cwd=ROOT, check=True)
+
+
+def train(seed: str, name: str, steps: int, *more: str) -> dict:
+    """The metrics of a run's validation."""
+    output, report = f"results/{name}", f"results/{name}-validation"
+    run("train_grpo.py", str(steps), "--seed", seed, "--output_dir", output, *more, "--overwrite")
+    run("validate_model.py", "--seed", seed, "--adapter", f"{output}-final", "--validation_dir", report)
+    return json.loads((ROOT / report / "report.json").read_text())["metrics"]
+
+
+def gain(seed: str, metric: dict, ended: dict) -> list[str]:
+    spread = f"{metric['difference']:+.3f} [{metric['low']:+.3f}, {metric['high']:+.3f}]"
+    base, tuned = (f"{metric[side]:.3f}" for side in ("base", "tuned"))
+    return [seed, base, tuned, spread, f"{ended['base']:.2f}", f"{ended['tuned']:.2f}"]
+
+
+def train_judge(seed: str, folder: str) -> list[str]:
+    """A reward model's accuracy on held-out pairs."""
+    run("train_reward.py", "--seed", seed, "--reward_dir", folder, "--overwrite")
+    found = json.loads((ROOT / folder / "run.json").read_text())["validation"]
+    everything = found["groups"][0]
+
+    def accuracy(of: str) -> str:
+        low, high = everything[f"{of}_interval"]
+        return f"{everything[of]:.1%} [{low:.0%}, {high:.0%}]"
+
+    return [seed, str(everything["pairs"]), accuracy("model"), accuracy("longer"), f"{found['rank_correlation']:.2f}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--judge", action="store_true", help="GRPO on a reward model learnt from the sample's rankings")
     arguments = parser.parse_args()
     from benchmarks.results import write_section
-
-    def spread(metric: dict) -> str:
-        return f"{metric['difference']:+.3f} [{metric['low']:+.3f}, {metric['high']:+.3f}]"
-
-    def run(*command: str) -> None:
-        subprocess.run([sys.executable, *command, "--preset", "tiny"], cwd=ROOT, check=True)
+    from phi2_grpo.looks import markdown
 
     run("prepare_data.py", "--overwrite")
-    lines = [
-        "| seed | reward, base | reward, tuned | difference, 95 % interval | ended, base | ended, tuned |",
-        "|---|---|---|---|---|---|",
-    ]
-    for seed in range(arguments.seeds):
-        output, report = f"results/tiny-seed-{seed}", f"results/tiny-seed-{seed}-validation"
-        run("train_grpo.py", str(arguments.steps), "--seed", str(seed), "--output_dir", output, "--overwrite")
-        run("validate_model.py", "--seed", str(seed), "--adapter", f"{output}-final", "--validation_dir", report)
-        metrics = json.loads((ROOT / report / "report.json").read_text())["metrics"]
-        reward, ended = metrics["length"], metrics["ending"]
-        lines.append(
-            f"| {seed} | {reward['base']:.3f} | {reward['tuned']:.3f} "
-            f"| {spread(reward)} | {ended['base']:.2f} | {ended['tuned']:.2f} |"
-        )
-    body = "\n".join(lines) + f"\n\nPreset tiny, {arguments.steps} steps, held-out prompts at the training temperature."
-    write_section("The tiny run, over seeds", "python benchmarks/seeds.py", body, "torch", "transformers", "trl", "peft")
+    judges, gains = [], []
+    for seed in map(str, range(arguments.seeds)):
+        name = f"tiny-seed-{seed}"
+        if arguments.judge:
+            judge = f"{name}-judge"
+            judges.append(train_judge(seed, f"results/{judge}"))
+            metrics = train(seed, f"{name}-judged", arguments.steps, "--rewards", f"results/{judge},ending")
+            gains.append(gain(seed, metrics[judge], metrics["ending"]))
+        else:
+            metrics = train(seed, name, arguments.steps)
+            gains.append(gain(seed, metrics["length"], metrics["ending"]))
+    what = "judge's score" if arguments.judge else "reward"
+    columns = ("seed", f"{what}, base", f"{what}, tuned", "difference, 95 % interval", "ended, base", "ended, tuned")
+    lines = markdown(columns, gains)
+    note = f"Preset tiny, {arguments.steps} steps, held-out prompts at the training temperature."
+    title, command = "The tiny run, over seeds", "python benchmarks/seeds.py"
+    if arguments.judge:
+        columns = ("seed", "held-out pairs", "reward model right", "the longer reply wins", "correlation of score and length")
+        lines = [*markdown(columns, judges), "", *lines]
+        note += " The judge's score is 0 for the mean human reply and 1 a standard deviation above; GRPO on it and on ending."
+        title, command = "The tiny reward model, over seeds", f"{command} --judge"
+    write_section(title, command, "\n".join([*lines, "", note]), "torch", "transformers", "trl", "peft")
 
 
 if __name__ == "__main__":

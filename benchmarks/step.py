@@ -28,8 +28,6 @@ def work(side: str, name: str, steps: int) -> dict:
     from phi2_grpo import environment
 
     environment.prepare("tiny")
-    from dataclasses import fields
-
     import torch
     from datasets import load_from_disk
     from transformers import TrainerCallback
@@ -37,17 +35,16 @@ def work(side: str, name: str, steps: int) -> dict:
 
     from benchmarks import models
     from phi2_grpo import model, plan, progress, rollout
-    from phi2_grpo.trainer import Trainer
+    from phi2_grpo.trainer import Trainer, training_arguments
 
     config, (device, dtype) = models.setting(name), models.device_of(name)
     base, tokenizer = models.base_of(name)
-    known = {field.name for field in fields(GRPOConfig)}
-    settings = {key: value for key, value in config.items() if key in known and key != "output_dir" and value != ""}
+    settings = config
     if side == "recipe":
-        settings = {key: settings[key] for key in ("max_completion_length", "seed")}
+        settings = {key: config[key] for key in ("max_completion_length", "seed")}
         settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 2}
         settings |= {"activation_checkpointing": True, "learning_rate": 1e-5}
-    settings |= {"max_steps": steps, "save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True}
+    settings = {**settings, "max_steps": steps, "save_strategy": "no", "report_to": "none"}
     times = []
 
     class Clock(TrainerCallback):
@@ -63,8 +60,7 @@ def work(side: str, name: str, steps: int) -> dict:
         trainer = Trainer(
             model=base,
             reward_funcs=length,
-            args=GRPOConfig(output_dir=scratch, bf16=device.type == "cuda", use_cpu=device.type == "cpu", disable_dropout=True,
-                            dataloader_pin_memory=False, **settings),
+            args=training_arguments(GRPOConfig, settings, device, dtype, output_dir=scratch, disable_dropout=True),
             train_dataset=load_from_disk(str(ROOT / "data" / "tiny" / "oasst1_prompts"))["train"],
             processing_class=tokenizer,
             peft_config=model.lora_config(config, base),
@@ -101,6 +97,7 @@ def main() -> None:
         return
     from benchmarks.models import middle, prepared
     from benchmarks.results import write_section
+    from phi2_grpo.looks import markdown
 
     prepared()
     found = {side: [] for side in SIDES}
@@ -112,14 +109,13 @@ def main() -> None:
                 raise SystemExit(done.stderr)
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"turn {turn + 1}, {side}: {found[side][-1]['step']:.2f} s a step", flush=True)
-    lines = ["| | samples/s | s a step | " + " | ".join(PARTS) + " | tokens a completion | peak, GB |", "|" + "---|" * 9]
+    rows = []
     for side, runs in found.items():
-        mean = {part: sum(run[part] for run in runs) / len(runs) for part in (*PARTS, "tokens")}
-        parts = " | ".join(f"{mean[part]:.3f}" for part in PARTS)
-        lines.append(
-            f"| {side} | {middle([run['samples'] for run in runs])} | {middle([run['step'] for run in runs])} | {parts} | "
-            f"{mean['tokens']:.1f} | {max(run['peak'] for run in runs) / 1e9:.2f} |"
-        )
+        of = {key: [run[key] for run in runs] for key in ("samples", "step", *PARTS, "tokens", "peak")}
+        parts = [f"{sum(of[part]) / len(runs):.3f}" for part in PARTS]
+        tokens, peak = f"{sum(of['tokens']) / len(runs):.1f}", f"{max(of['peak']) / 1e9:.2f}"
+        rows.append((side, middle(of["samples"]), middle(of["step"]), *parts, tokens, peak))
+    lines = markdown(("", "samples/s", "s a step", *PARTS, "tokens a completion", "peak, GB"), rows)
     pairs = list(zip(*found.values(), strict=True))
     ratios = {
         "step {} times stock TRL": [ours["samples"] / stock["samples"] for ours, stock, _ in pairs],
