@@ -137,8 +137,8 @@ LIMITS = {
     "temperature": (0.01, 10.0),
     "top_p": (0.01, 1.0),
     "top_k": (0, 1_000_000),
-    "chat_temperature": (0.01, 10.0),
-    "chat_top_p": (0.01, 1.0),
+    "chat_temperature": (0.05, 2.0),  # as the app has it
+    "chat_top_p": (0.05, 1.0),
     "target_tokens": (1, 50_000),
     "reward_learning_rate": (1e-9, 1.0),
     "reward_epochs": (1, 1000),

@@ -70,37 +70,27 @@ def stage(folder: Path, adapter: Path) -> None:
     """Copy exactly what the Space needs into an empty folder. The header names the adapter's base."""
     from huggingface_hub import RepoCard
 
-    from phi2_grpo import hub
+    from phi2_grpo import hub, loading
 
     for name in APP_FILES:
         shutil.copyfile(APP / name, folder / name)
     (folder / "model_adapters").mkdir()
     for path in hub.adapter_files(adapter):
         shutil.copyfile(path, folder / "model_adapters" / path.name)
-    if on_hub(base := base_of(adapter)):
+    if hub.is_id(base := loading.base_of(adapter)[0]):
         card = RepoCard.load(folder / "README.md")
         card.data["models"] = card.data["preload_from_hub"] = [base]
         card.save(folder / "README.md")
-
-
-def base_of(adapter: Path) -> str:
-    """The base that the adapter names, or ""."""
-    return files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
-
-
-def on_hub(base: str) -> bool:
-    """Whether it looks like a Hub id, not like a folder."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not base.startswith(".")
 
 
 def check_adapter(adapter: Path) -> list[str]:
     """What is wrong with the adapter: incomplete, unreadable, or of a base that no Space can load."""
     from safetensors import SafetensorError, safe_open
 
-    from phi2_grpo.loading import check_adapter
+    from phi2_grpo import hub, loading
 
     try:
-        check_adapter(str(adapter))
+        loading.check_adapter(str(adapter))
         with safe_open(adapter / "adapter_model.safetensors", "np") as weights:
             if not any("lora_A" in key for key in weights.keys()):  # noqa: SIM118, it is no dict
                 return ["adapter: adapter_model.safetensors holds no LoRA weights. Copy it again whole."]
@@ -108,7 +98,7 @@ def check_adapter(adapter: Path) -> list[str]:
         return [f"adapter: {error}"]
     except (SafetensorError, OSError) as error:
         return [f"adapter: adapter_model.safetensors cannot be read: {error}. Copy it again whole."]
-    if not on_hub(base := base_of(adapter)):
+    if not hub.is_id(base := loading.base_of(adapter)[0]):
         return [
             f"base: the adapter was trained on the folder {base}, and a Space loads its base from the Hub. Train on one there."
         ]
@@ -147,7 +137,7 @@ def check_hub(name: str, adapter: Path, update: bool) -> list[str]:
     """What the Hub says against it: no token or a wrong one, the name in use, the base unknown."""
     from huggingface_hub import HfApi
 
-    from phi2_grpo import hub
+    from phi2_grpo import hub, loading
 
     try:
         hub.check_account(name)
@@ -157,7 +147,7 @@ def check_hub(name: str, adapter: Path, update: bool) -> list[str]:
             return [f"name: the Space {name} exists. --update replaces its files; or choose another name."]
         if update and not there:
             return [f"name: there is no Space {name} to update. Leave --update out."]
-        if on_hub(base := base_of(adapter)):
+        if hub.is_id(base := loading.base_of(adapter)[0]):
             with hub.plain_errors(base):
                 if not HfApi().repo_exists(base):
                     return [f"base: {base} is not on the Hub, or your token may not see it."]

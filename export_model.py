@@ -53,6 +53,7 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
     if out.exists() and not overwrite:
         raise cli.UserError(f"{out} is there already. Replace it: --overwrite; or choose another --out.")
     files.check_writable(out)
+    files.check_replaceable(out, "merged_from")
 
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -84,6 +85,7 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
             merged.save_pretrained(folder, max_shard_size="5GB")
             tokenizer.save_pretrained(folder)
             files.write_text(folder / "README.md", cards.of_merged(adapter, name))
+            files.write_json(folder / "run.json", {**files.read_json(adapter / "run.json"), "merged_from": str(adapter)})
             del tuned, merged
         with console.status("reading it back"):
             written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

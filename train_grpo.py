@@ -111,9 +111,11 @@ def train(config: dict, arguments, console, found: dict) -> None:
         weights = load_peft_weights(config["init_adapter"], device=str(device))
         set_peft_model_state_dict(trainer.model, weights)
     # TRL's own path serves vLLM; for the rest an engine, which the held-out evaluations share.
-    speaker = trainer.accelerator.unwrap_model(trainer.model)
-    engine = rollout.make_engine(config["rollout"], speaker, config["rollout_batch_size"], plan.reserve(found["plan"]))
-    trainer.engine = None if config["use_vllm"] or model.spread() else engine
+    engine = None
+    if not model.spread():
+        speaker = trainer.accelerator.unwrap_model(trainer.model)
+        engine = rollout.make_engine(config["rollout"], speaker, config["rollout_batch_size"], plan.reserve(found["plan"]))
+    trainer.engine = None if config["use_vllm"] else engine
     adapted = model.describe_coverage(trainer.model)
     facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
     facts["rewards"] = scoring.describe(scorer.chosen)

@@ -203,6 +203,7 @@ def show_samples(console, engine, tokenizer, voice, names: tuple[str, str], conf
         generation = GenerationConfig.from_pretrained(config["adapter"])
     except (OSError, ValueError) as error:
         raise cli.UserError(f"{config['adapter']}/generation_config.json is broken: {str(error).splitlines()[0]}") from None
+    generation.max_new_tokens = generation.max_new_tokens or config["max_completion_length"]
     texts = render(tokenizer, [[{"role": "user", "content": question}] for question in questions])
     answers = {}
     for side, name in zip(("base", "tuned"), names, strict=True):

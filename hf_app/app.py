@@ -407,7 +407,7 @@ Face's servers.
 
 def training_facts(run: dict, metrics: Path) -> str:
     """A table of what changed over the training, and how it was done."""
-    lines = ["| over training, first ten to last ten steps | from | to |", "|---|---|---|"]
+    lines = ["| over training, first to last steps | from | to |", "|---|---|---|"]
     try:
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
@@ -418,7 +418,8 @@ def training_facts(run: dict, metrics: Path) -> str:
         kept = [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= (run.get("steps") or float("inf"))]
         values = [row[key] for row in kept if isinstance(row.get(key), (int, float))]
         if values:
-            first, last = (sum(part) / len(part) for part in (values[:10], values[-10:]))
+            count = min(10, len(values) // 2) or 1  # of a short run, half each
+            first, last = (sum(part) / len(part) for part in (values[:count], values[-count:]))
             lines.append(f"| {name} | {first:.3g} | {last:.3g} |")
     text = "\n".join(lines) + "\n\n" if len(lines) > 2 else ""
     config = run.get("config") or {}

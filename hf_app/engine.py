@@ -286,8 +286,8 @@ class Engine:
         own = Settings(
             max_new_tokens=min(self.defaults.max_new_tokens or 256, self.longest_answer),
             sample=bool(self.defaults.do_sample),
-            temperature=self.defaults.temperature or 0.7,
-            top_p=self.defaults.top_p or 1.0,
+            temperature=min(max(self.defaults.temperature or 0.7, 0.05), 2.0),
+            top_p=min(max(self.defaults.top_p or 1.0, 0.05), 1.0),
         )
         settings = replace(own, **given)
         settings.check(self.longest_answer)

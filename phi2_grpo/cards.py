@@ -3,9 +3,9 @@
 import contextlib
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from phi2_grpo import accuracy, files, looks
+from phi2_grpo import accuracy, files, hub, looks
 
 USE_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
@@ -49,13 +49,12 @@ MADE = "## How it was made\n"
 def _card(facts: dict, pipeline: str, tags: list[str], title: str, body: str, code: str, settings: str) -> str:
     """The frame of both cards; `title` has a place for the base."""
     config, dataset = facts["config"], facts["data"]["dataset"]
-    on_hub = config["model"] != "tiny" and not Path(config["model"]).exists()
     data = ModelCardData(
-        base_model=config["model"] if on_hub else None,
+        base_model=config["model"] if hub.is_id(config["model"]) else None,
         library_name="peft",
         pipeline_tag=pipeline,
         license="mit",
-        datasets=[dataset] if "/" in dataset and not Path(dataset).exists() else None,
+        datasets=[dataset] if hub.is_id(dataset) else None,
         tags=tags,
     )
     base = "the tiny Phi of this project, made on the spot" if config["model"] == "tiny" else config["model"]
@@ -144,15 +143,17 @@ def add_validation(adapter: Path, line: str, table: list[str]) -> None:
 
 def of_merged(adapter: Path, dtype: str) -> str:
     """The adapter's own card, for the merged model: other metadata, other code."""
-    text = (adapter / "README.md").read_text(encoding="utf-8") if (adapter / "README.md").is_file() else "---\n---\n"
-    _, header, body = text.split("---\n", 2)
-    before, _, after = body.partition(USE)
+    path = adapter / "README.md"
+    card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "", ignore_metadata_errors=True)
+    card.data.library_name = "transformers"
+    before, _, after = card.text.partition(USE)
     before = before.replace("![reward curve](reward.png)\n\n", "").replace(
         "# A LoRA adapter for", "# Merged: a LoRA adapter for"
     )
     made = after.partition(MADE)[2]
     return f"""---
-{header.replace("library_name: peft", "library_name: transformers")}---
+{card.data.to_yaml()}
+---
 {before}{USE}
 Merged in float32, written in {dtype}: plain weights, which transformers, vLLM and llama.cpp's converter read. Stop strings are
 left out, for plain `generate` refuses them: cut an answer before "\\nInstruct:" or "\\nExercise".

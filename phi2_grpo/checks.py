@@ -15,7 +15,7 @@ from phi2_grpo import checkpoints, cli, data, files, looks, model, plan, rollout
 from phi2_grpo.chat import count_tokens
 from phi2_grpo.checkpoints import whole_checkpoints
 from phi2_grpo.cli import UserError
-from phi2_grpo.loading import load_tokenizer, names_base
+from phi2_grpo.loading import base_of, load_tokenizer, names_base
 from phi2_grpo.monitor import WINDOW
 from phi2_grpo.reward_model import conversations
 from phi2_grpo.scoring import Scorer, choose_rewards, try_rewards
@@ -61,7 +61,9 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     the LoRA without weights and the memory plan."""
     checks = Checklist()
     device = checks.run("device", _device, config)
-    checks.run("output folder", _output, Path(config["output_dir"]), checkpoints.final_folder(config), resume, overwrite)
+    checks.run(
+        "output folder", _output, Path(config["output_dir"]), checkpoints.final_folder(config), "rewards", resume, overwrite
+    )
     checks.run("settings", _settings, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
@@ -103,7 +105,9 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
         raise UserError("train_reward.py runs in one process: start it with python, not with accelerate launch or torchrun.")
     checks = Checklist()
     device = checks.run("device", _device, config)
-    checks.run("output folder", _output, checkpoints.reward_run_folder(config), Path(config["reward_dir"]), resume, overwrite)
+    checks.run(
+        "output folder", _output, checkpoints.reward_run_folder(config), Path(config["reward_dir"]), "scores", resume, overwrite
+    )
     tokenizer = checks.run("base model", _tokenizer, config)
     found = checks.run("data", _pairs, config, tokenizer) or {}
     if resume:
@@ -126,12 +130,12 @@ def _device(config: dict):
 
 def same_base(adapters: list[Path], config: dict | None) -> None:
     """Raise UserError unless all adapters name the same base, at the same revision; with `config`, the base that it names."""
-    named = [files.read_json(adapter / "adapter_config.json") for adapter in adapters]
-    bases = [f"{each.get('base_model_name_or_path')} ({each.get('revision') or 'no revision'})" for each in named]
+    named = [base_of(adapter) for adapter in adapters]
+    bases = [f"{name} ({revision or 'no revision'})" for name, revision in named]
     if len(set(bases)) > 1:
         pairs = ", ".join(f"{adapter} is on {base}" for adapter, base in zip(adapters, bases, strict=True))
         raise UserError(f"the adapters have different bases, so they cannot be compared prompt by prompt on one: {pairs}.")
-    if config is not None and not names_base((named[0].get("base_model_name_or_path"), named[0].get("revision")), config):
+    if config is not None and not names_base(named[0], config):
         raise UserError(
             f"the adapter {adapters[0]} was trained on {bases[0]}, and {config['model']} is another base. Give the right one "
             "with --model (or this one, to insist)."
@@ -150,12 +154,13 @@ def fits_context(conversations: list[list[dict]], tokenizer, config: dict, conte
     return longest
 
 
-def _output(output: Path, final: Path, resume: bool, overwrite: bool):
-    """`output` is for the checkpoints, `final` for what a finished run leaves."""
+def _output(output: Path, final: Path, key: str, resume: bool, overwrite: bool):
+    """`output` is for the checkpoints, `final` for what a finished run leaves, with `key` in its run.json."""
     files.check_writable(output)
     files.check_writable(final)
-    if final.exists() and any(final.iterdir()) and not (final / "run.json").is_file():
-        raise UserError(f"{final} holds something that no run of this project wrote, and it stays. Choose another folder.")
+    files.check_replaceable(final, key)
+    if (output / "adapter_config.json").exists():
+        raise UserError(f"{output} is a finished adapter, not a place for checkpoints. Choose another folder.")
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
     whole = whole_checkpoints(output)

@@ -19,6 +19,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Raises UserError where it cannot be written.
     """
+    path = path.resolve()  # a link stays one, and "." has no name to write beside
     incoming, outgoing = (path.with_name(f".{path.name}.{end}") for end in ("incoming", "outgoing"))
     try:
         if outgoing.exists() and not path.exists():
@@ -85,6 +86,12 @@ def check_writable(path: Path) -> None:
         probe.unlink(missing_ok=True)  # another machine on the same disk may have the same process id
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}. Choose another folder.") from None
+
+
+def check_replaceable(folder: Path, key: str) -> None:
+    """Raise UserError where `folder` holds anything but what a run of this kind left, by a key of its run.json."""
+    if folder.is_dir() and any(folder.iterdir()) and key not in read_json(folder / "run.json"):
+        raise UserError(f"{folder} holds something else than what would take its place, and it stays. Choose another folder.")
 
 
 @contextmanager

@@ -19,6 +19,11 @@ ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors"
 LOG_IN = "`hf auth login` asks for a token and keeps it, HF_TOKEN=... gives one; it needs the right to write"
 
 
+def is_id(name: str) -> bool:
+    """Whether it looks like a Hub id, and is no path of this machine."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+
+
 def check_name(name: str) -> str:
     """USER/NAME as the Hub takes it. Raises UserError."""
     try:
@@ -62,6 +67,8 @@ def plain_errors(name: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         said = (error.server_message or str(error)).strip().splitlines()[0]
         raise UserError(hide_token(_explain(status, name, said))) from None
+    except ValueError as error:  # a model card that the Hub does not take
+        raise UserError(hide_token(f"the Hub does not take this: {str(error).strip()}")) from None
     except (OSError, HTTPError) as error:
         raise UserError(hide_token(f"the Hub cannot be reached: {error}. Look at the network, then run this again.")) from None
 

@@ -82,8 +82,15 @@ def check_adapter(folder: str) -> Path:
 
 
 def use_base_of(adapter: Path, config: dict) -> None:
-    """Where no other --model was given, take the base that the adapter names, at its revision."""
+    """Where no other --model was given, take the base that the adapter names; where no --model_revision, at its revision."""
+    name, revision = base_of(adapter)
+    if config["model"] == CONFIG["model"] and name:
+        config["model"] = name
+        if config["model_revision"] == CONFIG["model_revision"]:
+            config["model_revision"] = revision or CONFIG["model_revision"]
+
+
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """Name ("" where it has none) and revision of the base that an adapter's folder names."""
     named = files.read_json(adapter / "adapter_config.json")
-    if config["model"] == CONFIG["model"] and named.get("base_model_name_or_path"):
-        config["model"] = named["base_model_name_or_path"]
-        config["model_revision"] = named.get("revision") or config["model_revision"]
+    return str(named.get("base_model_name_or_path") or ""), named.get("revision")

@@ -196,6 +196,29 @@ def test_what_is_there_is_not_replaced_unasked(run, final, micro, tmp_path):
     options = ("--model", micro, "--adapter", final, "--out", tmp_path)
     done = run("export_model", *options)
     assert done.code == 2 and "--overwrite" in done.err and (tmp_path / "mine").exists()
+    done = run("export_model", *options, "--overwrite")
+    assert done.code == 2 and "and it stays" in done.err and (tmp_path / "mine").exists(), done.err
+    own = shutil.copytree(final, tmp_path / "own")
+    done = run("export_model", "--model", micro, "--adapter", own, "--out", own, "--overwrite")
+    assert done.code == 2 and "and it stays" in done.err and (own / "adapter_model.safetensors").exists(), done.err
+    (own / "README.md").write_text("A card without a header.")
+    for _ in range(2):
+        done = run("export_model", "--model", micro, "--adapter", own, "--out", tmp_path / "merged", "--overwrite")
+        assert done.code == 0, done.err
+    assert (tmp_path / "merged" / "README.md").read_text().startswith("---\nlibrary_name: transformers\n---\nA card without")
+
+
+def test_the_revision_that_was_asked_for(adapter):
+    """A flag counts more than what the adapter names; without it the adapter's counts."""
+    from config import CONFIG
+    from phi2_grpo.loading import use_base_of
+
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**saved, "base_model_name_or_path": "a/b", "revision": "then"}))
+    for given, taken in (("main", "then"), ("now", "now")):
+        config = {**CONFIG, "model_revision": given}
+        use_base_of(adapter, config)
+        assert (config["model"], config["model_revision"]) == ("a/b", taken)
 
 
 def test_pushing_sends_the_adapter_or_the_merged_weights(run, hub, final, micro, tmp_path):

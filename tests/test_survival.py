@@ -117,6 +117,47 @@ def test_what_is_there_and_not_whole_is_not_removed_unasked(call, quick, run):
     assert done.code == 2 and "Give one of them" in done.err
 
 
+def test_a_finished_adapter_is_no_place_for_checkpoints(call, quick, final, tmp_path):
+    """Nor is anything else than a run's own result replaced by it, with --overwrite or without."""
+    own = shutil.copytree(final, tmp_path / "own")
+    for more in ((), ("--overwrite",), ("--resume",)):
+        done = call("train_grpo", 1, *quick, "--output_dir", own, *more)
+        assert done.code == 2 and "is a finished adapter, not a place" in done.err, done.err
+    done = call("train_reward", *quick[:6], "--reward_dir", own, "--overwrite")
+    assert done.code == 2 and "and it stays" in done.err, done.err
+    assert (own / "metrics.jsonl").read_text() == (final / "metrics.jsonl").read_text()
+
+
+def test_a_link_to_a_larger_disk_stays_a_link(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large" / "final")  # to nothing yet
+    for text in ("one", "two"):
+        with files.whole_folder(tmp_path / "link") as folder:
+            (folder / "a").write_text(text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "large" / "final" / "a").read_text() == text
+    assert [path.name for path in (tmp_path / "large").iterdir()] == ["final"] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_read_only_folder(call, quick, micro, final, tmp_path):
+    """A file system that takes nothing: said by each script before anything slow starts, and by no traceback."""
+    place = tmp_path / "still"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        for name, flags in (
+            ("train_grpo", (1, *quick, "--output_dir", place / "o")),
+            ("train_reward", (*quick[:6], "--reward_dir", place / "o")),
+            ("prepare_data", ("--preset", "tiny", "--model", micro, "--data_dir", place / "o")),
+            ("validate_model", (*quick[:6], "--adapter", final, "--validation_dir", place / "o")),
+            ("export_model", ("--model", micro, "--adapter", final, "--out", place / "o")),
+        ):
+            done = call(name, *flags)
+            assert done.code == 2 and "Read-only file system" in done.err and "Traceback" not in done.err, (name, done.err)
+    finally:
+        subprocess.run(["umount", str(place)])
+
+
 def test_the_step_counts_and_not_the_clock(call, quick, trained, run):
     """A clock that went back between the checkpoints, and a metrics.jsonl cut in mid-line."""
     os.utime(run / "checkpoint-6", (1, 1))
