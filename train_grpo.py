@@ -140,7 +140,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         report.describe_folder(folder, tokenizer, facts, history, watch.seconds(), finished=True, kept=kept)
-    rows = [row for row in report.step_rows(history) if kept is None or row["step"] <= kept]
+    rows = [row for row in report.rows_with(history, "reward") if kept is None or row["step"] <= kept]
     first, last = report.window(rows, "reward") or (math.nan, math.nan)
     console.print(
         f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {looks.duration(watch.seconds())}.\n"

@@ -99,7 +99,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
         tokenizer.save_pretrained(folder)
         standard = [[(score - scale["mean"]) / scale["std"] for score in scores] for scores in (chosen, rejected)]
         accuracy.draw(measured, *standard, folder / "scores.png")
-        rows = report.loss_rows(trainer.state.log_history)
+        rows = report.rows_with(trainer.state.log_history, "loss")
         report.describe_reward_folder(folder, facts, rows, watch.seconds(), scale, measured, found["left_out"])
     checkpoints.remove_run(run_folder)  # its checkpoints have served
     with contextlib.suppress(OSError):  # not empty: the rest is somebody's

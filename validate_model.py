@@ -132,7 +132,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     with progress.counting(console, "what it cost", 2 * (len(repeated) + len(prompts))) as advance:
         for side in sides:
             ids = [drawn.found[side, i] for i in range(len(repeated))]
-            for i, row in enumerate(evaluation.score(scorer, repeated, ids)):
+            for i, row in enumerate(scorer.score(repeated, ids)):
                 samples.append({**row, "side": side, "prompt": i // config["samples_per_prompt"]})
             with voice(side):
                 if sides[side] is None:
@@ -202,13 +202,13 @@ def show_samples(console, engine, tokenizer, voice, names: tuple[str, str], conf
     try:
         generation = GenerationConfig.from_pretrained(config["adapter"])
     except (OSError, ValueError) as error:
-        raise cli.UserError(f"{config['adapter']}/generation_config.json is broken: {str(error).splitlines()[0]}") from None
+        raise cli.UserError(f"{config['adapter']}/generation_config.json is broken: {cli.first_line(error)}") from None
     generation.max_new_tokens = generation.max_new_tokens or config["max_completion_length"]
     texts = render(tokenizer, [[{"role": "user", "content": question}] for question in questions])
     answers = {}
     for side, name in zip(("base", "tuned"), names, strict=True):
         with voice(side), console.status(f"{name} answers"):
-            ids = complete(engine, tokenizer, texts, generation, len(texts), config["seed"])
+            ids = complete(engine, tokenizer, texts, generation, config["seed"])
             answers[side] = trim(ids, tokenizer)
     samples = []
     for i, question in enumerate(questions):

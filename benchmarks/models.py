@@ -7,14 +7,37 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PhiConfig
 
 from config import CONFIG, PRESETS
 from phi2_grpo import model
 from phi2_grpo.loading import load_tokenizer
 from phi2_grpo.tiny import tiny_base
 
+# microsoft/phi-2's config.json, as far as it differs from PhiConfig's defaults or decides about size: with it, tests and
+# benchmarks build the full-size model without a download.
+PHI2 = {
+    "vocab_size": 51200,  # the tokenizer has 50,295 tokens; the rest is padding, so never resize
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "partial_rotary_factor": 0.4,
+    "resid_pdrop": 0.1,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu_new",
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+
 ROOT = Path(__file__).resolve().parent.parent
 MEAN_TOKENS = 128  # of a completion of the full-size model, whose random weights would hardly ever end one
+
+
+def full_size_phi2(dtype: torch.dtype = torch.float32):
+    """Phi-2 with random weights on the current default device, for tests and benchmarks."""
+    return AutoModelForCausalLM.from_config(PhiConfig(**PHI2), dtype=dtype)
 
 
 def setting(name: str) -> dict:
@@ -37,7 +60,7 @@ def base_of(name: str):
         return model.load_base(setting("tiny"), device, dtype), tokenizer
     torch.manual_seed(0)
     with device:
-        base = model.full_size_phi2(dtype)
+        base = full_size_phi2(dtype)
     end = tokenizer.eos_token_id
     base.config.eos_token_id = base.generation_config.eos_token_id = base.generation_config.pad_token_id = end
     # Random logits have a spread s of about 1 each, so their exponentials sum to V exp(s^2 / 2).
@@ -67,10 +90,6 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def machine(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def middle(values: list[float], places: int = 2) -> str:

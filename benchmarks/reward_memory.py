@@ -27,12 +27,13 @@ def make(folder: Path, size: str) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification
 
+    from benchmarks import models
     from config import CONFIG
     from phi2_grpo import model, tiny
 
     base = folder / "base"
     if size == "full":
-        model.full_size_phi2(torch.bfloat16).save_pretrained(base)
+        models.full_size_phi2(torch.bfloat16).save_pretrained(base)
         tiny._tokenizer(tiny.SAMPLE.read_text(encoding="utf-8").splitlines()[:50]).save_pretrained(base)
     else:
         base.symlink_to(tiny.tiny_base())

@@ -58,6 +58,7 @@ def main() -> None:
     from phi2_grpo import plan, rollout
     from phi2_grpo.looks import markdown
     from phi2_grpo.model import cache_bytes_per_token
+    from phi2_grpo.report import hardware
 
     device, dtype = models.device_of(arguments.model)
     policy = models.policy_of(arguments.model)
@@ -98,7 +99,7 @@ def main() -> None:
         "peak, GB",
     )
     body = "\n".join(markdown(columns, rows)) + (
-        f"\n\n{models.machine(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
+        f"\n\n{hardware(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
         f"Tokens/s and ms of the fastest of {arguments.turns} turns, the prompts' filling in included; times: median [lowest, "
         "highest] of the turns' ratios. A cache that the processor holds near itself can pass the limit of a copy."
     )

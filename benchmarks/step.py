@@ -35,6 +35,7 @@ def work(side: str, name: str, steps: int) -> dict:
 
     from benchmarks import models
     from phi2_grpo import model, plan, progress, rollout
+    from phi2_grpo.report import hardware
     from phi2_grpo.trainer import Trainer, training_arguments
 
     config, (device, dtype) = models.setting(name), models.device_of(name)
@@ -80,7 +81,7 @@ def work(side: str, name: str, steps: int) -> dict:
         "samples": count / seconds,
         "peak": models.peak_bytes(device),
         "tokens": sum(row["completions/mean_length"] for row in rows) / len(rows),
-        "machine": f"{models.machine(device)}, {str(dtype).removeprefix('torch.')}",
+        "machine": f"{hardware(device)}, {str(dtype).removeprefix('torch.')}",
         **{part: sum(row[f"seconds/{part}"] for row in rows if f"seconds/{part}" in row) / len(rows) for part in PARTS},
     }
 

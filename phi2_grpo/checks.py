@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from rich.table import Table
 
-from phi2_grpo import checkpoints, cli, data, files, looks, model, plan, rollout
+from phi2_grpo import checkpoints, cli, data, files, looks, model, plan, report, rollout
 from phi2_grpo.chat import count_tokens
 from phi2_grpo.checkpoints import whole_checkpoints
 from phi2_grpo.cli import UserError
@@ -124,8 +124,7 @@ def _device(config: dict):
         raise UserError(
             f"{gpus} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python ..., or all: accelerate launch ..."
         )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return (device, dtype), f"{name}, {str(dtype).removeprefix('torch.')}"
+    return (device, dtype), f"{report.hardware(device)}, {str(dtype).removeprefix('torch.')}"
 
 
 def same_base(adapters: list[Path], config: dict | None) -> None:

@@ -21,6 +21,11 @@ class UserError(Exception):
     """Something the user can mend. Its text says what was given, what the rule is and what to do; the exit code is 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def split_weight(item: str) -> tuple[str, float]:
     """ "length:0.5" is ("length", 0.5); without a number behind the last colon, the weight is 1."""
     name, colon, weight = item.rpartition(":")

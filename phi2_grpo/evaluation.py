@@ -11,10 +11,7 @@ from transformers import GenerationConfig
 
 from phi2_grpo.chat import render
 from phi2_grpo.model import context_of
-from phi2_grpo.rollout import complete_in_batches
-from phi2_grpo.scoring import Scorer
-
-FORWARD_TOKENS = 2048  # in one forward pass, padding included: whole distributions over the vocabulary are held
+from phi2_grpo.rollout import FORWARD_TOKENS, by_length, complete_in_batches
 
 
 def sampling(config: dict, tokenizer) -> GenerationConfig:
@@ -67,16 +64,6 @@ def mean_per_prompt(values: list[float | None], samples: int) -> list[float | No
     return [None if None in group else sum(group) / samples for group in groups]
 
 
-def score(scorer: Scorer, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
-    """One dict a completion: `answer` (see answers.py), `score` (the weighted sum) and `scores` by reward name.
-
-    `rows` are the data set's, one a completion.
-    """
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    scorer.score([row["prompt"] for row in rows], completion_ids, columns)
-    return scorer.last
-
-
 @torch.no_grad()
 def divergence(
     policy, without_adapter: Callable, tokenizer, rows: list[dict], completion_ids: list[list[int]], advance=lambda count: None
@@ -87,10 +74,11 @@ def divergence(
     """
     prompts = tokenizer(render(tokenizer, [row["prompt"] for row in rows]), add_special_tokens=False)["input_ids"]
     values: list[float | None] = [None] * len(rows)
-    for batch in _batches(prompts, completion_ids):
-        tuned = _log_probs(policy, tokenizer, [prompts[i] for i in batch], [completion_ids[i] for i in batch])
+    lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completion_ids, strict=True)]
+    for batch in by_length(lengths, FORWARD_TOKENS):
+        tuned = token_log_probs(policy, tokenizer, [prompts[i] for i in batch], [completion_ids[i] for i in batch])
         with without_adapter():
-            base = _log_probs(policy, tokenizer, [prompts[i] for i in batch], [completion_ids[i] for i in batch])
+            base = token_log_probs(policy, tokenizer, [prompts[i] for i in batch], [completion_ids[i] for i in batch])
         for i, p, q in zip(batch, tuned, base, strict=True):  # (T, V)
             values[i] = (p.exp() * (p - q)).sum(-1).mean().item() if len(p) else None
         advance(len(batch))
@@ -110,9 +98,9 @@ def surprise(policy, tokenizer, rows: list[dict], advance=lambda count: None) ->
     replies = [reply[: max(0, context_of(policy) - len(prompt))] for prompt, reply in zip(prompts, replies, strict=True)]
     values: list[tuple[float, int] | None] = [None] * len(rows)
     chosen = [i for i, row in enumerate(rows) if row["reference"] and replies[i]]
-    for part in _batches([prompts[i] for i in chosen], [replies[i] for i in chosen]):
+    for part in by_length([len(prompts[i]) + len(replies[i]) for i in chosen], FORWARD_TOKENS):
         batch = [chosen[k] for k in part]
-        log_probs = _log_probs(policy, tokenizer, [prompts[i] for i in batch], [replies[i] for i in batch])
+        log_probs = token_log_probs(policy, tokenizer, [prompts[i] for i in batch], [replies[i] for i in batch])
         for i, rows_of_log_probs in zip(batch, log_probs, strict=True):
             picked = rows_of_log_probs[range(len(replies[i])), replies[i]]
             values[i] = (-picked.sum().item(), len(replies[i]))
@@ -126,21 +114,7 @@ def perplexity(surprises: list[tuple[float, int] | None]) -> float | None:
     return math.exp(sum(nats for nats, _ in known) / sum(tokens for _, tokens in known)) if known else None
 
 
-def _batches(prompts: list[list[int]], completions: list[list[int]]) -> Iterator[list[int]]:
-    def length(i: int) -> int:
-        return len(prompts[i]) + len(completions[i])
-
-    batch: list[int] = []
-    for i in sorted(range(len(prompts)), key=length):
-        if batch and (len(batch) + 1) * length(i) > FORWARD_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _log_probs(model, tokenizer, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
+def token_log_probs(model, tokenizer, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
     """For each text the log-probs of every token at the places of its completion, (T, V) in float32."""
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     longest = max(map(len, texts))

@@ -46,8 +46,8 @@ class HeldOut(TrainerCallback):
         was_training = model.training
         with evaluation.random_state_kept(model.device):
             drawing = evaluation.sampling(self.config, self.tokenizer)
-            ids = complete(self.engine, self.tokenizer, texts, drawing, len(texts), self.config["seed"])
-            scored = evaluation.score(self.scorer, self.rows, ids)  # a reward of one's own may draw, too
+            ids = complete(self.engine, self.tokenizer, texts, drawing, self.config["seed"])
+            scored = self.scorer.score(self.rows, ids)  # a reward of one's own may draw, too
         model.train(was_training)
         answers = [row["answer"] for row in scored]
         low, high = interval([row["score"] for row in scored]) or (None, None)
@@ -60,7 +60,7 @@ class HeldOut(TrainerCallback):
             {"prompt": self.rows[i]["prompt"][-1]["content"], "answer": answers[i].text} for i in range(min(SHOWN, len(ids)))
         ]
         state.log_history.append({**row, "answers": shown})  # kept by the checkpoints
-        lines = [json.dumps(each, ensure_ascii=False) for each in report.evaluation_rows(state.log_history)]
+        lines = [json.dumps(each, ensure_ascii=False) for each in report.rows_with(state.log_history, "eval_reward")]
         (Path(args.output_dir) / "evaluation.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         spread = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         text = f"{state.global_step:>9}  held out: reward {found['eval_reward']:.3f}{spread} on {len(ids)} prompts"

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from phi2_grpo.cli import UserError
+from phi2_grpo.cli import UserError, first_line
 
 # What an adapter folder may hold; nothing else of it is sent anywhere.
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -29,7 +29,7 @@ def check_name(name: str) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"{name!r} is no name on the Hub: {str(error).splitlines()[0]} Give USER/NAME.") from None
+        raise UserError(f"{name!r} is no name on the Hub: {first_line(error)} Give USER/NAME.") from None
     if not re.fullmatch(r"[^/]+/[^/]+", name):
         raise UserError(f"{name!r} is no name on the Hub. Give USER/NAME, with your user or organization before the slash.")
     return name

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from config import CONFIG
 from phi2_grpo import files
 from phi2_grpo.chat import prepare_tokenizer
-from phi2_grpo.cli import UserError
+from phi2_grpo.cli import UserError, first_line
 from phi2_grpo.tiny import tiny_base
 
 if not sys.stderr.isatty():  # in a log file a progress bar is noise
@@ -51,7 +51,7 @@ def load_pretrained(loader, config: dict, **options):
     try:
         return loader.from_pretrained(name, **({"revision": revision} if revision else {}), **options)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"the model {name}{f' (revision {revision})' if revision else ''} cannot be loaded: {reason}\n"
             f"  On a machine with network: hf download {name}; offline: HF_HUB_OFFLINE=1 once it is in the cache,\n"

@@ -12,29 +12,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
-    PhiConfig,
 )
 
 from phi2_grpo.answers import STOP_STRINGS
-from phi2_grpo.cli import UserError
+from phi2_grpo.cli import UserError, first_line
 from phi2_grpo.loading import check_adapter, load_pretrained, resolve_model
-
-# microsoft/phi-2's config.json, as far as it differs from PhiConfig's defaults or decides about size: with it, tests and
-# benchmarks build the full-size model without a download.
-PHI2 = {
-    "vocab_size": 51200,  # the tokenizer has 50,295 tokens; the rest is padding, so never resize
-    "hidden_size": 2560,
-    "intermediate_size": 10240,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "partial_rotary_factor": 0.4,
-    "resid_pdrop": 0.1,
-    "layer_norm_eps": 1e-5,
-    "hidden_act": "gelu_new",
-    "bos_token_id": 50256,
-    "eos_token_id": 50256,
-}
 
 # The first release of Phi-2 fused q, k and v into Wqkv and called the output projection out_proj. transformers' native
 # port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
@@ -104,11 +86,6 @@ def empty_base(config: dict):
     model_config = load_pretrained(AutoConfig, config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config)
-
-
-def full_size_phi2(dtype: torch.dtype = torch.float32):
-    """Phi-2 with random weights on the current default device, for tests and benchmarks."""
-    return AutoModelForCausalLM.from_config(PhiConfig(**PHI2), dtype=dtype)
 
 
 def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig:
@@ -200,7 +177,7 @@ def load_adapter(model, folder: str, name: str = "default") -> PeftModel:
         else:
             model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
     except Exception as error:  # PEFT, safetensors and json raise a dozen kinds for a folder that does not fit
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"the adapter {folder} cannot be put on {base}: {reason}\n"
             "  It is broken, or was trained on another base model; give that one with --model."

@@ -96,7 +96,7 @@ class Monitor(Watch):
     def on_train_begin(self, args, state, control, **_):
         super().on_train_begin(args, state, control)
         self.metrics_file = Path(args.output_dir) / "metrics.jsonl"
-        rows = report.step_rows(state.log_history)
+        rows = report.rows_with(state.log_history, "reward")
         if state.is_world_process_zero:
             self.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         # Not again after a resume; but a collapse that the run is to stop at is looked for anew.
@@ -110,7 +110,7 @@ class Monitor(Watch):
         compared = self.scorer.compare() if interval else {}
         logs.update(compared)  # for trackio, which comes after this callback
         state.log_history[-1].update(compared)
-        rows = report.step_rows(state.log_history)
+        rows = report.rows_with(state.log_history, "reward")
         row = rows[-1]
         cells = [("reward", 6, ".3f"), ("reward_std", 5, ".2f"), ("frac_reward_zero_std", 4, ".0%"), ("kl", 5, ".3f"),
                  ("answers/tokens", 6, ".0f"), ("answers/ended", 5, ".0%"), ("step_time", 6, ".1f")]  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from phi2_grpo.cli import UserError
+from phi2_grpo.cli import UserError, first_line
 
 # column: the types that a value of it may have
 COLUMNS = {
@@ -130,7 +130,7 @@ def read_messages(source: str, revision: str, with_toxicity: bool) -> tuple[dict
         else:
             loaded = datasets.load_dataset(source, revision=revision)
     except Exception as error:  # the libraries below raise dozens of kinds; each means that there is no data
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if local:
             raise UserError(f"--dataset {source} cannot be read: {reason}") from None
         raise UserError(

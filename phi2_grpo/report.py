@@ -19,25 +19,12 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 ALARMS = {"warning": "#e0a800", "collapse": looks.RED}
 
 
-def step_rows(log_history: list[dict]) -> list[dict]:
-    """The trainer's log rows that describe a training step; they survive a resume, for checkpoints hold them.
+def rows_with(log_history: list[dict], key: str) -> list[dict]:
+    """The trainer's log rows that have `key`: "reward" a GRPO step's, "loss" a reward model's, "eval_reward" an evaluation's.
 
-    What is not finite becomes None: JSON has no NaN.
+    They survive a resume, for checkpoints hold them. What is not finite becomes None: JSON has no NaN.
     """
-    return _finite([row for row in log_history if "reward" in row])
-
-
-def evaluation_rows(log_history: list[dict]) -> list[dict]:
-    """Its rows that describe an evaluation on held-out prompts (see held_out.py)."""
-    return [row for row in log_history if "eval_reward" in row]
-
-
-def loss_rows(log_history: list[dict]) -> list[dict]:
-    """The same of a reward model's training."""
-    return _finite([row for row in log_history if "loss" in row])
-
-
-def _finite(rows: list[dict]) -> list[dict]:
+    rows = [row for row in log_history if key in row]
     return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
 
 
@@ -97,7 +84,7 @@ def describe_folder(
         seconds: wall time of the training so far.
         kept: the step that the weights are of, where it is not the last one: the run collapsed after it.
     """
-    rows, evaluations = step_rows(log_history), evaluation_rows(log_history)
+    rows, evaluations = rows_with(log_history, "reward"), rows_with(log_history, "eval_reward")
     generation_config(tokenizer, facts["config"]).save_pretrained(folder)
     files.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     files.write_text(folder / "evaluation.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluations))

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from phi2_grpo import files
 from phi2_grpo.chat import prepare_tokenizer
-from phi2_grpo.cli import UserError
+from phi2_grpo.cli import UserError, first_line
 from phi2_grpo.loading import names_base
 from phi2_grpo.model import check_all_in_place, context_of, new_head
 
@@ -44,7 +44,7 @@ class RewardModel:
         except UserError:
             raise
         except Exception as error:  # json, safetensors, PEFT and transformers raise a dozen kinds for what they cannot read
-            raise UserError(f"the reward model {name} is broken: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"the reward model {name} is broken: {first_line(error)}") from None
         self.model = None
 
     def _read_scale(self) -> None:
@@ -81,10 +81,6 @@ class RewardModel:
         if labels != 1:
             raise UserError(f"the reward model {self.name} has {labels} labels, but a reward is one number. Take one with one.")
 
-    @property
-    def loaded(self) -> bool:
-        return self.model is not None
-
     def shares_base_of(self, config: dict) -> bool:
         """Whether it was trained on the very base that `config` names."""
         return self.adapter and names_base(self.base, config)
@@ -105,7 +101,7 @@ class RewardModel:
         try:
             base = AutoConfig.from_pretrained(self.base[0], **self._where())
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"the base of the reward model {self.name}, {self.base[0]}, cannot be loaded: {reason}") from None
         with torch.device("meta"):
             return own + AutoModelForSequenceClassification.from_config(base).num_parameters() * dtype.itemsize
@@ -133,7 +129,7 @@ class RewardModel:
         except UserError:
             raise
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"the reward model {self.name} cannot be loaded on {self.base[0]}: {reason}") from None
         # Where the last token of a text is found; an answer never holds it, for it is trimmed.
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -218,5 +214,5 @@ def _find(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # the Hub, the network and the name check each have their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--rewards: {name} is no folder here, and cannot be had from the Hub: {reason}") from None

@@ -17,7 +17,7 @@ from phi2_grpo.plan import rounded, rows_that_fit
 from phi2_grpo.sampling import Sampling, ends_of, up_to_end
 
 LOOK = 16  # decode steps on a card between two looks at which rows have ended: a look waits for the device
-FILL_TOKENS = 2048  # prompt tokens in one forward pass, padding included
+FORWARD_TOKENS = 2048  # in one forward pass over prompts or answers, padding included
 
 
 def choose(name: str, model) -> tuple[str, str]:
@@ -49,6 +49,18 @@ def speaking(model) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def by_length(lengths: list[int], tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of alike lengths, the shortest first, of at most `tokens` tokens each, padding included."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[i] > tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 class Generate:
@@ -150,12 +162,10 @@ class Graph:
         rows_of: dict[tuple, list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of.setdefault(tuple(prompt), []).append(row)
-        waiting, logits = sorted(rows_of, key=len), None
-        while waiting:
-            longest, chunk = 0, []
-            while waiting and (not chunk or (len(chunk) + 1) * len(waiting[0]) <= FILL_TOKENS):
-                chunk.append(waiting.pop(0))
-                longest = len(chunk[-1])
+        different, logits = list(rows_of), None
+        for batch in by_length(list(map(len, different)), FORWARD_TOKENS):
+            chunk = [different[i] for i in batch]
+            longest = len(chunk[-1])
             # Padded on the right: a causal model never looks there, and decoding writes over it.
             ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in chunk], device=decoder.device)
             past = DynamicCache()
@@ -267,25 +277,22 @@ class State:
         return kept, max(positions[row] for row in live)
 
 
-def complete(
-    engine, tokenizer, prompts: list[str], generation: GenerationConfig, batch_size: int, seed: int
-) -> list[list[int]]:
+def complete(engine, tokenizer, prompts: list[str], generation: GenerationConfig, seed: int) -> list[list[int]]:
     """Completion token ids for rendered prompts, in their order; the end token is kept, the padding is not.
 
-    Args:
-        batch_size: prompts given to the engine at once.
-        seed: set before each batch, so that two models draw with the same random numbers, batch by batch.
+    `seed` is set before, so that two models draw with the same random numbers.
     """
-    completions: dict[int, list[int]] = {}
-    for batch in complete_in_batches(engine, tokenizer, prompts, generation, batch_size, seed):
-        completions |= batch
-    return [completions[i] for i in range(len(prompts))]
+    found = next(complete_in_batches(engine, tokenizer, prompts, generation, len(prompts), seed))
+    return [found[i] for i in range(len(prompts))]
 
 
 def complete_in_batches(
     engine, tokenizer, prompts: list[str], generation: GenerationConfig, batch_size: int, seed: int, done: Container[int] = ()
 ) -> Iterator[dict[int, list[int]]]:
-    """The same batch by batch, by the prompts' indices; batches whose prompts are all in `done` are passed over."""
+    """The same in batches of `batch_size`, by the prompts' indices; those whose prompts are all in `done` are passed over.
+
+    The seed of a batch goes by where it begins.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

@@ -11,7 +11,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerState
 
 from phi2_grpo import checkpoints, files
-from phi2_grpo.cli import UserError, processes
+from phi2_grpo.cli import UserError, first_line, processes
 from phi2_grpo.interruption import Interruption
 from phi2_grpo.monitor import WINDOW
 from phi2_grpo.scoring import BadReward
@@ -115,7 +115,7 @@ def _explain(error: Exception, output: Path) -> None:
         raise UserError(f"{text} {_what_is_left(output)}") from None
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out", "remote process")
     if processes() > 1 and any(part in str(error) for part in lost):
-        reason = str(error).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         text = f"another process of this run is gone, or its machine: {reason}\n  {_what_is_left(output)}"
         raise UserError(text) from None
 

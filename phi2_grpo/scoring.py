@@ -137,16 +137,20 @@ class Scorer:
         """The reward models among the rewards."""
         return [reward.function for reward in self.chosen if isinstance(reward.function, RewardModel)]
 
-    def score(self, prompts: list, completion_ids: list[list[int]], columns: dict) -> list[float]:
-        """Weighted sums of the rewards of completions outside training; what a reward does not score counts as 0.
+    def score(self, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
+        """Completions outside training, of `rows` of the data set, one each.
 
-        `columns`: the data set's other columns, a value a completion.
+        A dict a completion: `answer` (see answers.py), `scores` by reward name, and `score`, their weighted sum; what a reward
+        does not score counts as 0. A reward model that is not loaded yet is passed over.
         """
+        self.last = []
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        for function in self.functions:
-            function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        return [row["score"] for row in self.last]
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+        columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+        for reward, function in zip(self.chosen, self.functions, strict=True):
+            if not isinstance(reward.function, RewardModel) or reward.function.model:
+                function(prompts=[row["prompt"] for row in rows], completion_ids=completion_ids, **columns)
+        return self.last
 
     def _for_trl(self, reward: Reward) -> Callable:
         def scored(prompts, completions, completion_ids, **columns):
@@ -250,17 +254,9 @@ def _less_group_mean(prompts: list, scores: list[float | None]) -> list[numpy.nd
 def try_rewards(scorer: Scorer, rows: list[dict]) -> dict[str, list[float | None]]:
     """Call each reward on real rows, their human replies taken as completions; scores by reward name.
 
-    A reward model that is not loaded yet is passed over. Raises UserError naming the reward that has the wrong signature, count
-    or type, or a value that is not finite.
+    Raises UserError naming the reward that has the wrong signature, count or type, or a value that is not finite.
     """
     texts = [row["reference"] or "I do not know." for row in rows]
-    completion_ids = [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]]
-    completions = [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    prompts = [row["prompt"] for row in rows]
-    found = {}
-    for reward, function in zip(scorer.chosen, scorer.functions, strict=True):
-        if not isinstance(reward.function, RewardModel) or reward.function.loaded:
-            found[reward.name] = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+    scored = scorer.score(rows, [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]])
     scorer.compare()  # forgets these rows
-    return found
+    return {name: [row["scores"][name] for row in scored] for name in (scored[0]["scores"] if scored else ())}

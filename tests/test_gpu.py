@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, script
 from test_rollout import make_policy, prompts_of, sampled, settings
 
+from benchmarks import models
 from config import CONFIG
 from phi2_grpo import model, plan, rollout
 
@@ -93,7 +94,7 @@ def full_size_policy():
     from peft import get_peft_model
 
     with torch.device("cuda"):
-        base = model.full_size_phi2(torch.bfloat16)
+        base = models.full_size_phi2(torch.bfloat16)
     return get_peft_model(base, model.lora_config(CONFIG, base))
 
 

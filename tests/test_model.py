@@ -11,6 +11,7 @@ from conftest import ROOT, SHARED, make_micro
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks import models
 from config import CONFIG
 from phi2_grpo import model
 from phi2_grpo.chat import count_tokens, render
@@ -20,7 +21,7 @@ from phi2_grpo.loading import load_tokenizer
 
 def full_size():
     with torch.device("meta"):
-        return model.full_size_phi2()
+        return models.full_size_phi2()
 
 
 def test_full_size_phi2_is_covered_whole():
@@ -42,7 +43,7 @@ def test_why_the_names_are_mapped():
 @pytest.mark.skipif(not SHARED.exists(), reason="the real config is not beside this checkout")
 def test_phi2_numbers_are_the_published_ones():
     published = json.loads((SHARED / "phi2" / "config.json").read_text())
-    assert {key: published[key] for key in model.PHI2} == model.PHI2
+    assert {key: published[key] for key in models.PHI2} == models.PHI2
 
 
 def llama(**sizes):
@@ -175,10 +176,11 @@ def test_loading_phi2_takes_little_more_than_its_weights(tmp_path):
     code = """
 import sys, resource, torch
 from phi2_grpo import model
+from benchmarks import models
 from config import CONFIG
 folder = sys.argv[1]
 if len(sys.argv) > 2:
-    model.full_size_phi2(torch.bfloat16).save_pretrained(folder)
+    models.full_size_phi2(torch.bfloat16).save_pretrained(folder)
 else:
     base = model.load_base({**CONFIG, "model": folder}, torch.device("cpu"), torch.bfloat16)
     size = sum(parameter.nbytes for parameter in base.parameters() if parameter.abs().max() >= 0)

@@ -8,6 +8,7 @@ from conftest import make_micro
 from peft import get_peft_model
 from safetensors.torch import load_file
 
+from benchmarks import models
 from config import CONFIG, PRESETS
 from phi2_grpo import checks, model, plan, running
 
@@ -19,7 +20,7 @@ LONGEST = CONFIG["max_prompt_tokens"]
 @pytest.fixture(scope="module")
 def phi2():
     with torch.device("meta"):
-        base = model.full_size_phi2()
+        base = models.full_size_phi2()
         return get_peft_model(base, model.lora_config(CONFIG, base))
 
 

@@ -230,13 +230,13 @@ def test_running_on_does_not_pay(tokenizer):
     scorer = scorer_of(tokenizer, rewards.length, target_tokens=20)
     seen = []
     scorer_of(tokenizer, lambda completions, **_: seen.extend(completions) or [0.0]).score(
-        [[]], [tokenizer(" Yes." + END)["input_ids"]], {}
+        [{"prompt": []}], [tokenizer(" Yes." + END)["input_ids"]]
     )
     assert seen == [[{"role": "assistant", "content": " Yes."}]], "as TRL hands them over"
     short = " Water it once a week."
     texts = [short + END, short + "\n\nExercise 3: Why do plants need light? Write down three reasons." + END]
-    plain, padded = scorer.score([[]] * 2, [tokenizer(text)["input_ids"] for text in texts], {})
-    assert padded < plain
+    plain, padded = scorer.score([{"prompt": []}] * 2, [tokenizer(text)["input_ids"] for text in texts])
+    assert padded["score"] < plain["score"]
 
 
 def test_rewards_are_compared_within_groups(tokenizer):
@@ -253,7 +253,7 @@ def test_rewards_are_compared_within_groups(tokenizer):
         functions.append(lambda scores=scores, **_: scores)
         functions[-1].__name__ = name
     scorer = scorer_of(tokenizer, *functions)
-    scorer.score([[{"content": "a"}]] * 2 + [[{"content": "b"}]] * 2, [[1]] * 4, {})
+    scorer.score([{"prompt": [{"content": text}]} for text in "aabb"], [[1]] * 4)
     found = scorer.compare()
     assert found["agreement/one~twin"] == pytest.approx(1) and found["agreement/one~rival"] == pytest.approx(-1)
     assert found["same/flat"] == 1 and found["same/one"] == 0 and found["same/partly"] == 0.5
@@ -450,7 +450,8 @@ def test_weights_are_trl_s(tokenizer):
     scorer = Scorer(
         tokenizer, 8, [Reward(name, weight, lambda **_: next(values)) for name, weight in (("a", 2.0), ("b", -1.0))]
     )
-    assert scorer.score([[], []], [[1], [2]], {}) == (scores * torch.tensor([2.0, -1.0])).nansum(dim=1).tolist()
+    scored = scorer.score([{"prompt": []}] * 2, [[1], [2]])
+    assert [row["score"] for row in scored] == (scores * torch.tensor([2.0, -1.0])).nansum(dim=1).tolist()
 
 
 def test_the_module_of_choices_describes(tokenizer):

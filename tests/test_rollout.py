@@ -119,7 +119,7 @@ def test_log_probs_of_the_decoder_are_those_of_a_fresh_forward(micro, tokenizer_
         rollout.State.take = take
     seen = dict(seen)
     with torch.no_grad():
-        fresh = evaluation._log_probs(policy, tokenizer, prompts, completions)
+        fresh = evaluation.token_log_probs(policy, tokenizer, prompts, completions)
     differences = [
         abs(seen[i, t] - float(fresh[i][t, token])) for i, ids in enumerate(completions) for t, token in enumerate(ids)
     ]

@@ -263,8 +263,8 @@ def test_base_against_itself_shows_no_difference(config, tokenizer):
     scorer = Scorer(tokenizer, 6, choose_rewards(["length"]))
     scores = []
     for seed in (1, 2):
-        ids = rollout.complete(engine, tokenizer, texts, evaluation.sampling(config, tokenizer), 500, 10_000 * seed)
-        scores.append([row["score"] for row in evaluation.score(scorer, rows * 100, ids)])
+        ids = rollout.complete(engine, tokenizer, texts, evaluation.sampling(config, tokenizer), 10_000 * seed)
+        scores.append([row["score"] for row in scorer.score(rows * 100, ids)])
     trials = [statistics.paired(*(side[i : i + 20] for side in scores)) for i in range(0, 2000, 20)]
     assert sum(statistics.word(trial) == "no difference shown" for trial in trials) >= 89
 
