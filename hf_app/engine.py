@@ -203,6 +203,7 @@ class Engine:
                     size = AutoModelForCausalLM.from_config(config).num_parameters()
                 device, dtype = _device_and_dtype(size)
                 options = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": cached, **where}
+                options["use_safetensors"] = True  # a pickle may run code
                 self.model = AutoModelForCausalLM.from_pretrained(self.base, **options).to(device).eval()
                 self.tokenizer = AutoTokenizer.from_pretrained(self.base, local_files_only=cached, **where)
                 break

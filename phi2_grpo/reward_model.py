@@ -159,7 +159,7 @@ class RewardModel:
         return new_head(model)
 
     def _beside(self, device: torch.device, dtype: torch.dtype):
-        options = {"num_labels": 1, "dtype": dtype, "attn_implementation": "sdpa", **self._where()}
+        options = {"num_labels": 1, "dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, **self._where()}
         model = AutoModelForSequenceClassification.from_pretrained(self.base[0], **options).to(device)
         return new_head(model) if self.adapter else model
 

@@ -52,10 +52,13 @@ def test_readme_names_real_files_and_flags():
     own = {"against", "preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt"}
     own |= {"dry_run", "out", "push_to_hub", "merged", "host", "share"}
     own |= {"torch-backend", "extra-index-url", "outfile"}  # uv's, pip's and llama.cpp's
+    own |= {"judge"}  # a benchmark's
     own |= {"multi_gpu", "num_processes", "nproc_per_node"}  # accelerate's and torchrun's
     for flag in re.findall(r"(?<!-)--([a-z][a-z_-]*)", readme):
         assert flag in CONFIG or flag in own, f"README names --{flag}"
     assert "make demo" in readme and "make test" in readme
+    listed = readme.partition("phi2_grpo/           how")[2].partition("tiny/messages.jsonl")[0]
+    assert set(re.findall(r"\w+\.py", listed)) == {path.name for path in (ROOT / "phi2_grpo").glob("[a-z]*.py")}
 
 
 def test_the_readme_s_reward_runs_as_it_stands_there(call, quick, tmp_path, monkeypatch):
