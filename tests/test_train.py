@@ -216,9 +216,8 @@ def test_interrupted(quick, tmp_path, number, code):
 def test_curve_and_card_of_an_odd_run(tmp_path):
     """One step, or values that were not finite: still a picture and valid JSON."""
     config = {"target_tokens": 8}
-    rows = report.step_rows(
-        [{"reward": 0.5, "reward_std": 0.1, "kl": float("nan"), "answers/tokens": 3.0, "step": 1}, {"loss": 1}]
-    )
+    odd = {"reward": 0.5, "reward_std": 0.1, "kl": float("nan"), "answers/tokens": 3.0, "step": 1}
+    rows = report.rows_with([odd, {"loss": 1}], "reward")
     assert rows == [{"reward": 0.5, "reward_std": 0.1, "kl": None, "answers/tokens": 3.0, "step": 1}]
     for part in (rows, []):
         report.draw_curve(part, config, tmp_path / "x.png", [])
