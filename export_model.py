@@ -50,10 +50,9 @@ def main() -> None:
 
 def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> None:
     """Write the merged model to `out`, whole or not at all, and show how it differs from the adapter."""
-    if out.exists() and not overwrite:
-        raise cli.UserError(f"{out} is there already. Replace it: --overwrite; or choose another --out.")
     files.check_writable(out)
-    files.check_replaceable(out, "merged_from")
+    if files.check_replaceable(out, "merged_from") and not overwrite:
+        raise cli.UserError(f"{out} is there already. Replace it: --overwrite; or choose another --out.")
 
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig

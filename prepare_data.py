@@ -33,7 +33,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from phi2_grpo import files, oasst
+    from phi2_grpo import files, oasst, reading
 
     console = Console()
     console.print(f"prepare_data: {cli.differences(config, KEYS)}", highlight=False)
@@ -48,8 +48,8 @@ def main() -> None:
     tokenizer = load_tokenizer(config)
     with files.alone_in(data_dir), scratch_in(data_dir) as scratch:
         with console.status("reading messages"):
-            source, commit = oasst.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
-            chunks = {split: oasst.Chunks(scratch / (split or "all"), messages) for split, messages in source.items()}
+            source, commit = reading.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
+            chunks = {split: reading.Chunks(scratch / (split or "all"), messages) for split, messages in source.items()}
         found = sum((part.languages for part in chunks.values()), Counter())
         if not found:
             raise cli.UserError(f"--dataset {config['dataset']} holds no messages.")
@@ -108,10 +108,10 @@ def limits(config: dict, languages: set[str] | None) -> tuple:
 
 def choose(config: dict, tokenizer, path: Path, trees: set[str] | None, inside: bool, languages: set[str] | None) -> tuple:
     """The candidates of one chunk, as `oasst.candidates` returns them."""
-    from phi2_grpo import oasst
+    from phi2_grpo import oasst, reading
     from phi2_grpo.chat import count_tokens
 
-    messages = oasst.read_chunk(path, trees, inside)
+    messages = reading.read_chunk(path, trees, inside)
     return oasst.candidates(messages, lambda talks: count_tokens(tokenizer, talks), *limits(config, languages))
 
 

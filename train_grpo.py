@@ -1,7 +1,7 @@
 """Fine-tune Phi-2 with GRPO and LoRA on oasst1 prompts.
 
   python train_grpo.py                     # 100 steps on one 12-16 GB GPU
-  python train_grpo.py 1000                # 1000 steps
+  python train_grpo.py 500 --learning_rate 1e-5    # longer: what counts is the sum of the rates
   python train_grpo.py --check             # look at everything, train nothing
   python train_grpo.py --resume            # go on from the last whole checkpoint
   python train_grpo.py --preset tiny       # a 2M-parameter model on the CPU, in minutes

@@ -85,19 +85,11 @@ def main() -> None:
             live = batch * (PROMPT + new / 2) * cache_bytes_per_token(policy.config, dtype)
             share = plan.decode_seconds(weights, live, bandwidth) / step
             peaks = f"{peak['graph'] / 1e9:.2f}" if device.type == "cuda" else ""
-            speeds = [f"{batch * new / min(found[name]):,.0f}" for name in engines]
+            speeds = [f"{batch * new / min(found[name]):,.4g}" for name in engines]
             rows.append((batch, new, *speeds, models.middle(ratios), f"{1000 * step:.2f}", f"{share:.0%}", peaks))
             print(*rows[-1], sep="  ", flush=True)
-    columns = (
-        "batch",
-        "tokens",
-        "graph, tokens/s",
-        "generate, tokens/s",
-        "times",
-        "graph, ms a step",
-        "of the limit",
-        "peak, GB",
-    )
+    columns = ("batch", "tokens", "graph, tokens/s", "generate, tokens/s", "times", "graph, ms a step", "of the limit",
+               "peak, GB")  # fmt: skip
     body = "\n".join(markdown(columns, rows)) + (
         f"\n\n{hardware(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
         f"Tokens/s and ms of the fastest of {arguments.turns} turns, the prompts' filling in included; times: median [lowest, "

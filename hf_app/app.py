@@ -75,7 +75,20 @@ except ImportError:
 
 import gradio as gr
 import transformers
-from engine import BASE, MAX_CHARACTERS, RUNNING, TUNED, Answer, BadInput, Engine, NoBase, Settings, read_json
+from engine import (
+    BASE,
+    MAX_CHARACTERS,
+    RUNNING,
+    TEMPERATURE,
+    TOP_P,
+    TUNED,
+    Answer,
+    BadInput,
+    Engine,
+    NoBase,
+    Settings,
+    read_json,
+)
 
 EXAMPLES = [
     "Explain the theory of relativity to a 5 year old.",
@@ -301,8 +314,8 @@ def make_page() -> gr.Blocks:
                 earlier = gr.Checkbox(True, label="Use earlier turns", info="Chat: the model sees the conversation so far")
             with gr.Column(min_width=280):
                 sample = gr.Checkbox(own.sample, label="Sampling", info="off: always the likeliest token")
-                temperature = gr.Slider(0.05, 2.0, own.temperature, step=0.05, label="Temperature")
-                top_p = gr.Slider(0.05, 1.0, own.top_p, step=0.05, label="Top-p")
+                temperature = gr.Slider(*TEMPERATURE, own.temperature, step=0.05, label="Temperature")
+                top_p = gr.Slider(*TOP_P, own.top_p, step=0.05, label="Top-p")
                 seed = gr.Number(-1, precision=0, minimum=-1, maximum=2**31 - 1, label="Seed", info="-1: a new one each time")
         drawing = [length, sample, temperature, top_p, seed, stop]
         with gr.Tab("Chat"):

@@ -39,6 +39,7 @@ STOP_STRINGS = ["\nInstruct:", "\nOutput:", "\nUser:", "\nHuman:", "\nExercise:"
 MAX_CHARACTERS = 20_000  # of a question; far over any context here, and cheap to refuse
 MAX_NEW_TOKENS = 512  # of an answer, where the context allows it
 MAX_SECONDS = 180.0  # of an answer: a Phi-2 on two CPU cores writes about 2 tokens a second
+TEMPERATURE, TOP_P = (0.05, 2.0), (0.05, 1.0)  # lowest and highest
 TUNED, BASE = "tuned", "base"
 RUNNING = "…"
 
@@ -68,7 +69,7 @@ class Settings:
 
     def check(self, longest: int) -> None:
         """Raises BadInput for a value out of range; `longest` is the most tokens an answer may have."""
-        limits = {"max_new_tokens": (1, longest), "temperature": (0.05, 2.0), "top_p": (0.05, 1.0), "seed": (-1, 2**31 - 1)}
+        limits = {"max_new_tokens": (1, longest), "temperature": TEMPERATURE, "top_p": TOP_P, "seed": (-1, 2**31 - 1)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             whole = isinstance(low, int)
@@ -287,8 +288,8 @@ class Engine:
         own = Settings(
             max_new_tokens=min(self.defaults.max_new_tokens or 256, self.longest_answer),
             sample=bool(self.defaults.do_sample),
-            temperature=min(max(self.defaults.temperature or 0.7, 0.05), 2.0),
-            top_p=min(max(self.defaults.top_p or 1.0, 0.05), 1.0),
+            temperature=_within(self.defaults.temperature or 0.7, TEMPERATURE),
+            top_p=_within(self.defaults.top_p or 1.0, TOP_P),
         )
         settings = replace(own, **given)
         settings.check(self.longest_answer)
@@ -425,6 +426,10 @@ def _device_and_dtype(size: int) -> tuple[torch.device, torch.dtype]:
         return torch.device("cuda"), torch.bfloat16 if ampere else torch.float32
     # On two CPU cores a Phi-2 is twice as fast in bfloat16 and takes 6 GB instead of 12; a tiny model gains nothing.
     return torch.device("cpu"), torch.bfloat16 if size > 1e9 else torch.float32
+
+
+def _within(value: float, limits: tuple[float, float]) -> float:
+    return min(max(value, limits[0]), limits[1])
 
 
 def _look_at(folder: Path) -> PeftConfig | None:

@@ -1,11 +1,13 @@
 """Model cards for the Hub. Every number in one comes from the run's own metrics, or from a validation."""
 
 import contextlib
+import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from phi2_grpo import accuracy, files, hub, looks
+from phi2_grpo.answers import STOP_STRINGS
 
 USE_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
@@ -150,14 +152,15 @@ def of_merged(adapter: Path, dtype: str) -> str:
     before = before.replace("![reward curve](reward.png)\n\n", "").replace(
         "# A LoRA adapter for", "# Merged: a LoRA adapter for"
     )
-    made = after.partition(MADE)[2]
+    made = after.partition(MADE)[1:]
     return f"""---
 {card.data.to_yaml()}
 ---
 {before}{USE}
 Merged in float32, written in {dtype}: plain weights, which transformers, vLLM and llama.cpp's converter read. Stop strings are
-left out, for plain `generate` refuses them: cut an answer before "\\nInstruct:" or "\\nExercise".
+left out, for plain `generate` refuses them: cut an answer before the first of {", ".join(map(json.dumps, STOP_STRINGS))}.
 
 ```python
 {USE_MERGED}```
-{f"{chr(10)}{MADE}{made}" if made else ""}"""
+
+{"".join(made)}"""

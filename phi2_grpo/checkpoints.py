@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and who may go on from them."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ HARMLESS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval
             "chat_top_p", "reward_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "use_vllm", "vllm_mode",
             "vllm_server_base_url", "vllm_gpu_memory_utilization"}  # fmt: skip
 INCOMING = ".incoming"
+ROWS = ("metrics.jsonl", "evaluation.jsonl")  # written into a run's folder as it goes, beside the checkpoints
 
 
 def final_folder(config: dict) -> Path:
@@ -71,12 +73,24 @@ def seal(folder: Path, facts: dict) -> None:
     files.write_json(folder / "run.json", {**facts, "files": sizes})
 
 
+def is_ours(rows: Path) -> bool:
+    """Whether a file of ROWS is a run's, by its first line, or not there."""
+    try:
+        with rows.open(encoding="utf-8") as lines:
+            first = lines.readline()
+        return not first or "step" in json.loads(first)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def remove_run(output: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else: the folder may be any of the user's."""
     for checkpoint in found_checkpoints(output):
         shutil.rmtree(checkpoint)
     shutil.rmtree(output / INCOMING, ignore_errors=True)
-    for name in ("metrics.jsonl", "evaluation.jsonl"):
+    for name in ROWS:
         (output / name).unlink(missing_ok=True)
 
 

@@ -89,9 +89,9 @@ def expectation(config: dict, found: dict) -> str:
     mean = sum(prompts) / len(prompts)
     decoding, update = plan.step_seconds(config, found["wrapped"], mean, found["plan"], dtype, bandwidth, flops)
     return (
-        f"At the least {_short(decoding + update)} s a step (rollout {_short(decoding)}, update {_short(update)}) if every "
-        "completion has "
-        f"full length: by {bandwidth / GB:,.0f} GB/s and {flops / 1e12:.3g} TFLOP/s as measured here, no time lost in between."
+        f"At the least {_short(decoding + update)} s a step (rollout {_short(decoding)}, update {_short(update)}), if every "
+        f"completion has full length: by {bandwidth / GB:,.0f} GB/s and {flops / 1e12:.3g} TFLOP/s as measured here, no time "
+        "lost in between."
     )
 
 
@@ -157,7 +157,10 @@ def _output(output: Path, final: Path, key: str, resume: bool, overwrite: bool):
     """`output` is for the checkpoints, `final` for what a finished run leaves, with `key` in its run.json."""
     files.check_writable(output)
     files.check_writable(final)
-    files.check_replaceable(final, key)
+    finished = files.check_replaceable(final, key)
+    for name in checkpoints.ROWS:
+        if not checkpoints.is_ours(output / name):
+            raise UserError(f"{output / name} is no run's, and would be written over. Choose another folder, or move it.")
     if (output / "adapter_config.json").exists():
         raise UserError(f"{output} is a finished adapter, not a place for checkpoints. Choose another folder.")
     if resume and overwrite:
@@ -169,8 +172,8 @@ def _output(output: Path, final: Path, key: str, resume: bool, overwrite: bool):
             f"{broken[-1]} is there, but is not whole, or another program's. Choose another folder; or replace what is there: "
             "--overwrite."
         )
-    run = whole[-1] if whole else final if final.exists() else None
-    if resume and not whole and final.exists():
+    run = whole[-1] if whole else final if finished else None
+    if resume and not whole and finished:
         raise UserError(f"{final} is finished, and there is no checkpoint to go on from. Replace it: --overwrite.")
     if resume:
         passed = f" ({', '.join(path.name for path in broken)} passed over: not whole)" if broken else ""

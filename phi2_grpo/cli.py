@@ -50,6 +50,8 @@ def _comments() -> dict[str, str]:
 def parse_value(key: str, text: str):
     """`text` as the type of CONFIG[key], within LIMITS[key]; raises UserError naming the key, the value and the rule."""
     default = settings.CONFIG[key]
+    if not text.strip() and default != "":
+        raise UserError(f"--{key} is empty. Leave it out for the default ({default}), or give a value.")
     try:
         if isinstance(default, bool):
             value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]

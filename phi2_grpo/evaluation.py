@@ -75,7 +75,7 @@ def divergence(
     prompts = tokenizer(render(tokenizer, [row["prompt"] for row in rows]), add_special_tokens=False)["input_ids"]
     values: list[float | None] = [None] * len(rows)
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completion_ids, strict=True)]
-    for batch in by_length(lengths, FORWARD_TOKENS):
+    for batch in by_length(lengths):
         tuned = token_log_probs(policy, tokenizer, [prompts[i] for i in batch], [completion_ids[i] for i in batch])
         with without_adapter():
             base = token_log_probs(policy, tokenizer, [prompts[i] for i in batch], [completion_ids[i] for i in batch])
@@ -98,7 +98,7 @@ def surprise(policy, tokenizer, rows: list[dict], advance=lambda count: None) ->
     replies = [reply[: max(0, context_of(policy) - len(prompt))] for prompt, reply in zip(prompts, replies, strict=True)]
     values: list[tuple[float, int] | None] = [None] * len(rows)
     chosen = [i for i, row in enumerate(rows) if row["reference"] and replies[i]]
-    for part in by_length([len(prompts[i]) + len(replies[i]) for i in chosen], FORWARD_TOKENS):
+    for part in by_length([len(prompts[i]) + len(replies[i]) for i in chosen]):
         batch = [chosen[k] for k in part]
         log_probs = token_log_probs(policy, tokenizer, [prompts[i] for i in batch], [replies[i] for i in batch])
         for i, rows_of_log_probs in zip(batch, log_probs, strict=True):

@@ -88,10 +88,12 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write to {path}: {error.strerror}. Choose another folder.") from None
 
 
-def check_replaceable(folder: Path, key: str) -> None:
-    """Raise UserError where `folder` holds anything but what a run of this kind left, by a key of its run.json."""
-    if folder.is_dir() and any(folder.iterdir()) and key not in read_json(folder / "run.json"):
+def check_replaceable(folder: Path, key: str) -> bool:
+    """Whether `folder` holds what a run of this kind left, by a key of its run.json; UserError where it holds anything else."""
+    holds = folder.is_dir() and any(folder.iterdir())
+    if holds and key not in read_json(folder / "run.json"):
         raise UserError(f"{folder} holds something else than what would take its place, and it stays. Choose another folder.")
+    return holds
 
 
 @contextmanager

@@ -43,12 +43,10 @@ class HeldOut(TrainerCallback):
         if not self.rows or not state.is_world_process_zero:
             return
         texts = render(self.tokenizer, [row["prompt"] for row in self.rows])
-        was_training = model.training
         with evaluation.random_state_kept(model.device):
             drawing = evaluation.sampling(self.config, self.tokenizer)
             ids = complete(self.engine, self.tokenizer, texts, drawing, self.config["seed"])
             scored = self.scorer.score(self.rows, ids)  # a reward of one's own may draw, too
-        model.train(was_training)
         answers = [row["answer"] for row in scored]
         low, high = interval([row["score"] for row in scored]) or (None, None)
         found = {"eval_reward": _mean([row["score"] for row in scored]), "eval_low": low, "eval_high": high}

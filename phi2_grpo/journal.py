@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from phi2_grpo import files
@@ -60,7 +60,10 @@ class Journal:
         for path in sorted(new.iterdir(), key=lambda path: path.name == "report.json"):
             os.replace(path, folder / path.name)
         self.file.close()
-        shutil.rmtree(self.path.parent)
+        self.path.unlink()
+        new.rmdir()
+        with suppress(OSError):  # not empty: the rest is somebody's
+            self.path.parent.rmdir()
 
 
 def _whole_lines(path: Path) -> list[dict]:

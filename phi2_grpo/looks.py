@@ -16,10 +16,10 @@ def table(title: str, *columns: str, words: Collection[int] = (0,), **options) -
     return shown
 
 
-def markdown(columns: Iterable[str], rows: Iterable[Iterable]) -> list[str]:
+def markdown(columns: Collection[str], rows: Iterable[Iterable]) -> list[str]:
     """The lines of a table in Markdown."""
-    columns = list(columns)
-    return [f"| {' | '.join(map(str, cells))} |" for cells in (columns, ["---"] * len(columns), *rows)]
+    head, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (columns, *rows))
+    return [head, "|" + "---|" * len(columns), *lines]
 
 
 def figure(rows: int, columns: int, width: float, height: float, **options) -> tuple:

@@ -16,7 +16,7 @@ from transformers import (
 
 from phi2_grpo.answers import STOP_STRINGS
 from phi2_grpo.cli import UserError, first_line
-from phi2_grpo.loading import check_adapter, load_pretrained, resolve_model
+from phi2_grpo.loading import base_of, check_adapter, load_pretrained, resolve_model
 
 # The first release of Phi-2 fused q, k and v into Wqkv and called the output projection out_proj. transformers' native
 # port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
@@ -169,23 +169,17 @@ def load_adapter(model, folder: str, name: str = "default") -> PeftModel:
     switches. Raises UserError where the adapter is broken, or was made for a model of other shapes.
     """
     path = check_adapter(folder)
-    base = model.config.name_or_path
     try:
-        named = LoraConfig.from_pretrained(str(path)).base_model_name_or_path
         if isinstance(model, PeftModel):
             model.load_adapter(str(path), adapter_name=name)
         else:
             model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
     except Exception as error:  # PEFT, safetensors and json raise a dozen kinds for a folder that does not fit
-        reason = first_line(error)
         raise UserError(
-            f"the adapter {folder} cannot be put on {base}: {reason}\n"
+            f"the adapter {folder} cannot be put on {model.config.name_or_path}: {first_line(error)}\n"
             "  It is broken, or was trained on another base model; give that one with --model."
         ) from None
-    try:
-        check_all_in_place(model, path, name)
-    except UserError as error:
-        raise UserError(f"{error} It was trained on another base model, {named}. Give that one with --model.") from None
+    check_all_in_place(model, path, name)
     return model
 
 
@@ -198,7 +192,10 @@ def check_all_in_place(model: PeftModel, folder: Path, name: str = "default") ->
         saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
     adapted = sum(hasattr(module, "lora_A") and name in module.lora_A for module in model.modules())
     if saved != adapted:
-        raise UserError(f"{folder} has weights for {saved} modules, but {model.config.name_or_path} has {adapted} of them.")
+        raise UserError(
+            f"{folder} has weights for {saved} modules, but {model.config.name_or_path} has {adapted} of them: it was trained "
+            f"on another base model, {base_of(folder)[0]}. Take that one (--model)."
+        )
 
 
 def context_of(model) -> int:

@@ -101,8 +101,9 @@ class RewardModel:
         try:
             base = AutoConfig.from_pretrained(self.base[0], **self._where())
         except (OSError, ValueError) as error:
-            reason = first_line(error)
-            raise UserError(f"the base of the reward model {self.name}, {self.base[0]}, cannot be loaded: {reason}") from None
+            raise UserError(
+                f"the base of the reward model {self.name}, {self.base[0]}, cannot be loaded: {first_line(error)}"
+            ) from None
         with torch.device("meta"):
             return own + AutoModelForSequenceClassification.from_config(base).num_parameters() * dtype.itemsize
 
@@ -124,13 +125,13 @@ class RewardModel:
                 shared = self.shares_base_of(config)
                 model = self._shared(policy_base) if shared else self._beside(device, dtype)
                 if self.adapter:
-                    model = _with_adapter(model, self.folder)
+                    model = PeftModel.from_pretrained(model, str(self.folder))
+                    check_all_in_place(model, self.folder)
             self.tokenizer = self._tokenizer()
         except UserError:
             raise
         except Exception as error:
-            reason = first_line(error)
-            raise UserError(f"the reward model {self.name} cannot be loaded on {self.base[0]}: {reason}") from None
+            raise UserError(f"the reward model {self.name} cannot be loaded on {self.base[0]}: {first_line(error)}") from None
         # Where the last token of a text is found; an answer never holds it, for it is trimmed.
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(device).eval().requires_grad_(False)
@@ -197,13 +198,6 @@ def conversations(tokenizer, prompts: list[list[dict]], answers: list[str]) -> l
     return [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
 
 
-def _with_adapter(model, folder: Path) -> PeftModel:
-    """The adapter of `folder` on `model`. Raises UserError where it was made for another base."""
-    wrapped = PeftModel.from_pretrained(model, str(folder))
-    check_all_in_place(wrapped, folder)
-    return wrapped
-
-
 def _find(name: str) -> Path:
     """The folder of a reward model; fetched from the Hub where `name` is none of this machine."""
     path = Path(name).expanduser()
@@ -214,5 +208,4 @@ def _find(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # the Hub, the network and the name check each have their own
-        reason = first_line(error)
-        raise UserError(f"--rewards: {name} is no folder here, and cannot be had from the Hub: {reason}") from None
+        raise UserError(f"--rewards: {name} is no folder here, and cannot be had from the Hub: {first_line(error)}") from None

@@ -51,11 +51,11 @@ def speaking(model) -> Iterator[None]:
         model.train(training)
 
 
-def by_length(lengths: list[int], tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of alike lengths, the shortest first, of at most `tokens` tokens each, padding included."""
+def by_length(lengths: list[int]) -> Iterator[list[int]]:
+    """Indices in batches of alike lengths, the shortest first, of at most FORWARD_TOKENS each, padding included."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[i] > tokens:
+        if batch and (len(batch) + 1) * lengths[i] > FORWARD_TOKENS:
             yield batch
             batch = []
         batch.append(i)
@@ -163,7 +163,7 @@ class Graph:
         for row, prompt in enumerate(prompts):
             rows_of.setdefault(tuple(prompt), []).append(row)
         different, logits = list(rows_of), None
-        for batch in by_length(list(map(len, different)), FORWARD_TOKENS):
+        for batch in by_length(list(map(len, different))):
             chunk = [different[i] for i in batch]
             longest = len(chunk[-1])
             # Padded on the right: a causal model never looks there, and decoding writes over it.

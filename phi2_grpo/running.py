@@ -101,7 +101,7 @@ def smaller(config: dict, part: str) -> str:
         return "--activation_checkpointing"
     if size > 1:
         return f"--per_device_train_batch_size {size // 2} --gradient_accumulation_steps {-(-size * passes // (size // 2))}"
-    if part == "judge":
+    if part == "reward update":
         return f"--reward_max_length {config['reward_max_length'] // 2}"
     length = config["max_completion_length"] // 2
     return f"--max_completion_length {length} --target_tokens {min(config['target_tokens'], length // 2)}"

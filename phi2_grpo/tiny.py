@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 from config import CONFIG, PRESETS
-from phi2_grpo import files, oasst
+from phi2_grpo import files, oasst, reading
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "results" / "tiny-base"
@@ -29,8 +29,7 @@ def _fingerprint(texts: list) -> str:
 def _dialogues() -> list[dict]:
     """`prompt` and `reply` of the sample's train split, every usable reply; split as prepare_data splits it."""
     config = {**CONFIG, **PRESETS["tiny"]}
-    messages = oasst.read_messages(str(SAMPLE), "", with_toxicity=False)[0][""]
-    messages = list(messages)
+    messages = list(reading.read_messages(str(SAMPLE), "", with_toxicity=False)[0][""])
     trees = oasst.held_out_trees({m.tree for m in messages}, config["validation_fraction"], config["split_seed"])
     held_out = {oasst.fold([{"content": m.text}]) for m in messages if m.tree in trees and m.parent is None}
     train = {m.id: m for m in messages if m.tree not in trees and m.usable and m.reviewed and m.text.strip()}

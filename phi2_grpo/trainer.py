@@ -106,4 +106,4 @@ class Trainer(Watched, GRPOTrainer):
 class JudgeTrainer(Watched, RewardTrainer):
     """For a reward model."""
 
-    failed_in = "judge"
+    failed_in = "reward update"

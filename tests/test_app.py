@@ -39,13 +39,42 @@ def test_what_stands_alone_says_the_same_as_the_project():
     """hf_app imports nothing of the project, so these facts stand twice; this holds them together."""
     import engine as app_engine
 
+    from config import LIMITS
     from phi2_grpo import answers, chat
 
     assert app_engine.CHAT_TEMPLATE == chat.CHAT_TEMPLATE and app_engine.STOP_STRINGS == answers.STOP_STRINGS
+    assert (LIMITS["chat_temperature"], LIMITS["chat_top_p"]) == (app_engine.TEMPERATURE, app_engine.TOP_P)
     source = (ROOT / "hf_app" / "app.py").read_text()
     assert all(repr(prompt).strip("'") in source for prompt in chat.SAMPLE_PROMPTS)
     for file in (ROOT / "hf_app").glob("*.py"):
         assert not re.search(r"^\s*(from|import) (phi2_grpo|config)\b", file.read_text(), re.MULTILINE), file
+
+
+def test_an_adapter_s_own_settings_out_of_range_do_not_stop_the_app(engine, monkeypatch):
+    monkeypatch.setattr(engine.defaults, "temperature", 3.0)
+    monkeypatch.setattr(engine.defaults, "top_p", 0.01)
+    own = engine.settings()
+    assert (own.temperature, own.top_p) == (2.0, 0.05)
+
+
+def test_a_pickled_base_is_not_read(micro, tmp_path):
+    import torch
+    from engine import Engine, NoBase
+    from safetensors.torch import load_file
+
+    base = shutil.copytree(micro, tmp_path / "base")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(NoBase, match="safetensors"):
+        Engine(tmp_path / "none", str(base))
+
+
+def test_what_a_short_training_changed(engine, tmp_path, monkeypatch):
+    import app
+
+    monkeypatch.setattr(app, "engine", engine, raising=False)
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"step": n, "reward": n / 10}) + "\n" for n in (1, 2, 3, 4)))
+    assert "| mean reward | 0.15 | 0.35 |" in app.training_facts({}, tmp_path / "m.jsonl")
 
 
 STOPS = ["\nInstruct:", "\nExercise 3"]

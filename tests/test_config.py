@@ -106,6 +106,8 @@ def test_order_is_config_then_preset_then_flags():
         (["--device", "tpu"], "takes one of: auto, cpu, cuda"),
         (["--dtype", "float16"], "takes one of: auto, bfloat16, float32"),
         (["--max_steps"], "expected one argument"),
+        (["--output_dir", ""], "--output_dir is empty"),
+        (["--model="], "--model is empty"),
         (["--stop_on_collapse", "perhaps"], "true or false"),
         (["0"], "--max_steps is '0'"),
         (["-5"], "-5"),

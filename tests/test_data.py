@@ -10,7 +10,7 @@ from conftest import ROOT, SHARED
 
 import inspect_data
 from config import CONFIG, PRESETS
-from phi2_grpo import data, oasst
+from phi2_grpo import data, oasst, reading
 from phi2_grpo.cli import UserError
 from phi2_grpo.loading import load_tokenizer
 
@@ -24,7 +24,7 @@ def row(id: str, text: str, parent: str | None = None, **other) -> dict:
 
 def choose(rows: list[dict], taken: set | None = None, **options):
     settings = {"languages": None, "max_prompt_tokens": 50, "max_turns": 1, "max_toxicity": 1.0, **options}
-    messages = [oasst._message(each, "row") for each in rows]
+    messages = [reading._message(each, "row") for each in rows]
     words = lambda talks: [sum(len(turn["content"].split()) for turn in talk) for talk in talks]  # noqa: E731
     rows, funnel = oasst.candidates(messages, words, **settings)
     taken, seen = set() if taken is None else taken, set()
@@ -132,19 +132,21 @@ def test_single_source_is_split_by_tree_and_seed():
 
 def test_chunks_hold_whole_trees_in_the_sources_order(tmp_path):
     """Interleaved trees too; and what is read back is what was written."""
-    messages = [oasst._message(row(f"{tree}-{i}", "x\n\u2028y", tree=str(tree)), "row") for i in range(3) for tree in range(7)]
-    chunks = oasst.Chunks(tmp_path / "c", messages, trees_per_chunk=3)
-    parts = [oasst.read_chunk(path) for path in chunks.paths]
+    messages = [
+        reading._message(row(f"{tree}-{i}", "x\n\u2028y", tree=str(tree)), "row") for i in range(3) for tree in range(7)
+    ]
+    chunks = reading.Chunks(tmp_path / "c", messages, trees_per_chunk=3)
+    parts = [reading.read_chunk(path) for path in chunks.paths]
     assert [{m.tree for m in part} for part in parts] == [{"0", "1", "2"}, {"3", "4", "5"}, {"6"}]
     assert sorted(sum(parts, [])) == sorted(messages) and chunks.languages["en"] == 21
-    assert {m.tree for m in oasst.read_chunk(chunks.paths[0], {"1", "6"})} == {"1"}
-    assert {m.tree for m in oasst.read_chunk(chunks.paths[0], {"1", "6"}, inside=False)} == {"0", "2"}
+    assert {m.tree for m in reading.read_chunk(chunks.paths[0], {"1", "6"})} == {"1"}
+    assert {m.tree for m in reading.read_chunk(chunks.paths[0], {"1", "6"}, inside=False)} == {"0", "2"}
 
 
 def test_chunks_and_processes_change_nothing(call, micro, prepared, tmp_path, monkeypatch):
     """The sample in chunks of seven trees, by two processes: the very data that one chunk gives."""
-    plain = oasst.Chunks.__init__
-    monkeypatch.setattr(oasst.Chunks, "__init__", lambda self, folder, messages: plain(self, folder, messages, 7))
+    plain = reading.Chunks.__init__
+    monkeypatch.setattr(reading.Chunks, "__init__", lambda self, folder, messages: plain(self, folder, messages, 7))
     how = ("--preset", "tiny", "--model", micro, "--max_prompt_tokens", 100, "--num_proc", 2)
     done = call("prepare_data", *how, "--data_dir", tmp_path / "d")
     assert done.code == 0, done.err
@@ -161,7 +163,7 @@ def test_chunks_and_processes_change_nothing(call, micro, prepared, tmp_path, mo
 def test_the_sample_has_what_it_should():
     rows = [json.loads(line) for line in (ROOT / "tiny" / "messages.jsonl").read_text(encoding="utf-8").splitlines()]
     config = {**CONFIG, **PRESETS["tiny"]}
-    messages = [oasst._message(each, "row") for each in rows]
+    messages = [reading._message(each, "row") for each in rows]
     trees = oasst.held_out_trees({m.tree for m in messages}, config["validation_fraction"], config["split_seed"])
     roots = {split: [m for m in messages if m.parent is None and (m.tree in trees) == (split == "validation")]
              for split in ("train", "validation")}  # fmt: skip

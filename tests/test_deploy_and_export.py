@@ -194,18 +194,28 @@ def test_the_merged_model_s_card_runs_as_it_stands_there(run, final, micro, tmp_
 def test_what_is_there_is_not_replaced_unasked(run, final, micro, tmp_path):
     (tmp_path / "mine").write_text("mine")
     options = ("--model", micro, "--adapter", final, "--out", tmp_path)
-    done = run("export_model", *options)
-    assert done.code == 2 and "--overwrite" in done.err and (tmp_path / "mine").exists()
-    done = run("export_model", *options, "--overwrite")
-    assert done.code == 2 and "and it stays" in done.err and (tmp_path / "mine").exists(), done.err
+    for more in ((), ("--overwrite",)):
+        done = run("export_model", *options, *more)
+        assert done.code == 2 and "and it stays" in done.err and (tmp_path / "mine").exists(), done.err
     own = shutil.copytree(final, tmp_path / "own")
     done = run("export_model", "--model", micro, "--adapter", own, "--out", own, "--overwrite")
     assert done.code == 2 and "and it stays" in done.err and (own / "adapter_model.safetensors").exists(), done.err
     (own / "README.md").write_text("A card without a header.")
-    for _ in range(2):
-        done = run("export_model", "--model", micro, "--adapter", own, "--out", tmp_path / "merged", "--overwrite")
+    (tmp_path / "merged").mkdir()  # an empty folder may be taken
+    for more in ((), ("--overwrite",)):
+        done = run("export_model", "--model", micro, "--adapter", own, "--out", tmp_path / "merged", *more)
         assert done.code == 0, done.err
+    done = run("export_model", "--model", micro, "--adapter", own, "--out", tmp_path / "merged")
+    assert done.code == 2 and "Replace it: --overwrite" in done.err
     assert (tmp_path / "merged" / "README.md").read_text().startswith("---\nlibrary_name: transformers\n---\nA card without")
+
+
+def test_a_card_that_the_hub_does_not_take():
+    from phi2_grpo.cli import UserError
+    from phi2_grpo.hub import plain_errors
+
+    with pytest.raises(UserError, match="does not take this: Invalid metadata in README.md"), plain_errors("me/x"):
+        raise ValueError("Invalid metadata in README.md.")  # what huggingface_hub raises before it sends
 
 
 def test_the_revision_that_was_asked_for(adapter):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import CONFIG
-from phi2_grpo import chat, cli, model, oasst
+from phi2_grpo import chat, cli, model, oasst, reading
 from phi2_grpo.loading import check_adapter, load_tokenizer, use_base_of
 
 ANY = settings(
@@ -70,8 +70,8 @@ def test_rows_of_any_kind(tokenizer, rows, max_turns, max_toxicity):
     messages = []
     for row in rows:
         with contextlib.suppress(cli.UserError):
-            message = oasst._message(json.loads(json.dumps(row)), "row 1,")
-            messages.append(oasst.Message(*json.loads(json.dumps(message))))
+            message = reading._message(json.loads(json.dumps(row)), "row 1,")
+            messages.append(reading.Message(*json.loads(json.dumps(message))))
     found, funnel = oasst.candidates(
         messages, lambda talks: chat.count_tokens(tokenizer, talks), None, 50, max_turns, max_toxicity
     )
@@ -87,7 +87,7 @@ def test_files_of_any_kind(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_bytes(b"\n".join(lines))
     with contextlib.suppress(cli.UserError):
-        list(oasst.read_messages(str(path), "main", False)[0][""])
+        list(reading.read_messages(str(path), "main", False)[0][""])
 
 
 @ANY

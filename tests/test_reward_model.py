@@ -275,6 +275,11 @@ def test_on_another_base_it_is_loaded_beside_and_said(call, quick, judged, confi
     printed = " ".join(done.out.replace("│", " ").split())
     assert done.code == 0 and "on another base" in printed and "loaded beside" in printed, done.err
 
+    torch.save(load_file(elsewhere / "model.safetensors"), elsewhere / "pytorch_model.bin")
+    (elsewhere / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        loaded(moved, config)
+
     texts = ["Quite another vocabulary, with other merges"] * 3
     other = make_micro(tmp_path / "other", seed=3, texts=texts, hidden_size=16, intermediate_size=32)
     whole = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)

@@ -344,7 +344,7 @@ def test_a_base_of_the_hub_and_secrets_in_the_environment(quick, micro, tmp_path
 def test_the_commit_of_a_hub_data_set():
     from types import SimpleNamespace
 
-    from phi2_grpo.oasst import _commit
+    from phi2_grpo.reading import _commit
 
     commit = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
     sums = {f"hf://datasets/OpenAssistant/oasst1@{commit}/data/train-00000-of-00001.parquet": {"num_bytes": 1}}

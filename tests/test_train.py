@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,10 +122,10 @@ def test_a_run_is_not_overwritten_unasked(call, quick, trained, tmp_path):
     assert (trained / "checkpoint-6" / "run.json").exists()
     # A finished adapter alone counts too; a checkpoint that was never finished does not.
     output = tmp_path / "o"
-    (tmp_path / "o-final").mkdir()
+    shutil.copytree(trained.with_name("grpo-final"), tmp_path / "o-final")
     assert "holds a run" in call("train_grpo", "--check", *quick, "--output_dir", output).err
     (output / "checkpoint-2").mkdir(parents=True)
-    (tmp_path / "o-final").rmdir()
+    shutil.rmtree(tmp_path / "o-final")
     assert checkpoints.whole_checkpoints(str(output)) == []
     done = call("train_grpo", "--check", *quick, "--output_dir", output, "--resume")
     assert done.code == 0 and "no whole checkpoint: starting at step 0" in " ".join(done.out.split())
@@ -140,6 +141,27 @@ def test_only_the_run_is_removed(call, quick, tmp_path):
     assert (tmp_path / "o" / "thesis.txt").read_text() == "years of work" and (tmp_path / "o" / "checkpoint-old").exists()
     assert not (tmp_path / "o" / "checkpoint-2").exists()
     assert checkpoints.final_folder({"output_dir": "."}).name.endswith("-final")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.jsonl").write_text('{"mine": 1}\n')
+    for more in ((), ("--overwrite",), ("--resume",)):
+        done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "mine", *more)
+        assert done.code == 2 and "is no run's, and would be written over" in done.err, done.err
+    assert (tmp_path / "mine" / "metrics.jsonl").read_text() == '{"mine": 1}\n'
+    (tmp_path / "new-final").mkdir()  # an empty folder may be taken
+    done = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "new")
+    assert done.code == 0, done.err
+
+
+def test_where_the_weights_are_spread_trl_rolls_out(call, quick, tmp_path, monkeypatch):
+    """No engine is made, for its views of the weights would keep a whole base on each process."""
+    from phi2_grpo import model, rollout
+
+    monkeypatch.setattr(model, "spread", lambda: True)
+    monkeypatch.setattr(rollout, "make_engine", lambda *_: pytest.fail("an engine was made"))
+    done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o")
+    assert done.code == 2 and "give --eval_prompts 0" in done.err, done.err
+    done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o", "--eval_prompts", 0)
+    assert done.code == 0 and len(rows_of(tmp_path / "o-final")) == 1, done.err
 
 
 def test_a_folder_that_is_no_run_is_never_replaced(call, quick, tmp_path):
@@ -150,8 +172,6 @@ def test_a_folder_that_is_no_run_is_never_replaced(call, quick, tmp_path):
 
 
 def test_a_finished_run_may_be_resumed_and_made_longer(call, quick, trained, tmp_path):
-    import shutil
-
     shutil.copytree(trained, tmp_path / "o")
     for steps in ("6", "7"):  # the first has nothing left to do
         done = call("train_grpo", steps, *quick, "--output_dir", tmp_path / "o", "--resume")

@@ -176,17 +176,19 @@ def test_a_killed_validation_goes_on_where_it_was(call, options, tmp_path, monke
     second = call("validate_model", *options, "--rollout_batch_size", 5)
     assert second.code == 0 and (tmp_path / "v" / "samples.jsonl").read_text() == expected
     assert added.count(-1) == 3, "the three batches that were missing"
-    assert not unfinished.exists()
+    assert not unfinished.parent.exists()
 
 
 def test_the_journal_of_another_run_is_not_touched_unasked(call, options, tmp_path, monkeypatch):
     path = tmp_path / "v" / "unfinished" / "journal.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text('{"run": {"seed": 5}}\n{"side": "base", "index": 0, "completion_ids": [1]}\n')
+    (path.parent / "thesis.txt").write_text("years of work")
     before = path.read_text()
     refused = call("validate_model", *options)
     assert refused.code == 2 and "not finished" in refused.err and path.read_text() == before
     assert call("validate_model", *options, "--overwrite").code == 0
+    assert [left.name for left in path.parent.iterdir()] == ["thesis.txt"]
 
 
 def test_a_report_that_cannot_be_written_loses_no_sample(call, options, tmp_path, monkeypatch):
