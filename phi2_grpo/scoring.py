@@ -143,7 +143,6 @@ class Scorer:
         A dict a completion: `answer` (see answers.py), `scores` by reward name, and `score`, their weighted sum; what a reward
         does not score counts as 0. A reward model that is not loaded yet is passed over.
         """
-        self.last = []
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]

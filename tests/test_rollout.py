@@ -361,3 +361,12 @@ def test_a_setting_that_the_engine_does_not_know_goes_to_generate(policy):
     assert rollout.Graph(policy)(prompts, how) == rollout.Generate(policy)(prompts, how)
     usual = model.generation_config(type("T", (), {"eos_token_id": 0, "pad_token_id": 0}), CONFIG)
     assert sampling.Sampling.of(usual) == sampling.Sampling(False, CONFIG["chat_temperature"], 50, CONFIG["chat_top_p"], (0,))
+
+
+def test_batches_by_length_hold_what_a_forward_pass_may():
+    lengths = [900, 10, 5000, 1000, 20, 1100]
+    batches = list(rollout.by_length(lengths))
+    assert batches == [[1, 4], [0, 3], [5], [2]], (
+        "all once, the shortest first; 3 x 900 and 2 x 1100 are too many, 5000 goes alone"
+    )
+    assert list(rollout.by_length([])) == []

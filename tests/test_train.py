@@ -152,6 +152,16 @@ def test_only_the_run_is_removed(call, quick, tmp_path):
     assert done.code == 0, done.err
 
 
+def test_a_setting_left_empty_is_the_library_s_own(tmp_path):
+    from trl import GRPOConfig
+
+    from phi2_grpo.trainer import training_arguments
+
+    config = {"vllm_server_base_url": "", "output_dir": str(tmp_path / "o"), "learning_rate": 0.5, "report_to": "none"}
+    found = training_arguments(GRPOConfig, config, torch.device("cpu"), torch.float32, max_steps=3)
+    assert found.vllm_server_base_url is None and (found.learning_rate, found.max_steps, found.run_name) == (0.5, 3, "o")
+
+
 def test_where_the_weights_are_spread_trl_rolls_out(call, quick, tmp_path, monkeypatch):
     """No engine is made, for its views of the weights would keep a whole base on each process."""
     from phi2_grpo import model, rollout
