@@ -31,7 +31,7 @@ CONFIG = {
     # --- rollout
     "rollout": "auto",  # auto (graph where it can), graph (ours, for Phi), generate (transformers' own)
     "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With graph the training does not depend on it
-    "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts, README says how much
+    "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts (launch/README.md)
     "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
     "vllm_server_base_url": "",  # of that server, http://HOST:8000
     "vllm_gpu_memory_utilization": 0.3,  # of the card, for vLLM in colocate mode
