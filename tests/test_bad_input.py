@@ -152,7 +152,7 @@ def test_data_for_another_tokenizer(call, quick, tmp_path):
         (["--max_completion_length", "500"], "more than the context of 512"),
         (["--target_tokens", "7"], "give at least --max_completion_length 14"),
         (["--lora_target_modules", "Wqkv,fc9"], "fc9 matches no linear layer"),
-        (["--lora_target_modules", ""], "an empty list"),
+        (["--lora_target_modules", ""], "--lora_target_modules is empty"),
         (["--init_adapter", "nowhere"], "no adapter at nowhere"),
         (["--per_device_train_batch_size", "4000"], "prompts are sampled at once"),
         (["--output_dir", "LICENSE/x"], "cannot write"),

@@ -91,6 +91,8 @@ def test_readme_s_numbers_are_the_measured_ones():
 
 def test_readme_s_sentences_are_the_measured_ones():
     readme, results = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "benchmarks/RESULTS.md"))
+    full = re.search(r"\| 1 \| 16 \|.+?\| (\d\.\d+ \[[^]]+\])", results)[1]
+    assert f"no faster than `generate` ({full}, batch 1)" in readme
     for pattern in (r"step \d\.\d+ \[[^]]+\] times stock TRL", r"two processes \d\.\d+ \[[^]]+\] times one",
                     r"\d+ kills \(kill -9\), \d+ of them in a save"):  # fmt: skip
         found = re.findall(pattern, results)
