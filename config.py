@@ -153,7 +153,7 @@ LIMITS = {
     "per_device_train_batch_size": (1, 4096),
     "gradient_accumulation_steps": (1, 4096),
     "max_grad_norm": (1e-6, 1e6),
-    "seed": (0, 2**32 - 1),
+    "seed": (0, 2**31 - 1),  # each process adds its number, and numpy's end is 2**32 - 1
     "split_seed": (0, 2**32 - 1),
     "num_proc": (1, 1024),
     "report_to": {"trackio", "tensorboard", "wandb", "none"},

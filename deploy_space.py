@@ -33,12 +33,11 @@ def main() -> None:
     config, arguments = cli.parse(parser)
     environment.prepare()
 
-    from rich.console import Console
     from rich.filesize import decimal
 
     from phi2_grpo import hub, looks
 
-    console = Console()
+    console = looks.Console()
     name = hub.check_name(arguments.name)
     adapter = Path(config["adapter"])
     with tempfile.TemporaryDirectory(prefix="space-") as folder:
@@ -52,8 +51,8 @@ def main() -> None:
         problems = check_adapter(adapter) + check_files(Path(folder)) + check_hub(name, adapter, arguments.update)
         if arguments.dry_run:
             for problem in problems:
-                console.print(f"would stop a deployment: {problem}", style="yellow", highlight=False, markup=False)
-            console.print("Nothing was sent." if problems else "Nothing was sent; nothing stands in the way.", highlight=False)
+                console.print(f"would stop a deployment: {problem}", style="yellow")
+            console.print("Nothing was sent." if problems else "Nothing was sent; nothing stands in the way.")
             return
         if problems:
             raise cli.UserError("\n".join(problems))
@@ -62,7 +61,6 @@ def main() -> None:
         f"\nhttps://huggingface.co/spaces/{name}\n"
         f"It builds now, some minutes the first time. To follow it: hf spaces logs {name} --build\n"
         f"Wrong? The whole log is there, and on the page under Logs. Again, after a change: --update",
-        highlight=False,
     )
 
 
@@ -123,7 +121,7 @@ def check_files(folder: Path) -> list[str]:
         problems.append(f"header: colorFrom and colorTo take {', '.join(sorted(COLORS))}.")
     if len(header.get("short_description", "")) > 60:
         problems.append("header: short_description has more than 60 characters.")
-    versions = files.read_json(folder / "model_adapters" / "run.json").get("versions", {})
+    versions = files.read_run(folder / "model_adapters").get("versions", {})
     for package in sorted(pins.keys() & versions.keys()):
         if versions[package].split("+")[0] != pins[package]:  # 2.13.0+cpu is 2.13.0
             problems.append(

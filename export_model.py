@@ -30,14 +30,12 @@ def main() -> None:
         raise cli.UserError("--merged sends a merged model: give --out DIR and --push_to_hub USER/NAME with it.")
     environment.prepare(config["model"])
 
-    from rich.console import Console
+    from phi2_grpo import hub, loading, looks
 
-    from phi2_grpo import hub, loading
-
-    console = Console()
+    console = looks.Console()
     adapter = loading.check_adapter(config["adapter"])
     loading.use_base_of(adapter, config)
-    console.print(f"export_model: {cli.differences(config, KEYS)}", highlight=False)
+    console.print(f"export_model: {cli.differences(config, KEYS)}")
     if arguments.push_to_hub:
         hub.check_account(hub.check_name(arguments.push_to_hub))
     if arguments.out:
@@ -55,16 +53,20 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
         raise cli.UserError(f"{out} is there already. Replace it: --overwrite; or choose another --out.")
 
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     from phi2_grpo import cards, chat, model
     from phi2_grpo.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config)
+    # The adapter's own file says how to chat; but stop strings would make plain `generate(**inputs)` and pipelines fail.
+    generation = model.saved_generation_config(adapter)
+    generation.stop_strings = None
     empty = model.empty_base(config)
     stored = empty.config.dtype or torch.float32
     dtype = getattr(torch, config["dtype"]) if config["dtype"] != "auto" else _export_dtype(stored)
     name = str(dtype).removeprefix("torch.")
+    card = cards.of_merged(adapter, name)
     needed = empty.num_parameters() * dtype.itemsize
     free = shutil.disk_usage(files.nearest_existing(out)).free
     if free < 1.05 * needed:
@@ -75,22 +77,19 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
         tuned = model.load_adapter(model.load_base(config, cpu, torch.float32), str(adapter)).eval()
         expected = [greedy(tuned, tokenizer, question) for question in chat.SAMPLE_PROMPTS]
         merged = tuned.merge_and_unload().to(dtype)
-        # The adapter's own file says how to chat; but stop strings would make plain `generate(**inputs)` and pipelines fail.
-        generation = GenerationConfig.from_pretrained(str(adapter))
-        generation.stop_strings = None
         merged.generation_config = generation
     with files.whole_folder(out) as folder:
         with console.status("writing"):
             merged.save_pretrained(folder, max_shard_size="5GB")
             tokenizer.save_pretrained(folder)
-            files.write_text(folder / "README.md", cards.of_merged(adapter, name))
+            files.write_text(folder / "README.md", card)
             files.write_json(folder / "run.json", {**files.read_json(adapter / "run.json"), "merged_from": str(adapter)})
             del tuned, merged
         with console.status("reading it back"):
             written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
             compare(console, written, tokenizer, expected)
     size = sum(path.stat().st_size for path in out.iterdir())
-    console.print(f"Merged model: {out}, {name}, {size / 1e9:.2f} GB", highlight=False)
+    console.print(f"Merged model: {out}, {name}, {size / 1e9:.2f} GB")
 
 
 def _export_dtype(stored):
@@ -151,7 +150,7 @@ def send(console, name: str, folder: Path, private: bool, only_adapter: bool) ->
     with hub.plain_errors(name):
         HfApi().create_repo(name, private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=patterns, commit_message="Upload")
-    console.print(f"https://huggingface.co/{name}", highlight=False)
+    console.print(f"https://huggingface.co/{name}")
 
 
 if __name__ == "__main__":

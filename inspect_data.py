@@ -25,26 +25,23 @@ def main() -> None:
         raise cli.UserError(f"--samples is {arguments.samples!r}, but it takes a whole number, 0 or more.")
     environment.prepare(config["model"])
 
-    from rich.console import Console
-
-    from phi2_grpo import data
+    from phi2_grpo import data, looks
     from phi2_grpo.chat import count_tokens, render
     from phi2_grpo.loading import load_tokenizer
 
-    console = Console()
+    console = looks.Console()
     tokenizer = load_tokenizer(config)
     prompts, funnel, notes = data.load_prompts(config, tokenizer)
     for note in notes:
-        console.print(f"note: {note}", style="yellow", highlight=False)
+        console.print(f"note: {note}", style="yellow")
     console.print(
         f"{config['data_dir']}: prepared from {funnel['settings']['dataset']} for the tokenizer of {funnel['model']}, at most "
         f"{funnel['settings']['max_prompt_tokens']} tokens a prompt",
-        highlight=False,
     )
 
     rows = [{**row, "split": split} for split, table in prompts.items() for row in table]
     known = sorted({row["lang"] for row in rows})
-    if arguments.language and arguments.language not in known:
+    if arguments.language is not None and arguments.language not in known:
         raise cli.UserError(f"--language: no prompt is in {arguments.language!r}. There are: {', '.join(known)}.")
     rows = [row for row in rows if arguments.language in (None, row["lang"])]
     if arguments.search:
@@ -58,8 +55,12 @@ def main() -> None:
     show_tables(console, rows, lengths)
     show_samples(console, rows, texts, lengths, int(arguments.samples))
     picture = Path(config["data_dir"]) / "inspect.png"
-    draw(rows, lengths, picture)
-    console.print(f"Picture: {picture}", highlight=False)
+    try:
+        draw(rows, lengths, picture)
+    except OSError as error:  # data that is shared may be looked at without the right to write there
+        console.print(f"No picture: cannot write {picture}: {error.strerror}", style="yellow")
+    else:
+        console.print(f"Picture: {picture}")
 
 
 def show_tables(console, rows: list[dict], lengths: list[int]) -> None:

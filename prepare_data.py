@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,12 +32,10 @@ def main() -> None:
 
     environment.prepare(config["model"], config["dataset"])
 
-    from rich.console import Console
+    from phi2_grpo import files, looks, oasst, reading
 
-    from phi2_grpo import files, oasst, reading
-
-    console = Console()
-    console.print(f"prepare_data: {cli.differences(config, KEYS)}", highlight=False)
+    console = looks.Console()
+    console.print(f"prepare_data: {cli.differences(config, KEYS)}")
     data_dir = Path(config["data_dir"])
     files.check_writable(data_dir)
     if (data_dir / "oasst1_prompts").exists() and not arguments.overwrite:
@@ -122,8 +121,13 @@ def each(config: dict, chunks: list[tuple], tokenizer) -> Iterator[tuple]:
             yield choose(config, tokenizer, *chunk)
         return
     context = multiprocessing.get_context("spawn")  # a fork would carry over the tokenizer's threads, but not run them
-    with ProcessPoolExecutor(config["num_proc"], context, _start, (config,)) as workers:
-        yield from workers.map(_choose, chunks)
+    try:
+        with ProcessPoolExecutor(config["num_proc"], context, _start, (config,)) as workers:
+            yield from workers.map(_choose, chunks)
+    except BrokenProcessPool:
+        raise cli.UserError(
+            "a process of --num_proc was ended from outside, most likely for lack of memory. Give a smaller --num_proc."
+        ) from None
 
 
 _worker: dict = {}
@@ -164,7 +168,6 @@ def show(console, funnels: dict, prepared, data_dir: Path) -> None:
         f"{len(prepared['train']):,} train prompts ({with_reference:,} with a human reply) and "
         f"{len(prepared['validation']):,} validation prompts -> {data_dir / 'oasst1_prompts'}\n"
         f"{pairs['train']:,} and {pairs['validation']:,} ranked pairs of replies -> {data_dir / 'oasst1_preferences'}",
-        highlight=False,
     )
     if not len(prepared["validation"]):
         console.print("No validation prompt: validate_model.py will have nothing to measure.", style="yellow")

@@ -40,17 +40,15 @@ def main() -> None:
         config["max_steps"] = cli.parse_value("max_steps", arguments.steps)
     environment.prepare(config["model"], *cli.reward_models(config["rewards"]))
 
-    from rich.console import Console
+    from phi2_grpo import checks, files, looks, running
 
-    from phi2_grpo import checks, files, running
-
-    console = Console(quiet=cli.process() > 0)
-    console.print(f"train_grpo: {cli.differences(config, KEYS)}", highlight=False)
+    console = looks.Console(quiet=cli.process() > 0)
+    console.print(f"train_grpo: {cli.differences(config, KEYS)}")
     checklist, found = checks.preflight(config, arguments.resume, arguments.overwrite)
     console.print(checklist.table())
     checklist.complain()
     if arguments.check:
-        console.print(checks.expectation(config, found), highlight=False)
+        console.print(checks.expectation(config, found))
         console.print("All is ready. Without --check, training starts here.")
         return
     with files.alone_in(Path(config["output_dir"])), running.advice_when_interrupted(Path(config["output_dir"])):
@@ -64,7 +62,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from transformers import set_seed
     from trl import GRPOConfig
 
-    from phi2_grpo import checkpoints, checks, evaluation, files, looks, model, plan, report, rollout, running, scoring
+    from phi2_grpo import checkpoints, checks, evaluation, files, looks, model, plan, report, rewards, rollout, running, scoring
     from phi2_grpo.held_out import HeldOut
     from phi2_grpo.monitor import Monitor
     from phi2_grpo.trainer import Trainer, training_arguments
@@ -126,7 +124,6 @@ def train(config: dict, arguments, console, found: dict) -> None:
     rows = evaluation.held_out_rows(found["prompts"]["validation"], config["eval_prompts"], seed=0)
     judges = scoring.Scorer(tokenizer, config["target_tokens"], scorer.chosen)
     trainer.add_callback(HeldOut(judges, tokenizer, engine, rows, config, watch.console, track))
-    console.print(f"LoRA on {adapted}", highlight=False)
     running.train(trainer, config, output, whole, config["max_steps"])
 
     history = trainer.state.log_history
@@ -141,13 +138,14 @@ def train(config: dict, arguments, console, found: dict) -> None:
         tokenizer.save_pretrained(folder)
         report.describe_folder(folder, tokenizer, facts, history, watch.seconds(), finished=True, kept=kept)
     rows = [row for row in report.rows_with(history, "reward") if kept is None or row["step"] <= kept]
+    unlike = ("data_dir", "device", "dtype", *(["rewards"] if rewards.not_run_unasked(config["rewards"]) else []))
+    named = cli.flags(config, arguments.preset, *unlike)
     first, last = report.window(rows, "reward") or (math.nan, math.nan)
     console.print(
         f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {looks.duration(watch.seconds())}.\n"
         f"Adapter: {final}   curve: {final / 'reward.png'}\n"
         "Is it better on prompts it has not seen?\n"
-        f"  python validate_model.py --preset {arguments.preset} --adapter {final}",
-        highlight=False,
+        f"  python validate_model.py --preset {arguments.preset} --adapter {final}{named}",
     )
 
 

@@ -30,12 +30,10 @@ def main() -> None:
     config, arguments = cli.parse(parser)
     environment.prepare(config["model"])
 
-    from rich.console import Console
+    from phi2_grpo import checkpoints, checks, files, looks, running
 
-    from phi2_grpo import checkpoints, checks, files, running
-
-    console = Console()
-    console.print(f"train_reward: {cli.differences(config, KEYS)}", highlight=False)
+    console = looks.Console()
+    console.print(f"train_reward: {cli.differences(config, KEYS)}")
     checklist, found = checks.preflight_reward(config, arguments.resume, arguments.overwrite)
     console.print(checklist.table())
     checklist.complain()
@@ -83,7 +81,6 @@ def train(config: dict, arguments, console, found: dict) -> None:
     facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
     watch = monitor.RewardMonitor(facts, checkpoints.seconds_of(whole))
     trainer.watched_by(watch)
-    console.print(f"LoRA on {adapted}", highlight=False)
     running.train(trainer, config, run_folder, whole, found["steps"])
 
     held_out = found["pairs"]["validation"].to_list()
@@ -105,13 +102,12 @@ def train(config: dict, arguments, console, found: dict) -> None:
     with contextlib.suppress(OSError):  # not empty: the rest is somebody's
         run_folder.rmdir()
     console.print(accuracy.table(measured))
-    console.print(accuracy.verdict(measured), style="bold", highlight=False)
+    console.print(accuracy.verdict(measured), style="bold")
     console.print(
         f"{measured['ties']} ties, counted half. Rank correlation of score and length: {measured['rank_correlation']:.2f}.\n"
         f"Reward model: {reward_dir}, in {looks.duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
         f"  python train_grpo.py --preset {arguments.preset} --rewards {config['reward_dir']},ending "
-        "--output_dir results/on-reward-model",
-        highlight=False,
+        f"--output_dir results/on-reward-model{cli.flags(config, arguments.preset, 'data_dir', 'device', 'dtype')}",
     )
 
 

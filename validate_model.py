@@ -43,8 +43,6 @@ def main() -> None:
 
 def validate(config: dict, arguments, trained: dict) -> None:
     """Draw, measure, report. `trained` is the adapter's run.json."""
-    from rich.console import Console
-
     from phi2_grpo import (
         cards,
         chat,
@@ -52,6 +50,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
         data,
         evaluation,
         journal,
+        looks,
         model,
         plan,
         progress,
@@ -62,22 +61,23 @@ def validate(config: dict, arguments, trained: dict) -> None:
     )
     from phi2_grpo.loading import load_tokenizer, use_base_of
 
-    console = Console()
-    console.print(f"validate_model: {cli.differences(config, KEYS)}", highlight=False)
+    console = looks.Console()
+    console.print(f"validate_model: {cli.differences(config, KEYS)}")
     folder = Path(config["validation_dir"])
     adapters = [Path(model.check_adapter(path)) for path in (config["adapter"], arguments.against) if path is not None]
     use_base_of(adapters[0], config)
     checks.same_base(adapters, None if arguments.model else config)
+    generation = model.saved_generation_config(adapters[0])  # how to chat
+    generation.max_new_tokens = generation.max_new_tokens or config["max_completion_length"]
     files.check_writable(folder)
     device, dtype = model.choose_device(config)
     tokenizer = load_tokenizer(config)
     tables, funnel, _ = data.load_prompts(config, tokenizer)
-    seen = trained.get("data")
-    if isinstance(seen, dict) and seen.get("fingerprint", funnel["fingerprint"]) != funnel["fingerprint"]:
+    if trained.get("data", {}).get("fingerprint", funnel["fingerprint"]) != funnel["fingerprint"]:
         text = (
             f"{config['adapter']} was trained on other data than {config['data_dir']}: it may have seen what is held out here."
         )
-        console.print(text, style="yellow", highlight=False)
+        console.print(text, style="yellow")
     if not len(tables["validation"]):
         raise cli.UserError(f"{config['data_dir']} has no validation prompt. Prepare it with a larger --validation_fraction.")
     prompts = evaluation.held_out_rows(tables["validation"], config["max_prompts"], config["seed"])
@@ -121,7 +121,9 @@ def validate(config: dict, arguments, trained: dict) -> None:
             yield
             policy.set_adapter("default")
 
-    shown = show_samples(console, engine, tokenizer, voice, names, config, arguments.prompt or chat.SAMPLE_PROMPTS)
+    shown = show_samples(
+        console, engine, tokenizer, voice, names, generation, config["seed"], arguments.prompt or chat.SAMPLE_PROMPTS
+    )
     texts = chat.render(tokenizer, [row["prompt"] for row in prompts for _ in range(config["samples_per_prompt"])])
     with progress.counting(console, "held-out prompts", 2 * len(texts)) as advance:
         for side in sides:
@@ -154,12 +156,12 @@ def validate(config: dict, arguments, trained: dict) -> None:
     ]
     with drawn.finished_in(folder) as new:
         proof.write(new, found, samples, prompts, shown, facts, {**config, "against": arguments.against})
-    as_trained = all(config[key] == (trained.get("config") or {}).get(key) for key in TRAINED_WITH)
+    as_trained = all(config[key] == trained.get("config", {}).get(key) for key in TRAINED_WITH)
     if not arguments.against and as_trained and len(prompts) >= statistics.FEW:
         cards.add_validation(adapters[0], found["line"], proof.metric_table(found))
     else:
         console.print("The model card is left as it is: that takes the settings of the training, the base, and 20 prompts.")
-    console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", highlight=False)
+    console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}")
 
 
 def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
@@ -167,10 +169,10 @@ def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
 
     Raises UserError for rewards that are code, or models from elsewhere: they are not run unasked.
     """
-    from phi2_grpo.rewards import BUILT_IN
+    from phi2_grpo.rewards import not_run_unasked
 
-    run = files.read_json(adapter / "run.json")
-    saved = run.get("config") or {}
+    run = files.read_run(adapter)
+    saved = run.get("config", {})
     try:
         for key in TRAINED_WITH:
             if getattr(arguments, key) is None and key in saved:
@@ -178,37 +180,30 @@ def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
                 config[key] = cli.parse_value(key, text)
     except (cli.UserError, TypeError) as error:
         raise cli.UserError(f"{adapter / 'run.json'} is not what a training wrote: {error}") from None
-    named = [] if arguments.rewards else config["rewards"]
-    for item in named:
-        name = cli.split_weight(item)[0]
-        if name not in BUILT_IN and not Path(name).expanduser().is_dir():
-            raise cli.UserError(
-                f"{adapter} was trained with {item}, which is not on this machine, or is code, and that runs only when you "
-                f"name it:\n  --rewards {','.join(named)}   (or other rewards)"
-            )
+    if not arguments.rewards and (unasked := not_run_unasked(config["rewards"])):
+        raise cli.UserError(
+            f"{adapter} was trained with {', '.join(unasked)}, which is not on this machine, or is code, and that runs only "
+            f"when you name it:\n  --rewards {','.join(config['rewards'])}   (or other rewards)"
+        )
     return run
 
 
-def show_samples(console, engine, tokenizer, voice, names: tuple[str, str], config: dict, questions: list[str]) -> list[dict]:
-    """The questions answered by both as a chat (the adapter's generation_config.json), side by side, trimmed."""
+def show_samples(
+    console, engine, tokenizer, voice, names: tuple[str, str], generation, seed: int, questions: list[str]
+) -> list[dict]:
+    """The questions answered by both as a chat, as `generation` has it, side by side, trimmed."""
     from rich.text import Text
-    from transformers import GenerationConfig
 
     from phi2_grpo import looks
     from phi2_grpo.answers import trim
     from phi2_grpo.chat import render
     from phi2_grpo.rollout import complete
 
-    try:
-        generation = GenerationConfig.from_pretrained(config["adapter"])
-    except (OSError, ValueError) as error:
-        raise cli.UserError(f"{config['adapter']}/generation_config.json is broken: {cli.first_line(error)}") from None
-    generation.max_new_tokens = generation.max_new_tokens or config["max_completion_length"]
     texts = render(tokenizer, [[{"role": "user", "content": question}] for question in questions])
     answers = {}
     for side, name in zip(("base", "tuned"), names, strict=True):
-        with voice(side), console.status(f"{name} answers"):
-            ids = complete(engine, tokenizer, texts, generation, config["seed"])
+        with voice(side), console.status(Text(f"{name} answers")):
+            ids = complete(engine, tokenizer, texts, generation, seed)
             answers[side] = trim(ids, tokenizer)
     samples = []
     for i, question in enumerate(questions):

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from phi2_grpo import accuracy, files, hub, looks
 from phi2_grpo.answers import STOP_STRINGS
+from phi2_grpo.cli import UserError, first_line
 
 USE_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
@@ -144,9 +145,12 @@ def add_validation(adapter: Path, line: str, table: list[str]) -> None:
 
 
 def of_merged(adapter: Path, dtype: str) -> str:
-    """The adapter's own card, for the merged model: other metadata, other code."""
+    """The adapter's own card, for the merged model: other metadata, other code. Raises UserError for a card that is broken."""
     path = adapter / "README.md"
-    card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "", ignore_metadata_errors=True)
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "", ignore_metadata_errors=True)
+    except Exception as error:  # YAML's own kinds, and the Hub's
+        raise UserError(f"{path} is no model card: {first_line(error)}. Mend it, or remove it.") from None
     card.data.library_name = "transformers"
     before, _, after = card.text.partition(USE)
     before = before.replace("![reward curve](reward.png)\n\n", "").replace(

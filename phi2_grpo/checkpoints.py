@@ -8,7 +8,6 @@ from pathlib import Path
 
 from config import CONFIG
 from phi2_grpo import files
-from phi2_grpo.cli import UserError
 
 # What a resumed run may change: how long it goes, what it prints and keeps, and how it is fitted into memory.
 HARMLESS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval_steps", "stop_on_collapse", "report_to",
@@ -21,18 +20,12 @@ ROWS = ("metrics.jsonl", "evaluation.jsonl")  # written into a run's folder as i
 
 def final_folder(config: dict) -> Path:
     """Where the finished adapter goes."""
-    output = Path(config["output_dir"])
-    if not output.name:  # "." or "/"
-        output = output.resolve()
-    return output.with_name(f"{output.name}-final")
+    return files.beside(Path(config["output_dir"]), "{}-final")
 
 
 def reward_run_folder(config: dict) -> Path:
     """Where the checkpoints of a reward model's training stand until it is finished."""
-    reward_dir = Path(config["reward_dir"]).resolve()
-    if not reward_dir.name:
-        raise UserError(f"--reward_dir is {config['reward_dir']}, but it takes a folder of its own.")
-    return reward_dir.with_name(f"{reward_dir.name}-run")
+    return files.beside(Path(config["reward_dir"]), "{}-run")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -41,36 +34,35 @@ def step_of(checkpoint: Path) -> int:
 
 
 def found_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders with a checkpoint's name, oldest first, whole or not."""
+    """What has a checkpoint's name, oldest first, whole or not."""
     named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(named, key=step_of)
 
 
 def whole_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Those that nothing is missing from, by the sizes in their run.json, which is written last."""
+    """Those that nothing is missing from, by the digests in their run.json, which is written last."""
     return [path for path in found_checkpoints(output_dir) if is_whole(path)]
 
 
 def seconds_of(whole: list[Path]) -> float:
     """How long a run had taken up to the newest of `whole`."""
-    return files.read_json(whole[-1] / "run.json").get("seconds", 0.0) if whole else 0.0
+    return files.read_run(whole[-1]).get("seconds", 0.0) if whole else 0.0
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file that run.json names is there at its full size."""
-    sizes = files.read_json(checkpoint / "run.json").get("files")
-    if not isinstance(sizes, dict) or "trainer_state.json" not in sizes:
+    """Whether every file that run.json names is there, byte for byte."""
+    digests = files.read_run(checkpoint).get("files", {})
+    try:
+        return "trainer_state.json" in digests and all(files.digest(checkpoint / name) == digests[name] for name in digests)
+    except OSError:
         return False
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items())
 
 
 def seal(folder: Path, facts: dict) -> None:
-    """Write run.json, with the size of every other file beside it that a resumed run needs."""
+    """Write run.json, with the digest of every other file beside it that a resumed run needs."""
     for_people = {"run.json", "README.md", "reward.png"}
-    sizes = {
-        path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file() and path.name not in for_people
-    }
-    files.write_json(folder / "run.json", {**facts, "files": sizes})
+    needed = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in for_people]
+    files.write_json(folder / "run.json", {**facts, "files": {path.name: files.digest(path) for path in needed}})
 
 
 def is_ours(rows: Path) -> bool:
@@ -88,7 +80,10 @@ def is_ours(rows: Path) -> bool:
 def remove_run(output: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else: the folder may be any of the user's."""
     for checkpoint in found_checkpoints(output):
-        shutil.rmtree(checkpoint)
+        if checkpoint.is_symlink() or checkpoint.is_file():
+            checkpoint.unlink()
+        else:
+            shutil.rmtree(checkpoint)
     shutil.rmtree(output / INCOMING, ignore_errors=True)
     for name in ROWS:
         (output / name).unlink(missing_ok=True)
@@ -138,14 +133,14 @@ class WholeCheckpoints:
 
 def differences(then: dict, now: dict, world: int) -> list[str]:
     """In what a run that is to go on differs from `then` (its run.json), in words; what is harmless apart."""
-    was = then.get("config") or {}
+    was = then.get("config", {})
     harmless = HARMLESS - ({"max_steps"} if was.get("lr_scheduler_type") in ("linear", "cosine") else set())
     changed = [
         f"{key} was {was[key]}, is {now[key]}"
         for key in CONFIG
         if key in was and key in now and key not in harmless and not _same(was[key], now[key])
     ]
-    if {"per_device_train_batch_size", "gradient_accumulation_steps"} <= was.keys():
+    if all(isinstance(was.get(key), int) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")):
         sizes = [
             config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * processes
             for config, processes in ((was, then.get("processes", 1)), (now, world))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from rich.table import Table
+from rich.text import Text
 
 from phi2_grpo import checkpoints, cli, data, files, looks, model, plan, report, rollout
 from phi2_grpo.chat import count_tokens
@@ -47,7 +48,7 @@ class Checklist:
     def table(self) -> Table:
         table = looks.table("Before the start", "check", "", "found", words=(0, 1, 2))
         for name, good, found in self.rows:
-            table.add_row(name, "[green]ok[/]" if good else "[red]no[/]", found.replace("[", "\\["))
+            table.add_row(name, Text("ok", "green") if good else Text("no", "red"), found if good else "see below")
         return table
 
     def complain(self) -> None:
@@ -68,7 +69,7 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
     if resume:
-        checks.run("same run", _same_run, config, Path(config["output_dir"]), funnel)
+        checks.run("same run", _same_run, config, Path(config["output_dir"]), funnel, config["max_steps"])
     wrapped = checks.run("LoRA", _lora, config) if tokenizer else None
     longest = checks.run("context", _context, config, tokenizer, prompts, wrapped)
     checks.run("batch", _batch, config, prompts)
@@ -111,7 +112,9 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
     tokenizer = checks.run("base model", _tokenizer, config)
     found = checks.run("data", _pairs, config, tokenizer) or {}
     if resume:
-        checks.run("same run", _same_run, config, checkpoints.reward_run_folder(config), found.get("funnel"))
+        checks.run(
+            "same run", _same_run, config, checkpoints.reward_run_folder(config), found.get("funnel"), found.get("steps")
+        )
     wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}) if tokenizer else None
     checks.run("disk", _disk, config, wrapped, Path(config["reward_dir"]))
     return checks, {"device": device, "tokenizer": tokenizer, **found}
@@ -166,7 +169,9 @@ def _output(output: Path, final: Path, key: str, resume: bool, overwrite: bool):
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
     whole = whole_checkpoints(output)
-    broken = [path for path in checkpoints.found_checkpoints(output) if path not in whole and any(path.iterdir())]
+    broken = [
+        path for path in checkpoints.found_checkpoints(output) if path not in whole and (path.is_file() or any(path.iterdir()))
+    ]
     if broken and not whole and not overwrite:
         raise UserError(
             f"{broken[-1]} is there, but is not whole, or another program's. Choose another folder; or replace what is there: "
@@ -183,13 +188,13 @@ def _output(output: Path, final: Path, key: str, resume: bool, overwrite: bool):
     return output, f"{output}{', replacing the run there' if run else ''}"
 
 
-def _same_run(config: dict, output: Path, funnel: dict):
+def _same_run(config: dict, output: Path, funnel: dict, steps: int):
     whole = whole_checkpoints(output)
     if not whole:
         return True, "nothing to go on from"
-    then = files.read_json(whole[-1] / "run.json")
+    then = files.read_run(whole[-1])
     changed = checkpoints.differences(then, config, cli.processes())
-    if (then.get("data") or {}).get("fingerprint") != funnel["fingerprint"]:
+    if then.get("data", {}).get("fingerprint") != funnel["fingerprint"]:
         changed.append(f"the prompts in {config['data_dir']} are others than those it was trained on")
     if changed:
         raise UserError(
@@ -197,7 +202,10 @@ def _same_run(config: dict, output: Path, funnel: dict):
             + "\n  ".join(changed)
             + "\n  Give those settings again, or start anew: --overwrite, or another folder."
         )
-    return True, f"settings and data are those of {whole[-1].name}"
+    found = f"settings and data are those of {whole[-1].name}"
+    if (step := checkpoints.step_of(whole[-1])) >= steps:
+        found += f"; nothing is left to train: it is at step {step} of {steps}"
+    return True, found
 
 
 def _settings(config: dict):
@@ -260,8 +268,6 @@ def _pairs(config: dict, tokenizer):
 
 
 def _lora(config: dict):
-    if config["init_adapter"]:
-        model.check_adapter(config["init_adapter"])
     wrapped = model.wrap_empty(config)
     return wrapped, model.describe_coverage(wrapped)
 

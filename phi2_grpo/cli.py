@@ -4,15 +4,19 @@ Imports nothing heavy: `--help` of every script answers before torch could be lo
 """
 
 import argparse
+import contextlib
 import difflib
+import errno
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import config as settings
 
@@ -59,6 +63,8 @@ def parse_value(key: str, text: str):
             value = [item.strip() for item in text.split(",") if item.strip()]
         else:
             value = type(default)(text)
+            if isinstance(value, str) and value.startswith("~"):  # a shell expands ~/x, but not --key=~/x
+                value = os.path.expanduser(value)
     except (KeyError, ValueError):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
         raise UserError(f"--{key} is {text!r}, but it takes {kind} (default: {default}).") from None
@@ -124,22 +130,48 @@ def differences(config: dict, keys: tuple[str, ...]) -> str:
     return "  ".join(changed) or "all defaults"
 
 
+def flags(config: dict, preset: str, *keys: str) -> str:
+    """Those of `keys` that are not as the preset has them, as flags for another script: " --data_dir elsewhere"."""
+    usual = {**settings.CONFIG, **settings.PRESETS[preset]}
+    texts = {key: ",".join(value) if isinstance(value := config[key], list) else str(value) for key in keys}
+    return "".join(f" --{key} {shlex.quote(text)}" for key, text in texts.items() if config[key] != usual[key])
+
+
 def process() -> int:
     """Which of the processes that torchrun or accelerate launch started this is; the first, 0, is the one that speaks."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def processes() -> int:
     """How many there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does, with its own exit code."""
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether `error` means that no room is left: each library that writes says it in its own way."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(part in str(error) for part in ("No space left", "os error 28", "file write failed", "unexpected pos"))
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether `error` is Python's or torch's, which is not imported here."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def say(text: str) -> None:
+    """To stderr, if anybody listens."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script: exit code 2 and one message for a UserError, 130 for Ctrl-C, 143 for SIGTERM; no traceback.
+    """Run a script: exit code 2 and one message for a UserError, and for what the machine refuses (no room, no memory, no
+    permission); 130 for Ctrl-C, 143 for SIGTERM; no traceback.
 
     Anything else is a bug and keeps its traceback.
     """
@@ -147,30 +179,41 @@ def run(main: Callable[[], None]) -> None:
     def terminated(*_):
         raise Terminated
 
-    signal.signal(signal.SIGTERM, terminated)  # so that `finally` clauses run and temporary folders go
+    if not process():  # so that `finally` clauses run and temporary folders go; the other processes write none
+        signal.signal(signal.SIGTERM, terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show "±" shows "?"
     try:
         main()
     except UserError as error:
         if process():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2)  # the first will have said the same, and the launcher has ended this one by then
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(str(error))
     except KeyboardInterrupt as interrupt:
         if not process():
-            print(f"\ninterrupted. {interrupt}".rstrip(), file=sys.stderr)
+            say(f"\ninterrupted. {interrupt}".rstrip())
         raise SystemExit(143 if isinstance(interrupt, Terminated) else 130) from None
-    except BrokenPipeError:  # `... | head`
+    except BrokenPipeError:  # `--help | head`
         raise SystemExit(0) from None
     except Exception as error:
         if _from_interrupt(error):  # transformers makes another error of a Ctrl-C while it imports
-            print("\ninterrupted.", file=sys.stderr)
+            say("\ninterrupted.")
             raise SystemExit(130) from None
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        if memory_ran_out(error):
             advice = "Close what else is on the card, or ask for less at once: --rollout_batch_size 1, a smaller batch size."
-            print(f"error: memory ran out: {str(error).split('. ')[0]}.\n  {advice}", file=sys.stderr)
-            raise SystemExit(2) from None
+            _fail(f"memory ran out: {first_line(error).split('. ')[0]}.\n  {advice}")
+        if disk_is_full(error):
+            text = f"no room is left on a disk: {first_line(error)}"
+            _fail(f"{text}\n  What was there before is as it was. Make room, and run this again.")
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+            _fail(f"{error.strerror}: {error.filename or 'a disk'}. Mend that, or choose another folder.")
         raise
+
+
+def _fail(text: str) -> NoReturn:
+    say(f"error: {text}")
+    raise SystemExit(2) from None
 
 
 def _from_interrupt(error: BaseException | None) -> bool:

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, disable_caching, load_from_disk
 
 from phi2_grpo import files
 from phi2_grpo.cli import UserError
+
+disable_caching()  # its files would go into data_dir, which may be shared and not ours to write
 
 PROMPTS, PREFERENCES, FUNNEL = "oasst1_prompts", "oasst1_preferences", "funnel.json"
 
@@ -34,10 +37,10 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 def fingerprint(prompts: DatasetDict) -> str:
-    """Of which prompts stand in which split, in which order."""
+    """Of what stands in which split, in which order."""
     digest = hashlib.sha256()
     for split in sorted(prompts):
-        digest.update(json.dumps([split, list(prompts[split]["message_id"])]).encode())
+        digest.update(json.dumps([split, prompts[split].to_list()]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -67,12 +70,14 @@ class Prepared:
                 shards = {split: 1 + len(table) // 100_000 for split, table in tables.items()}
                 tables.cast(features).save_to_disk(str(staging / name), num_shards=shards)
         prompts = load_from_disk(str(data_dir / ".prepared" / PROMPTS))
+        funnel = {**funnel, "fingerprint": fingerprint(prompts)}
         (data_dir / FUNNEL).unlink(missing_ok=True)
         for name in FEATURES:
-            shutil.rmtree(data_dir / name, ignore_errors=True)
+            if os.path.lexists(data_dir / name):  # a link is moved away as well as a folder
+                (data_dir / name).rename(data_dir / ".prepared" / f"old-{name}")
             (data_dir / ".prepared" / name).rename(data_dir / name)
-        (data_dir / ".prepared").rmdir()
-        files.write_json(data_dir / FUNNEL, {**funnel, "fingerprint": fingerprint(prompts)})
+        files.write_json(data_dir / FUNNEL, funnel)
+        shutil.rmtree(data_dir / ".prepared", ignore_errors=True)
         return load_from_disk(str(data_dir / PROMPTS))
 
     def _table(self, name: str, split: str) -> Dataset:
@@ -109,7 +114,13 @@ def load_prompts(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]
         raise UserError(f"no prepared prompts in {data_dir}. Make them first: {again}")
     try:
         funnel = json.loads((data_dir / FUNNEL).read_text(encoding="utf-8"))
+        if (
+            not {"settings", "model", "tokenizer", "fingerprint"} <= funnel.keys()
+            or not set(CHOICES) <= funnel["settings"].keys()
+        ):
+            raise ValueError(f"{FUNNEL} lacks something")
         prompts = load_from_disk(str(data_dir / PROMPTS))
+        found = fingerprint(prompts) if isinstance(prompts, DatasetDict) else None
     except Exception as error:  # pyarrow, json and the file system each have their own
         raise UserError(f"the data in {data_dir} is half-written ({error}). Make it again: {again} --overwrite") from None
     wrong = [
@@ -122,13 +133,13 @@ def load_prompts(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]
             f"the data in {data_dir} has another schema ({'; '.join(wrong) or 'no train and validation split'}); needed: "
             f"train and validation with {', '.join(FEATURES[PROMPTS])}. Make it again: {again} --overwrite"
         )
-    if funnel.get("fingerprint") != fingerprint(prompts):
+    if funnel["fingerprint"] != found:
         raise UserError(f"the data in {data_dir} is not what its funnel.json describes. Make it again: {again} --overwrite")
-    if funnel.get("tokenizer") != tokenizer_fingerprint(tokenizer):
+    if funnel["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
-            f"the data in {data_dir} was prepared for the tokenizer of {funnel.get('model')}, not of {config['model']}: its "
+            f"the data in {data_dir} was prepared for the tokenizer of {funnel['model']}, not of {config['model']}: its "
             f"token limits do not hold. Make it again: {again} --overwrite, or elsewhere with another --data_dir"
         )
     notes = [f"{key} was {funnel['settings'][key]} when the data was prepared; config now says {config[key]}"
-             for key in CHOICES if funnel["settings"].get(key) != config[key]]  # fmt: skip
+             for key in CHOICES if funnel["settings"][key] != config[key]]  # fmt: skip
     return prompts, funnel, notes

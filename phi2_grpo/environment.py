@@ -49,5 +49,5 @@ def _reachable() -> bool:
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname, port), timeout=5).close()
         return True
-    except OSError:
+    except (OSError, ValueError):  # ValueError: HF_ENDPOINT has a port that is none
         return False

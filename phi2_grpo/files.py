@@ -13,6 +13,16 @@ from filelock import FileLock, Timeout
 from phi2_grpo.cli import UserError, process
 
 
+def beside(path: Path, form: str) -> Path:
+    """A neighbour of `path`; `form` has a place for its name. Raises UserError for what has no name, or too long a one."""
+    path = path if path.name not in ("", "..") else path.resolve()
+    name = form.format(path.name)
+    if not path.name or len(os.fsencode(name)) > 255:
+        rule = "has too long a name" if path.name else "is no folder of its own"
+        raise UserError(f"{path} {rule}: others stand beside it, like {name}. Choose another folder.")
+    return path.with_name(name)
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`, which takes the place of `path` when the block ends without an error.
@@ -20,7 +30,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises UserError where it cannot be written.
     """
     path = path.resolve()  # a link stays one, and "." has no name to write beside
-    incoming, outgoing = (path.with_name(f".{path.name}.{end}") for end in ("incoming", "outgoing"))
+    incoming, outgoing = (beside(path, f".{{}}.{end}") for end in ("incoming", "outgoing"))
     try:
         if outgoing.exists() and not path.exists():
             outgoing.rename(path)  # a run was killed between the two renames below
@@ -54,11 +64,21 @@ def write_json(path: Path, data) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+# What is read of a run.json, and its types; what has another is as good as absent.
+RUN = {"config": dict, "data": dict, "versions": dict, "files": dict, "seconds": (int, float), "processes": int}
+
+
+def read_run(folder: Path) -> dict:
+    """The run.json of an adapter, a checkpoint or a reward model."""
+    found = read_json(folder / "run.json")
+    return {key: value for key, value in found.items() if isinstance(value, RUN.get(key, object))}
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from disk; {} where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -76,8 +96,11 @@ def nearest_existing(path: Path) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError unless files can be made in `path` (which need not exist yet)."""
+    """Raise UserError unless files can be made in `path` (which need not exist yet), and another folder beside it."""
+    beside(path, ".{}.incoming")
     try:
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(2, f"it is a link to {path.readlink()}, which is not there")
         nearest = nearest_existing(path)
         if not nearest.is_dir():
             raise NotADirectoryError(20, f"{nearest} is a file")
@@ -90,8 +113,10 @@ def check_writable(path: Path) -> None:
 
 def check_replaceable(folder: Path, key: str) -> bool:
     """Whether `folder` holds what a run of this kind left, by a key of its run.json; UserError where it holds anything else."""
+    if os.path.ismount(folder):
+        raise UserError(f"{folder} is a disk of its own, and cannot be replaced as a whole. Choose a folder in it.")
     holds = folder.is_dir() and any(folder.iterdir())
-    if holds and key not in read_json(folder / "run.json"):
+    if holds and key not in read_run(folder):
         raise UserError(f"{folder} holds something else than what would take its place, and it stays. Choose another folder.")
     return holds
 
@@ -106,7 +131,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
         return
     folder = folder.resolve()
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    lock = FileLock(beside(folder, ".{}.lock"), timeout=0)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()

@@ -62,7 +62,7 @@ class HeldOut(TrainerCallback):
         (Path(args.output_dir) / "evaluation.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         spread = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         text = f"{state.global_step:>9}  held out: reward {found['eval_reward']:.3f}{spread} on {len(ids)} prompts"
-        self.console.print(text, style="cyan", highlight=False)
+        self.console.print(text, style="cyan")
         if self.track:
             log_evaluation(row, shown)
 

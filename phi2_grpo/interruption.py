@@ -1,14 +1,13 @@
 """Ctrl-C and SIGTERM while it trains: the step is finished and saved first; a second one stops at once."""
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from transformers import TrainerCallback
 
-from phi2_grpo.cli import Terminated
+from phi2_grpo.cli import Terminated, say
 
 
 class Interruption(TrainerCallback):
@@ -34,7 +33,7 @@ class Interruption(TrainerCallback):
         if self.asked:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         self.asked = number
-        print("\nstopping after this step, with a checkpoint; once more stops at once.", file=sys.stderr, flush=True)
+        say("\nstopping after this step, with a checkpoint; once more stops at once.")
 
     def on_step_end(self, args, state, control, **_):
         asked = torch.tensor(self.asked, device=args.device)

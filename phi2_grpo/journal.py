@@ -25,18 +25,16 @@ class Journal:
 
     def __init__(self, path: Path, run: dict, batch: int, overwrite: bool = False):
         self.path, self.found, self.batch = path, {}, batch
-        lines = _whole_lines(path)
-        was = lines[0].get("run") if lines else run
-        was = was if isinstance(was, dict) else {}
-        if was != run and not overwrite:
+        head, found = _read(path)
+        was = head.get("run", {})
+        if path.exists() and was != run and not overwrite:
             other = ", ".join(key for key in run if was.get(key) != run[key])
             raise UserError(
                 f"{path} is from a validation that was not finished, with another {other}. Finish that, or start anew here: "
                 "--overwrite; or choose another --validation_dir."
             )
-        if lines and was == run:
-            self.batch = lines[0]["batch"]
-            self.found = {(line["side"], line["index"]): line["completion_ids"] for line in lines[1:]}
+        if was == run:
+            self.batch, self.found = head["batch"], found
         # Rewritten, because the last line may have been cut in the middle.
         kept = [{"side": side, "index": index, "completion_ids": ids} for (side, index), ids in self.found.items()]
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in [{"run": run, "batch": self.batch}, *kept]))
@@ -66,12 +64,15 @@ class Journal:
             self.path.parent.rmdir()
 
 
-def _whole_lines(path: Path) -> list[dict]:
-    """The lines of a journal up to the first that is not whole."""
-    lines = []
+def _read(path: Path) -> tuple[dict, dict]:
+    """The first line of a journal, and the completions after it; up to what is not whole, {} for what is not there."""
+    head, found = {}, {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
-    except (OSError, ValueError):
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if head:
+                found[line["side"], line["index"]] = list(map(int, line["completion_ids"]))
+            else:
+                head = {"run": dict(line["run"]), "batch": int(line["batch"])}
+    except (OSError, ValueError, KeyError, TypeError):
         pass
-    return [line for line in lines if isinstance(line, dict)]
+    return head, found

@@ -1,16 +1,19 @@
 """Finding and loading the base: the Hub, a local folder, or the tiny model. Imports no torch: preparing data needs none."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from config import CONFIG
 from phi2_grpo import files
 from phi2_grpo.chat import prepare_tokenizer
-from phi2_grpo.cli import UserError, first_line
+from phi2_grpo.cli import UserError, first_line, memory_ran_out
 from phi2_grpo.tiny import tiny_base
 
 if not sys.stderr.isatty():  # in a log file a progress bar is noise
@@ -48,15 +51,38 @@ def names_base(named: tuple[str | None, str | None], config: dict) -> bool:
 def load_pretrained(loader, config: dict, **options):
     """`loader.from_pretrained` for the configured base; UserError saying what to do where it cannot be had."""
     name, revision = resolve_model(config)
-    try:
+    with said_where_broken(config):
         return loader.from_pretrained(name, **({"revision": revision} if revision else {}), **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
+
+
+@contextmanager
+def said_where_broken(config: dict) -> Iterator[None]:
+    """Makes a UserError of whatever the libraries raise where they cannot read the configured base."""
+    try:
+        yield
+    except Exception as error:  # a dozen kinds: no file, no network, no JSON, a wrong type, cut weights, a division by zero
+        if memory_ran_out(error):
+            raise
+        name, revision = resolve_model(config)
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if revision is None:
+            raise UserError(f"the model in {name} cannot be loaded: {reason}\n  Copy it again whole.") from None
         raise UserError(
-            f"the model {name}{f' (revision {revision})' if revision else ''} cannot be loaded: {reason}\n"
+            f"the model {name} (revision {revision}) cannot be loaded: {reason}\n"
             f"  On a machine with network: hf download {name}; offline: HF_HUB_OFFLINE=1 once it is in the cache,\n"
             "  or --model FOLDER for a local copy. To try everything without the Hub: --preset tiny"
         ) from None
+
+
+def check_weights(config: dict) -> None:
+    """Raise UserError where the base is a folder whose weights are missing or cut; those of the Hub come later."""
+    name, revision = resolve_model(config)
+    if revision is None:
+        with said_where_broken(config):
+            index = files.read_json(Path(name) / "model.safetensors.index.json").get("weight_map", {})
+            for part in sorted(set(index.values())) or ["model.safetensors"]:
+                with safe_open(Path(name) / part, "np"):  # reads the header, and compares it with the file's size
+                    pass
 
 
 def load_tokenizer(config: dict):
@@ -73,11 +99,13 @@ def check_adapter(folder: str) -> Path:
     """The adapter folder, if it is whole. Raises UserError saying what is missing."""
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"no adapter at {folder}. Train one: python train_grpo.py, or give another folder: --adapter DIR")
+        raise UserError(f"no adapter at {folder}. Train one: python train_grpo.py; or give another folder.")
     needed = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "generation_config.json")
     missing = [name for name in needed if not (path / name).is_file() or not (path / name).stat().st_size]
     if missing:
         raise UserError(f"the adapter {folder} is incomplete: {', '.join(missing)} missing or empty. Copy it again whole.")
+    if not files.read_json(path / needed[0]):
+        raise UserError(f"the adapter {folder} is broken: {needed[0]} is not what PEFT writes. Copy it again whole.")
     return path
 
 
@@ -93,4 +121,5 @@ def use_base_of(adapter: Path, config: dict) -> None:
 def base_of(adapter: Path) -> tuple[str, str | None]:
     """Name ("" where it has none) and revision of the base that an adapter's folder names."""
     named = files.read_json(adapter / "adapter_config.json")
-    return str(named.get("base_model_name_or_path") or ""), named.get("revision")
+    name, revision = (named.get(key) for key in ("base_model_name_or_path", "revision"))
+    return str(name or ""), revision and str(revision)

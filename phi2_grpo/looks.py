@@ -1,11 +1,28 @@
 """How results look: one kind of table on the terminal, one in Markdown, one kind of figure."""
 
+import os
+import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import rich.console
 from rich.table import Table
 
 GREY, BLUE, ORANGE, GREEN, RED, PURPLE = "#999999", "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3"
+
+
+class Console(rich.console.Console):
+    """Prints text as it stands (a path may hold what rich takes for markup), and goes on where nobody reads any more.
+
+    `| head` has seen enough, and a `| tee` dies of the Ctrl-C after which a training still has to save.
+    """
+
+    def __init__(self, **options):
+        super().__init__(highlight=False, markup=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(title: str, *columns: str, words: Collection[int] = (0,), **options) -> Table:
@@ -41,8 +58,10 @@ def point(axes, y: float, value: float, ends, color: str, label: str | None = No
 
 
 def save(drawn, path: Path) -> None:
-    """As a PNG."""
-    drawn.savefig(path, dpi=120)
+    """As a PNG, whole or not at all."""
+    incoming = path.with_name(f".{path.name}.incoming")
+    drawn.savefig(incoming, dpi=120, format="png")
+    os.replace(incoming, path)
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """The base model and the LoRA on it."""
 
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import (
 
 from phi2_grpo.answers import STOP_STRINGS
 from phi2_grpo.cli import UserError, first_line
-from phi2_grpo.loading import base_of, check_adapter, load_pretrained, resolve_model
+from phi2_grpo.loading import base_of, check_adapter, check_weights, load_pretrained, resolve_model, said_where_broken
 
 # The first release of Phi-2 fused q, k and v into Wqkv and called the output projection out_proj. transformers' native
 # port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
@@ -84,7 +85,8 @@ class Float32Linear(torch.nn.Linear):
 def empty_base(config: dict):
     """The base without its weights (on the meta device): for counting and checking in a second."""
     model_config = load_pretrained(AutoConfig, config)
-    with torch.device("meta"):
+    check_weights(config)
+    with said_where_broken(config), torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config)
 
 
@@ -139,6 +141,9 @@ def describe_coverage(model: PeftModel) -> str:
 def wrap_empty(config: dict) -> PeftModel:
     """The base with its LoRA and without weights, to check the targets before anything is loaded."""
     model = empty_base(config)
+    if config["init_adapter"]:
+        with warnings.catch_warnings(action="ignore"):  # torch says of each weight that it has no place: so it should be
+            return load_adapter(model, config["init_adapter"], is_trainable=True)
     with torch.device("meta"):
         return get_peft_model(model, lora_config(config, model))
 
@@ -162,7 +167,15 @@ def generation_config(tokenizer, config: dict) -> GenerationConfig:
     )
 
 
-def load_adapter(model, folder: str, name: str = "default") -> PeftModel:
+def saved_generation_config(adapter: Path) -> GenerationConfig:
+    """The same, read back. Raises UserError where it is broken."""
+    try:
+        return GenerationConfig.from_pretrained(str(adapter))
+    except Exception as error:  # of no JSON, of JSON that is no object, of a value that transformers refuses
+        raise UserError(f"{adapter / 'generation_config.json'} is broken: {first_line(error)}. Copy it again whole.") from None
+
+
+def load_adapter(model, folder: str, name: str = "default", **options) -> PeftModel:
     """`model` with the adapter of `folder` on it, called `name`.
 
     A base is wrapped (`disable_adapter()` is its voice then); a policy, which has one, gets another, to which `set_adapter`
@@ -173,7 +186,7 @@ def load_adapter(model, folder: str, name: str = "default") -> PeftModel:
         if isinstance(model, PeftModel):
             model.load_adapter(str(path), adapter_name=name)
         else:
-            model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+            model = PeftModel.from_pretrained(model, str(path), adapter_name=name, **options)
     except Exception as error:  # PEFT, safetensors and json raise a dozen kinds for a folder that does not fit
         raise UserError(
             f"the adapter {folder} cannot be put on {model.config.name_or_path}: {first_line(error)}\n"

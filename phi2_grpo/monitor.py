@@ -63,7 +63,7 @@ class Watch(ProgressBar):
         if (done - 1) % HEADER_EVERY == 0:
             self.console.print(f"     step  {self.header}     left", style="bold")
         step = f"{state.global_step}/{state.max_steps}"
-        self.console.print(f"{step:>9}  {cells}  {looks.duration(left):>7}", highlight=False)
+        self.console.print(f"{step:>9}  {cells}  {looks.duration(left):>7}")
 
 
 class Monitor(Watch):
@@ -147,7 +147,7 @@ class Monitor(Watch):
                     grown = "has grown by" if key in SINCE_START else "is"
                     text = f"{key} {grown} {mean:.3g} over {WINDOW} steps, healthy is {low:g} to {high:g}: {meaning}"
                     style = "yellow" if kind == "warning" else "bold red"
-                    self.console.print(f"{kind}: {text}", style=style, highlight=False)
+                    self.console.print(f"{kind}: {text}", style=style)
                     if self.track:
                         alert(f"{kind}: {key}", text, serious=kind == "collapse")
         self.raised.update(found)

@@ -4,10 +4,11 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TrackioCallback
+
+from phi2_grpo.looks import Console
 
 
 class ProgressBar(TrainerCallback):

@@ -178,7 +178,7 @@ def show(console, found: dict, samples_per_prompt: int) -> None:
     """The numbers for the terminal."""
     names = found["names"]
     title = f"{found['prompts']} held-out prompts x {samples_per_prompt}, at the training temperature"
-    table = looks.table(title, "mean of", *names, "difference \\[95 %]", "wins", "", words=(0, 5))
+    table = looks.table(title, "mean of", *names, "difference [95 %]", "wins", "", words=(0, 5))
     styles = {"better": "green", "worse": "red"}
     for row in metric_rows(found, most_places=2):
         table.add_row(*map(Text, row[:-1]), row[-1].replace("no difference shown", "-"), style=styles.get(row[-1]))
@@ -191,7 +191,7 @@ def show(console, found: dict, samples_per_prompt: int) -> None:
             languages.add_row(*map(Text, row))
         console.print(languages)
     for remark in remarks(found):
-        console.print(remark, highlight=False)
+        console.print(remark)
     console.print(Text(found["line"], style="bold"))
 
 

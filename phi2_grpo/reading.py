@@ -7,6 +7,7 @@ is a root prompt with its replies, their follow-up questions, and so on.
 import gzip
 import json
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ def _toxicity(row: dict) -> float | None:
     if isinstance(labels, dict) and "toxicity" in (labels.get("name") or ()):
         return float(labels["value"][labels["name"].index("toxicity")])
     detoxify = row.get("detoxify") or {}
-    return detoxify.get("toxicity") if isinstance(detoxify, dict) else None
+    found = detoxify.get("toxicity") if isinstance(detoxify, dict) else None
+    return None if found is None else float(found)
 
 
 def _message(row, where: str) -> Message:
@@ -65,7 +67,9 @@ def _message(row, where: str) -> Message:
     try:
         toxicity = _toxicity(row)
         rank = None if row.get("rank") is None or row["rank"] != row["rank"] else int(row["rank"])
-    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
+        if rank is not None and not 0 <= rank < 1_000_000:
+            raise ValueError
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError, AttributeError):
         raise UserError(f"{where}: labels, detoxify or rank are not what oasst1 has there.") from None
     strings = [row[column] for column in ("message_id", "parent_id", "message_tree_id", "text", "role", "lang")]
     try:
@@ -85,7 +89,7 @@ def _json_lines(path: Path) -> Iterator[Message]:
                     yield _message(json.loads(line), f"{path}, line {number},")
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {number}, is not JSON: {error.msg} (column {error.colno}).") from None
-    except (UnicodeDecodeError, EOFError, OSError, RecursionError) as error:
+    except (UnicodeDecodeError, EOFError, OSError, RecursionError, zlib.error) as error:
         raise UserError(f"{path} cannot be read past line {number}: {error}.") from None
 
 

@@ -49,7 +49,7 @@ class RewardModel:
 
     def _read_scale(self) -> None:
         """Sets `mean` and `std` from run.json; 0 and 1 where it has none."""
-        scale = files.read_json(self.folder / "run.json").get("scores")
+        scale = files.read_run(self.folder).get("scores")
         self.scaled = scale is not None
         self.mean, self.std = (scale["mean"], scale["std"]) if self.scaled else (0.0, 1.0)
         if not (abs(self.mean) < 1e6 and 1e-6 < self.std < 1e6):  # NaN is in no range

@@ -8,6 +8,9 @@ Keyword arguments in, one float (or None: not scored) for each completion out
 """
 
 import functools
+from pathlib import Path
+
+from phi2_grpo.cli import split_weight
 
 
 def length(answer_tokens: list[int], ended: list[bool], target_tokens: int, **_) -> list[float]:
@@ -88,3 +91,9 @@ def _chrf():
     from sacrebleu.metrics import CHRF
 
     return CHRF()
+
+
+def not_run_unasked(items: list[str]) -> list[str]:
+    """Those of --rewards that run only where the command line names them: code, and models that are not on this machine."""
+    names = [split_weight(item)[0] for item in items]
+    return [name for name in names if name not in BUILT_IN and not Path(name).expanduser().is_dir()]

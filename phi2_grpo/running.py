@@ -1,6 +1,5 @@
 """A training from its start, or from its last whole checkpoint, to its end; and what is said where something else ends it."""
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerState
 
 from phi2_grpo import checkpoints, files
-from phi2_grpo.cli import UserError, first_line, processes
+from phi2_grpo.cli import UserError, disk_is_full, first_line, processes
 from phi2_grpo.interruption import Interruption
 from phi2_grpo.monitor import WINDOW
 from phi2_grpo.scoring import BadReward
@@ -118,11 +117,3 @@ def _explain(error: Exception, output: Path) -> None:
         reason = first_line(error)[:200]
         text = f"another process of this run is gone, or its machine: {reason}\n  {_what_is_left(output)}"
         raise UserError(text) from None
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether `error` means that no room is left: each library that writes says it in its own way."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    text = str(error)
-    return any(part in text for part in ("No space left", "os error 28", "file write failed", "unexpected pos"))

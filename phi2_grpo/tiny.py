@@ -59,9 +59,10 @@ def tiny_base() -> Path:
     if files.read_json(FOLDER / "built-from.json").get("fingerprint") == fingerprint:
         return FOLDER
     from filelock import FileLock
-    from rich.console import Console
 
-    console = Console()
+    from phi2_grpo import looks
+
+    console = looks.Console()
     FOLDER.parent.mkdir(exist_ok=True)
     with FileLock(FOLDER.with_name(".tiny-base.lock")):  # of several processes one builds, the others wait
         if files.read_json(FOLDER / "built-from.json").get("fingerprint") == fingerprint:

@@ -127,7 +127,7 @@ def test_adapters_that_do_not_fit(micro, trained, tmp_path):
     refused(truncated, match="cannot be put on")
     garbled = shutil.copytree(final, tmp_path / "garbled")
     (garbled / "adapter_config.json").write_text("{")
-    refused(garbled, match="cannot be put on")
+    refused(garbled, match="is not what PEFT writes")
     wider = make_micro(tmp_path / "wider", hidden_size=64, intermediate_size=128)
     refused(final, AutoModelForCausalLM.from_pretrained(wider), "another base model")
     shallow = make_micro(tmp_path / "shallow", num_hidden_layers=1)
