@@ -170,7 +170,10 @@ def generation_config(tokenizer, config: dict) -> GenerationConfig:
 def saved_generation_config(adapter: Path) -> GenerationConfig:
     """The same, read back. Raises UserError where it is broken."""
     try:
-        return GenerationConfig.from_pretrained(str(adapter))
+        found = GenerationConfig.from_pretrained(str(adapter))
+        for key in ("temperature", "top_p", "top_k", "max_new_tokens"):
+            float(getattr(found, key) or 0)
+        return found
     except Exception as error:  # of no JSON, of JSON that is no object, of a value that transformers refuses
         raise UserError(f"{adapter / 'generation_config.json'} is broken: {first_line(error)}. Copy it again whole.") from None
 

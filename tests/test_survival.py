@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def test_a_killed_prepare_leaves_old_or_new_data_or_says_so(micro, prepared, tmp
 # --- checkpoints that are not whole
 
 
-@pytest.mark.parametrize("harm", ["truncated", "missing", "no run.json", "run.json cut"])
+@pytest.mark.parametrize("harm", ["truncated", "missing", "a byte changed", "no run.json", "run.json cut"])
 def test_a_broken_checkpoint_is_passed_over(call, quick, run, harm):
     newest = run / "checkpoint-6"
     match harm:
@@ -92,6 +93,10 @@ def test_a_broken_checkpoint_is_passed_over(call, quick, run, harm):
             os.truncate(newest / "adapter_model.safetensors", 100)
         case "missing":
             (newest / "optimizer.pt").unlink()
+        case "a byte changed":
+            weights = bytearray((newest / "adapter_model.safetensors").read_bytes())
+            weights[-1] ^= 1
+            (newest / "adapter_model.safetensors").write_bytes(weights)
         case "no run.json":
             (newest / "run.json").unlink()
         case "run.json cut":
@@ -213,7 +218,40 @@ def test_a_disk_that_is_really_full(call, quick, tmp_path):
         subprocess.run(["umount", str(place)])
 
 
+def test_a_disk_that_is_full_elsewhere(call, micro, prepared, tmp_path):
+    """While data is prepared: the old data stays whole. While a picture is drawn: no half of it is left."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        shutil.copytree(prepared, place / "d")
+        options = ("--preset", "tiny", "--model", micro, "--data_dir", place / "d")
+        (place / "filler").write_bytes(bytes(shutil.disk_usage(place).free - 30_000))
+        done = call("prepare_data", *options, "--max_prompt_tokens", 100, "--overwrite")
+        assert done.code == 2 and done.err.startswith("error: no room is left") and "Traceback" not in done.err, done.err
+        done = call("inspect_data", *options)
+        assert done.code == 0 and "No picture: cannot write" in done.out, done.err
+        assert sorted(path.name for path in (place / "d").iterdir()) == sorted(path.name for path in prepared.iterdir())
+    finally:
+        subprocess.run(["umount", str(place)])
+
+
 # --- interrupted
+
+
+def test_ctrl_c_after_a_tee_is_gone(quick, tmp_path):
+    """In `... | tee log` Ctrl-C reaches both, and tee is gone at once: the step is finished and saved all the same."""
+    command = [sys.executable, "train_grpo.py", "500", *map(str, quick), "--output_dir", str(tmp_path / "o")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if re.match(r" +3/500 ", line):
+                break
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert checkpoints.whole_checkpoints(tmp_path / "o")
 
 
 def test_the_second_signal_stops_at_once(capsys):

@@ -1,0 +1,182 @@
+"""Files that are there and are broken, places that are none, and readers that are gone: a message or a way on, no traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_bad_input import MESSAGE, lines, refused
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def change(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+BROKEN_BASES = {
+    "weights cut": lambda base: cut(base / "model.safetensors"),
+    "weights gone": lambda base: (base / "model.safetensors").unlink(),
+    "a shard gone": lambda base: (base / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "gone.safetensors"}}'
+    ),
+    "config no object": lambda base: (base / "config.json").write_text("[]"),
+    "no heads": lambda base: change(base / "config.json", num_attention_heads=0),
+    "a wrong type": lambda base: change(base / "config.json", hidden_size="wide"),
+    "tokenizer cut": lambda base: cut(base / "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_BASES)
+def test_a_base(call, quick, micro, tmp_path, how):
+    base = shutil.copytree(micro, tmp_path / "base")
+    BROKEN_BASES[how](base)
+    done = call("train_grpo", "--check", *quick, "--model", base, "--output_dir", tmp_path / "o")
+    refused(done, f"the model in {base} cannot be loaded", "Copy it again whole")
+
+
+BROKEN_ADAPTERS = {
+    "weights cut": lambda adapter: cut(adapter / "adapter_model.safetensors"),
+    "another rank": lambda adapter: change(adapter / "adapter_config.json", r=3),
+    "another kind": lambda adapter: change(adapter / "adapter_config.json", target_modules=["fc1"]),
+    "config no object": lambda adapter: (adapter / "adapter_config.json").write_text("null"),
+    "config cut": lambda adapter: cut(adapter / "adapter_config.json"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_ADAPTERS)
+def test_an_adapter_to_start_from(call, quick, final, tmp_path, how):
+    adapter = shutil.copytree(final, tmp_path / "adapter")
+    BROKEN_ADAPTERS[how](adapter)
+    refused(call("train_grpo", "--check", *quick, "--init_adapter", adapter, "--output_dir", tmp_path / "o"), str(adapter))
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "null", "{", '{"temperature": "hot"}', '{"max_new_tokens": -3}'])
+@pytest.mark.parametrize("name", ["validate_model", "export_model"])
+def test_a_generation_config(call, quick, final, tmp_path, name, text):
+    adapter = shutil.copytree(final, tmp_path / "adapter")
+    (adapter / "generation_config.json").write_text(text)
+    own = {"validate_model": (*quick[:6], "--validation_dir", tmp_path / "v"), "export_model": ("--out", tmp_path / "m")}[name]
+    refused(call(name, *own, "--adapter", adapter), "generation_config.json is broken")
+
+
+@pytest.mark.parametrize("values", [{"config": []}, {"config": None, "data": 3}, {"versions": None}, {"data": {"a": 1}}])
+def test_a_run_json_of_other_types_is_as_good_as_none(call, quick, final, tmp_path, values):
+    adapter = shutil.copytree(final, tmp_path / "adapter")
+    change(adapter / "run.json", **values)
+    limits = ("--max_prompts", 2, "--samples_per_prompt", 1, "--validation_dir", tmp_path / "v")
+    done = call("validate_model", *quick[:6], *quick[6:10], "--adapter", adapter, *limits)
+    assert done.code == 0, done.err
+    done = call("deploy_space", "me/app", "--dry_run", "--adapter", adapter)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("values", [{"config": []}, {"seconds": "long"}, {"processes": None}, {"files": []}, {"data": [1]}])
+def test_a_checkpoints_run_json_of_other_types(call, quick, trained, tmp_path, values):
+    shutil.copytree(trained, tmp_path / "o")
+    change(tmp_path / "o" / "checkpoint-6" / "run.json", **values)
+    done = call("train_grpo", 6, *quick, "--output_dir", tmp_path / "o", "--resume")
+    assert done.code == 0 or done.err.startswith("error: "), done.err
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"settings": null, "model": 1, "tokenizer": 1, "fingerprint": 1}'])
+def test_a_funnel(call, micro, prepared, tmp_path, text):
+    data_dir = shutil.copytree(prepared, tmp_path / "d")
+    (data_dir / "funnel.json").write_text(text)
+    done = call("inspect_data", "--preset", "tiny", "--model", micro, "--data_dir", data_dir)
+    refused(done, "half-written", "--overwrite")
+
+
+def test_prompts_that_were_changed(call, micro, prepared, tmp_path):
+    """One letter, in the bytes of the table: neither its shape nor its ids show it."""
+    data_dir = shutil.copytree(prepared, tmp_path / "d")
+    file = next((data_dir / "oasst1_prompts" / "train").glob("*.arrow"))
+    assert b"plant" in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(b"plant", b"plank"))
+    refused(call("inspect_data", "--preset", "tiny", "--model", micro, "--data_dir", data_dir), "not what its funnel.json")
+
+
+def test_a_link_in_the_place_of_prepared_data(call, micro, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "thesis.txt").write_text("x")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "oasst1_prompts").symlink_to(tmp_path / "elsewhere")
+    options = ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "d")
+    assert call("prepare_data", *options, "--overwrite").code == 0
+    assert (tmp_path / "elsewhere" / "thesis.txt").exists()
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["funnel.json", "oasst1_preferences", "oasst1_prompts"]
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [({"rank": 10**12}, []), ({"rank": -1}, []), ({"labels": {"name": {"toxicity": 0}, "value": [1]}}, ["--max_toxicity", "0.5"]),
+     ({"detoxify": {"toxicity": "very"}}, ["--max_toxicity", "0.5"])],
+)  # fmt: skip
+def test_rows(call, micro, tmp_path, row, flags):
+    (tmp_path / "m.jsonl").write_text(lines({**MESSAGE, **row}))
+    done = call("prepare_data", "--model", micro, "--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d", *flags)
+    refused(done, "line 1", "not what oasst1 has")
+
+
+@pytest.mark.parametrize("text", ["---\na: [\n---\n# x", "---\nlicense: {}\nbase_model: 3\n---\n", b"\xff\xfe"])
+def test_a_card(call, final, tmp_path, text):
+    adapter = shutil.copytree(final, tmp_path / "adapter")
+    (adapter / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    done = call("export_model", "--adapter", adapter, "--out", tmp_path / "m")
+    assert done.code == 0 or "is no model card" in done.err, done.err
+
+
+LONG = "a" * 250
+
+
+@pytest.mark.parametrize("place", ["/", LONG, "nowhere-link"])
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("prepare_data", "--data_dir"), ("train_grpo", "--output_dir"), ("train_reward", "--reward_dir"),
+     ("validate_model", "--validation_dir"), ("export_model", "--out")],
+)  # fmt: skip
+def test_places(call, quick, final, tmp_path, name, flag, place):
+    if place == "nowhere-link":
+        (tmp_path / place).symlink_to(tmp_path / "nowhere" / "at" / "all")
+    options = {
+        "prepare_data": quick[:4],
+        "train_grpo": (2, *quick),
+        "train_reward": quick[:6],
+        "validate_model": (*quick[:6], "--adapter", final),
+        "export_model": ("--adapter", final),
+    }[name]
+    done = call(name, *options, flag, place if place == "/" else tmp_path / place)
+    refused(done, "Choose another folder")
+
+
+def test_a_path_is_printed_as_it_stands(call, quick, tmp_path):
+    """Square brackets are rich's markup."""
+    output = tmp_path / "[bold]" / "[" / "a]"
+    done = call("train_grpo", "--check", *quick, "--output_dir", output)
+    assert done.code == 0 and "[bold]/[" in "".join(done.out.split()), done.err
+
+
+def test_nobody_reads_any_more(quick, tmp_path):
+    """`| head -1`: the run goes on to its end, and a terminal of another alphabet does not end it."""
+    command = [sys.executable, "train_grpo.py", "2", *map(str, quick), "--output_dir", str(tmp_path / "o")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 0, process.stderr.read()
+        assert b"Traceback" not in process.stderr.read()
+    assert (tmp_path / "o-final" / "run.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is Linux's")
+def test_a_full_disk_behind_stdout(micro, prepared):
+    command = [sys.executable, "inspect_data.py", "--preset", "tiny", "--model", str(micro), "--data_dir", str(prepared)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0 and "no room is left" in done.stderr and "Traceback" not in done.stderr, done.stderr
