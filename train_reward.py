@@ -8,7 +8,7 @@
 Then: python train_grpo.py --rewards results/reward-model. The loss is Bradley and Terry's, -log sigmoid(chosen - rejected), by
 TRL's RewardTrainer. Pairs that people ranked alike were left out by prepare_data.py. What counts is the table at the end: how
 often the model agrees with people on pairs that it has not seen, beside "the longer reply wins", which costs nothing and is
-right for 65.4 % of 512 pairs of oasst1's English validation split.
+right more often than chance.
 """
 
 import contextlib

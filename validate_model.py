@@ -22,7 +22,7 @@ TRAINED_WITH = ("temperature", "top_p", "top_k", "max_completion_length", "targe
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS)
+    parser = cli.make_parser(__doc__, KEYS, TRAINED_WITH)
     parser.add_argument(
         "--against", metavar="DIR", help="another adapter on the same base, to compare with instead of the base"
     )

@@ -6,6 +6,7 @@ The rows are made from tiny/messages.jsonl: the same trees again with new ids an
 is a duplicate. Whole processes, imports included; memory is the largest of the process (ru_maxrss).
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -45,6 +46,7 @@ def measure(source: Path, folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from benchmarks.results import write_section
     from phi2_grpo.looks import markdown
 

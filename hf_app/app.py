@@ -397,7 +397,11 @@ def about() -> None:
     """What was trained and how, from the adapter's own files, as far as they are there."""
     if engine.tuned:
         run = read_json(engine.adapter / "run.json")
-        gr.Markdown(training_facts(run, engine.adapter / "metrics.jsonl"), elem_id="facts")
+        try:
+            facts = training_facts(run, engine.adapter / "metrics.jsonl")
+        except (AttributeError, TypeError, ValueError):  # a run.json of any kind: the app is for any adapter
+            facts = "How it was trained is not shown, for its run.json is not what a training writes."
+        gr.Markdown(facts, elem_id="facts")
         if (engine.adapter / "reward.png").is_file():
             gr.Image(str(engine.adapter / "reward.png"), show_label=False, buttons=[], container=False)
     shown, _ = engine.prompt([{"role": "user", "content": EXAMPLES[2]}], engine.settings().max_new_tokens)
@@ -438,7 +442,7 @@ def training_facts(run: dict, metrics: Path) -> str:
     config = run.get("config") or {}
     facts = {
         "Base": engine.base_name,
-        "Data": config.get("dataset"),
+        "Data": (run.get("data") or {}).get("dataset"),
         "LoRA": config and f"r {config.get('lora_r')}, alpha {config.get('lora_alpha')}, on {run.get('adapted')}",
         "GRPO": config
         and f"{run.get('steps')} steps, {config.get('num_generations')} answers per prompt, learning rate "

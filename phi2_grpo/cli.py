@@ -84,14 +84,19 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See: python {self.prog} --help")
 
 
-def make_parser(doc: str, keys: tuple[str, ...]) -> argparse.ArgumentParser:
-    """A parser with `--preset` and a flag for each of `keys`; a script adds its own arguments to it."""
+def make_parser(doc: str, keys: tuple[str, ...], trained_with: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """A parser with `--preset` and a flag for each of `keys`; a script adds its own arguments to it.
+
+    `trained_with`: keys that are taken from an adapter's training where no flag says otherwise.
+    """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--preset", default="phi2", metavar="NAME", help=f"{', '.join(settings.PRESETS)} (default: phi2)")
     helps = _comments()
     for key in keys:
         default = settings.CONFIG[key]
         shown = ",".join(default) if isinstance(default, list) else default
+        if key in trained_with:
+            shown = "the training's"
         text = f"{helps[key]} (default: {shown})" if shown != "" else helps[key]
         # No default here: absence must be seen, so that a preset's value is not overwritten.
         switch = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}  # --key alone is --key true
