@@ -17,7 +17,7 @@ def test_the_tiny_chain(call, tmp_path):
     trained = script("train_grpo", "25", "--preset", "tiny", *where, *options, "--learning_rate", "2e-3")
     assert trained.code == 0, trained.err
     checked = ("--adapter", tmp_path / "grpo-final", "--validation_dir", tmp_path / "v", "--samples_per_prompt", "2")
-    done = script("validate_model", "--preset", "tiny", *where, *checked)
+    done = call("validate_model", "--preset", "tiny", *where, *checked)
     assert done.code == 0, done.err
     metrics = json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
     assert metrics["length"]["low"] > 0 and metrics["length"]["verdict"] == "better"

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy
 import pytest
@@ -111,15 +109,15 @@ def test_its_texts_are_those_of_the_training(micro):
     assert table[0]["chosen_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_the_card_s_code_runs(judged):
+def test_the_card_s_code_runs(judged, monkeypatch, capsys):
     code = re.search(r"```python\n(.+?)```", (judged[0] / "README.md").read_text(), re.DOTALL)[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=judged[0], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(judged[0])
+    exec(code, {})
     judge = RewardModel(str(judged[0]))
     micro = {**CONFIG, "model": judge.base[0]}
     judge.load(micro, base_of(micro), CPU, torch.float32)
     (score,) = judge(prompts=[[{"role": "user", "content": "Why?"}]], answers=["Because it scatters light."])
-    assert float(done.stdout) == pytest.approx(score, abs=1e-4)
+    assert float(capsys.readouterr().out) == pytest.approx(score, abs=1e-4)
 
 
 def test_resumed_it_ends_the_same(call, judged, flags, tmp_path, monkeypatch):

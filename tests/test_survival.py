@@ -241,9 +241,13 @@ def test_a_disk_that_is_full_elsewhere(call, micro, prepared, tmp_path):
 
 
 def test_ctrl_c_after_a_tee_is_gone(quick, tmp_path):
-    """In `... | tee log` Ctrl-C reaches both, and tee is gone at once: the step is finished and saved all the same."""
+    """In `... | tee log` Ctrl-C reaches both, and tee is gone at once: the step is finished and saved all the same.
+
+    On a terminal, besides, whose alphabet has no "±".
+    """
     command = [sys.executable, "train_grpo.py", "500", *map(str, quick), "--output_dir", str(tmp_path / "o")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONIOENCODING": "ascii"}}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
         for line in process.stdout:
             if re.match(r" +3/500 ", line):
                 break
