@@ -64,6 +64,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
 
     from phi2_grpo import checkpoints, checks, evaluation, files, looks, model, plan, report, rewards, rollout, running, scoring
     from phi2_grpo.held_out import HeldOut
+    from phi2_grpo.loading import resolve_model
     from phi2_grpo.monitor import Monitor
     from phi2_grpo.trainer import Trainer, training_arguments
 
@@ -81,7 +82,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
         scoring.try_rewards(scorer, checks.real_rows(found["prompts"]))
     if config["init_adapter"]:
         lora = LoraConfig.from_pretrained(config["init_adapter"])
-        lora.inference_mode = False
+        lora.inference_mode, lora.revision = False, resolve_model(config)[1]
     else:
         lora = model.lora_config(config, base)
     own = {
@@ -117,20 +118,20 @@ def train(config: dict, arguments, console, found: dict) -> None:
     adapted = model.describe_coverage(trainer.model)
     facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
     facts["rewards"] = scoring.describe(scorer.chosen)
-    track = config["report_to"] == "trackio"
+    track = config["report_to"] == "trackio" and not cli.process()  # transformers opens it in the first process alone
     before = checkpoints.seconds_of(whole)
     watch = Monitor(scorer, tokenizer, facts, config["sample_steps"], before, config["stop_on_collapse"], track)
     trainer.watched_by(watch)
     rows = evaluation.held_out_rows(found["prompts"]["validation"], config["eval_prompts"], seed=0)
     judges = scoring.Scorer(tokenizer, config["target_tokens"], scorer.chosen)
-    trainer.add_callback(HeldOut(judges, tokenizer, engine, rows, config, watch.console, track))
+    trainer.add_callback(HeldOut(trainer, judges, tokenizer, engine, rows, config, watch.console, track))
     running.train(trainer, config, output, whole, config["max_steps"])
 
     history = trainer.state.log_history
     kept = running.take_last_good(trainer, output, watch.collapsed_at) if watch.collapsed_at else None
     if kept:
         console.print(f"Stopped at step {watch.collapsed_at}. The result is checkpoint-{kept}.", style="bold red")
-    state = trainer.accelerator.get_state_dict(trainer.model) if model.spread() else None  # by all processes together
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if model.spread() else None  # by all processes together
     if not trainer.accelerator.is_main_process:
         return
     with files.whole_folder(final) as folder:

@@ -91,6 +91,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
         "model": [config["model"], config["model_revision"], device.type, str(dtype)],
         **{key: config[key] for key in drawing},
     }
+    drawn = journal.Journal(folder / "unfinished" / "journal.jsonl", run, arguments.overwrite)
     context = model.context_of(model.empty_base(config))
     length = checks.fits_context([row["prompt"] for row in prompts], tokenizer, config, context)
     length += config["max_completion_length"]
@@ -104,7 +105,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     sides = {"base": ("against" if arguments.against else None), "tuned": "default"}
     engine = rollout.make_engine(config["rollout"], policy, config["rollout_batch_size"], evaluation.held_bytes(policy))
     batch = config["rollout_batch_size"] or plan.rows_that_fit(policy, length, evaluation.held_bytes(policy))
-    drawn = journal.Journal(folder / "unfinished" / "journal.jsonl", run, batch, arguments.overwrite)
+    drawn.open(batch)
     names = ("base", "tuned")
     if arguments.against:
         same = adapters[0].name == adapters[1].name

@@ -191,7 +191,9 @@ class Engine:
                 self._load_adapter()
             except BadAdapter as error:
                 problem = str(error)
-                self._load_base()  # PEFT may have changed it before it failed
+            if problem:  # PEFT may have changed the base before it failed
+                self.model = None  # no two at once: a card may have room for one
+                self._load_base()
         self.tuned = isinstance(self.model, PeftModel)
         self.status = self._status(problem)
 
@@ -208,7 +210,7 @@ class Engine:
                 self.model = AutoModelForCausalLM.from_pretrained(self.base, **options).to(device).eval()
                 self.tokenizer = AutoTokenizer.from_pretrained(self.base, local_files_only=cached, **where)
                 break
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:  # transformers, safetensors and torch raise a dozen kinds for what they cannot read
                 if cached and where:
                     continue
                 raise NoBase(

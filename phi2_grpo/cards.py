@@ -1,6 +1,5 @@
 """Model cards for the Hub. Every number in one comes from the run's own metrics, or from a validation."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from phi2_grpo import accuracy, files, hub, looks
 from phi2_grpo.answers import STOP_STRINGS
-from phi2_grpo.cli import UserError, first_line
+from phi2_grpo.cli import UserError, disk_is_full, first_line
 
 USE_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
@@ -140,8 +139,11 @@ def add_validation(adapter: Path, line: str, table: list[str]) -> None:
     before, use, after = (path.read_text(encoding="utf-8") if path.is_file() else "").partition(USE)
     if use:
         section = "\n".join([VALIDATED, line, "", *table, "", ""])
-        with contextlib.suppress(OSError):  # a read-only adapter is validated all the same
+        try:
             files.write_text(path, before.partition(VALIDATED)[0] + section + use + after)
+        except OSError as error:  # a read-only adapter is validated all the same
+            if disk_is_full(error):
+                raise
 
 
 def of_merged(adapter: Path, dtype: str) -> str:

@@ -61,8 +61,9 @@ def is_whole(checkpoint: Path) -> bool:
 def seal(folder: Path, facts: dict) -> None:
     """Write run.json, with the digest of every other file beside it that a resumed run needs."""
     for_people = {"run.json", "README.md", "reward.png"}
-    needed = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in for_people]
-    files.write_json(folder / "run.json", {**facts, "files": {path.name: files.digest(path) for path in needed}})
+    needed = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in for_people]
+    digests = {str(path.relative_to(folder)): files.digest(path) for path in needed}
+    files.write_json(folder / "run.json", {**facts, "files": digests})
 
 
 def is_ours(rows: Path) -> bool:
@@ -123,11 +124,9 @@ class WholeCheckpoints:
             self._saving = False
         if self.args.should_save:
             shutil.rmtree(output / INCOMING, ignore_errors=True)
-            whole = whole_checkpoints(output)
-            for old in found_checkpoints(output):
-                ours = (old / "run.json").is_file()
-                if ours and old not in whole[-kept:] and step_of(old) < self.state.global_step:
-                    shutil.rmtree(old, ignore_errors=True)
+            ours = [old for old in found_checkpoints(output) if (old / "run.json").is_file()]
+            for old in [old for old in ours if step_of(old) <= self.state.global_step][:-kept]:
+                shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
 

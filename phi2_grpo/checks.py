@@ -68,9 +68,9 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     checks.run("settings", _settings, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
+    wrapped = checks.run("LoRA", _lora, config) if tokenizer else None
     if resume:
         checks.run("same run", _same_run, config, Path(config["output_dir"]), funnel, config["max_steps"])
-    wrapped = checks.run("LoRA", _lora, config) if tokenizer else None
     longest = checks.run("context", _context, config, tokenizer, prompts, wrapped)
     checks.run("batch", _batch, config, prompts)
     scorer = checks.run("rewards", _rewards, config, tokenizer, prompts)
@@ -125,7 +125,8 @@ def _device(config: dict):
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         raise UserError(
-            f"{gpus} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python ..., or all: accelerate launch ..."
+            f"{gpus} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python ...; "
+            "or all, for train_grpo.py: accelerate launch --multi_gpu ..."
         )
     return (device, dtype), f"{report.hardware(device)}, {str(dtype).removeprefix('torch.')}"
 
@@ -269,7 +270,16 @@ def _pairs(config: dict, tokenizer):
 
 def _lora(config: dict):
     wrapped = model.wrap_empty(config)
-    return wrapped, model.describe_coverage(wrapped)
+    found = model.describe_coverage(wrapped)
+    if config["init_adapter"]:
+        lora = wrapped.peft_config["default"]
+        modules = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+        config |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+        config |= {"lora_target_modules": modules}  # what goes on is the adapter's, and run.json and the card say so
+        found += f"; r {lora.r} and alpha {lora.lora_alpha} are those of {config['init_adapter']}"
+        if not names_base(named := base_of(Path(config["init_adapter"])), config):
+            found += f", which was trained on {named[0]}"
+    return wrapped, found
 
 
 def _context(config: dict, tokenizer, prompts, wrapped: PeftModel):
@@ -312,6 +322,8 @@ def _rollout(config: dict, wrapped: PeftModel):
             raise UserError(
                 "with FSDP or ZeRO no process has the whole base, so none can evaluate alone: give --eval_prompts 0."
             )
+        if config["stop_on_collapse"]:
+            raise UserError("with FSDP or ZeRO no process can take up an earlier checkpoint: leave --stop_on_collapse out.")
         return "generate", "generate: the weights are spread over the processes"
     engine, why = rollout.choose(config["rollout"], wrapped)
     return engine, f"{engine}: {why}"

@@ -164,8 +164,9 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Whether `error` is Python's or torch's, which is not imported here."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Whether `error` is Python's, or torch's (which is not imported here) of a card, or of the CPU."""
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or "can't allocate memory" in str(error)
 
 
 def say(text: str) -> None:
@@ -199,8 +200,6 @@ def run(main: Callable[[], None]) -> None:
         if not process():
             say(f"\ninterrupted. {interrupt}".rstrip())
         raise SystemExit(143 if isinstance(interrupt, Terminated) else 130) from None
-    except BrokenPipeError:  # `--help | head`
-        raise SystemExit(0) from None
     except Exception as error:
         if _from_interrupt(error):  # transformers makes another error of a Ctrl-C while it imports
             say("\ninterrupted.")

@@ -40,7 +40,9 @@ def fingerprint(prompts: DatasetDict) -> str:
     """Of what stands in which split, in which order."""
     digest = hashlib.sha256()
     for split in sorted(prompts):
-        digest.update(json.dumps([split, prompts[split].to_list()]).encode())
+        digest.update(split.encode())
+        for row in prompts[split]:
+            digest.update(json.dumps(row).encode())
     return digest.hexdigest()[:16]
 
 
@@ -70,13 +72,13 @@ class Prepared:
                 shards = {split: 1 + len(table) // 100_000 for split, table in tables.items()}
                 tables.cast(features).save_to_disk(str(staging / name), num_shards=shards)
         prompts = load_from_disk(str(data_dir / ".prepared" / PROMPTS))
-        funnel = {**funnel, "fingerprint": fingerprint(prompts)}
+        files.write_json(data_dir / ".prepared" / FUNNEL, {**funnel, "fingerprint": fingerprint(prompts)})
         (data_dir / FUNNEL).unlink(missing_ok=True)
         for name in FEATURES:
             if os.path.lexists(data_dir / name):  # a link is moved away as well as a folder
                 (data_dir / name).rename(data_dir / ".prepared" / f"old-{name}")
             (data_dir / ".prepared" / name).rename(data_dir / name)
-        files.write_json(data_dir / FUNNEL, funnel)
+        (data_dir / ".prepared" / FUNNEL).rename(data_dir / FUNNEL)
         shutil.rmtree(data_dir / ".prepared", ignore_errors=True)
         return load_from_disk(str(data_dir / PROMPTS))
 

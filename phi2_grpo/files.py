@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +62,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data) -> None:
     """Write JSON whole or not at all; NaN is refused, for no other reader takes it."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Write JSON lines whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # What is read of a run.json, and its types; what has another is as good as absent.

@@ -1,11 +1,10 @@
 """The same held-out prompts, answered now and then while it trains: a curve that learning prompts by heart cannot lift."""
 
-import json
 from pathlib import Path
 
 from transformers import TrainerCallback
 
-from phi2_grpo import evaluation, report
+from phi2_grpo import evaluation, files, report
 from phi2_grpo.chat import render
 from phi2_grpo.progress import log_evaluation
 from phi2_grpo.rollout import complete
@@ -21,15 +20,16 @@ class HeldOut(TrainerCallback):
     Draws nothing from the run's own random numbers: a run with it and one without end with the same weights.
 
     Args:
+        trainer: is told which part of its work this is, should memory run out in it.
         scorer: one of its own, for the monitor's keeps the last training batch.
         engine: of the rollouts, which has memory for them already (see rollout.py).
         rows: held-out rows of the data set; none, and nothing is evaluated.
         track: also log to trackio.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer, engine, rows: list[dict], config: dict, console, track: bool):
+    def __init__(self, trainer, scorer: Scorer, tokenizer, engine, rows: list[dict], config: dict, console, track: bool):
         self.scorer, self.tokenizer, self.engine, self.rows, self.config = scorer, tokenizer, engine, rows, config
-        self.console, self.track = console, track
+        self.trainer, self.console, self.track = trainer, console, track
 
     def on_train_begin(self, args, state, control, model=None, **_):
         if state.global_step == 0:
@@ -43,10 +43,12 @@ class HeldOut(TrainerCallback):
         if not self.rows or not state.is_world_process_zero:
             return
         texts = render(self.tokenizer, [row["prompt"] for row in self.rows])
+        self.trainer.failed_in = "rollout"
         with evaluation.random_state_kept(model.device):
             drawing = evaluation.sampling(self.config, self.tokenizer)
             ids = complete(self.engine, self.tokenizer, texts, drawing, self.config["seed"])
             scored = self.scorer.score(self.rows, ids)  # a reward of one's own may draw, too
+        self.trainer.failed_in = None
         answers = [row["answer"] for row in scored]
         low, high = interval([row["score"] for row in scored]) or (None, None)
         found = {"eval_reward": _mean([row["score"] for row in scored]), "eval_low": low, "eval_high": high}
@@ -58,8 +60,7 @@ class HeldOut(TrainerCallback):
             {"prompt": self.rows[i]["prompt"][-1]["content"], "answer": answers[i].text} for i in range(min(SHOWN, len(ids)))
         ]
         state.log_history.append({**row, "answers": shown})  # kept by the checkpoints
-        lines = [json.dumps(each, ensure_ascii=False) for each in report.rows_with(state.log_history, "eval_reward")]
-        (Path(args.output_dir) / "evaluation.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files.write_rows(Path(args.output_dir) / "evaluation.jsonl", report.rows_with(state.log_history, "eval_reward"))
         spread = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         text = f"{state.global_step:>9}  held out: reward {found['eval_reward']:.3f}{spread} on {len(ids)} prompts"
         self.console.print(text, style="cyan")

@@ -12,19 +12,18 @@ from phi2_grpo.cli import UserError
 
 
 class Journal:
-    """`found` has the completion ids of (side, index); what is added is on disk when `add` returns.
+    """`found` has the completion ids of (side, index); what is added, after `open`, is on disk when `add` returns.
 
     Args:
         path: a JSON line for the run, then one for each completion.
         run: what must be the same for a journal to be gone on with.
-        batch: completions drawn at once; seeds go by batches, so a journal that is gone on with keeps its own (`self.batch`).
         overwrite: start anew where the run is another.
 
     Raises UserError for the unfinished journal of another run.
     """
 
-    def __init__(self, path: Path, run: dict, batch: int, overwrite: bool = False):
-        self.path, self.found, self.batch = path, {}, batch
+    def __init__(self, path: Path, run: dict, overwrite: bool = False):
+        self.path, self.run, self.found, self.batch = path, run, {}, None
         head, found = _read(path)
         was = head.get("run", {})
         if path.exists() and was != run and not overwrite:
@@ -35,10 +34,14 @@ class Journal:
             )
         if was == run:
             self.batch, self.found = head["batch"], found
+
+    def open(self, batch: int) -> None:
+        """`batch`: completions drawn at once. Seeds go by batches, so a journal that is gone on with keeps its own."""
+        self.batch = self.batch or batch
         # Rewritten, because the last line may have been cut in the middle.
         kept = [{"side": side, "index": index, "completion_ids": ids} for (side, index), ids in self.found.items()]
-        files.write_text(path, "".join(json.dumps(line) + "\n" for line in [{"run": run, "batch": self.batch}, *kept]))
-        self.file = path.open("a", encoding="utf-8")
+        files.write_rows(self.path, [{"run": self.run, "batch": self.batch}, *kept])
+        self.file = self.path.open("a", encoding="utf-8")
 
     def add(self, side: str, completions: dict[int, list[int]]) -> None:
         """Completions by index."""

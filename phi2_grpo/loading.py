@@ -66,7 +66,9 @@ def said_where_broken(config: dict) -> Iterator[None]:
         name, revision = resolve_model(config)
         reason = f"{type(error).__name__}: {first_line(error)}"
         if revision is None:
-            raise UserError(f"the model in {name} cannot be loaded: {reason}\n  Copy it again whole.") from None
+            raise UserError(
+                f"the model in {name} cannot be loaded: {reason}\n  Copy it again whole, its weights as safetensors."
+            ) from None
         raise UserError(
             f"the model {name} (revision {revision}) cannot be loaded: {reason}\n"
             f"  On a machine with network: hf download {name}; offline: HF_HUB_OFFLINE=1 once it is in the cache,\n"

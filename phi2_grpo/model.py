@@ -37,7 +37,7 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
     device = torch.device("cpu") if device == "cpu" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     dtype = config["dtype"]
     if dtype == "auto" and device.type == "cuda":
-        capability = torch.cuda.get_device_capability()
+        capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):  # torch.cuda.is_bf16_supported() says True below 8.0 too: by slow emulation
             raise UserError(
                 f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 needs "

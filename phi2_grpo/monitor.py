@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.panel import Panel
 from rich.text import Text
 
-from phi2_grpo import looks, report
+from phi2_grpo import files, looks, report
 from phi2_grpo.chat import render
 from phi2_grpo.checkpoints import seal
 from phi2_grpo.progress import ProgressBar, alert
@@ -98,7 +98,7 @@ class Monitor(Watch):
         self.metrics_file = Path(args.output_dir) / "metrics.jsonl"
         rows = report.rows_with(state.log_history, "reward")
         if state.is_world_process_zero:
-            self.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            files.write_rows(self.metrics_file, rows)
         # Not again after a resume; but a collapse that the run is to stop at is looked for anew.
         self.raised = {(kind, metric) for row in rows for kind, metric in row.get("alarms", [])
                        if kind == "warning" or not self.stop_on_collapse}  # fmt: skip

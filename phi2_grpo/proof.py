@@ -1,6 +1,5 @@
 """What a validation says: one line to quote, tables, pictures, and the answers behind them."""
 
-import json
 import random
 import re
 from pathlib import Path
@@ -292,7 +291,7 @@ def write(folder: Path, found: dict, samples: list[dict], prompts: list[dict], s
         lines.append({"side": sample["side"], "message_id": row["message_id"], "lang": row["lang"], "prompt": row["prompt"],
                       "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended, "why": answer.why,
                       "scores": sample["scores"], "completion_ids": sample["completion_ids"]})  # fmt: skip
-    files.write_text(folder / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    files.write_rows(folder / "samples.jsonl", lines)
     numbers = {key: value for key, value in found.items() if key != "values"}
     files.write_json(folder / "report.json", {**numbers, "facts": facts, "config": config, "samples": shown})
 

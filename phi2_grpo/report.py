@@ -1,6 +1,5 @@
 """What stands beside the weights: run.json, the rows of every step, the curve; the card is in cards.py."""
 
-import json
 import math
 import platform
 import subprocess
@@ -86,8 +85,8 @@ def describe_folder(
     """
     rows, evaluations = rows_with(log_history, "reward"), rows_with(log_history, "eval_reward")
     generation_config(tokenizer, facts["config"]).save_pretrained(folder)
-    files.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    files.write_text(folder / "evaluation.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluations))
+    files.write_rows(folder / "metrics.jsonl", rows)
+    files.write_rows(folder / "evaluation.jsonl", evaluations)
     draw_curve(rows, facts["config"], folder / "reward.png", evaluations, kept)
     used = rows if kept is None else [row for row in rows if row["step"] <= kept]
     last = used[-1] if used else {}
@@ -109,7 +108,7 @@ def describe_reward_folder(
     folder: Path, facts: dict, rows: list[dict], seconds: float, scale: dict, measured: dict, left_out: int
 ) -> None:
     """The same for a reward model; `scale` is what its scores are centred and scaled by (see `reward_model.RewardModel`)."""
-    files.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    files.write_rows(folder / "metrics.jsonl", rows)
     steps = rows[-1]["step"] if rows else 0
     files.write_text(folder / "README.md", cards.of_reward_model(facts, steps, seconds, measured, left_out))
     ending = {"finished": True, "steps": steps, "seconds": round(seconds, 1)}

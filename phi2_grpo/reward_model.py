@@ -31,7 +31,8 @@ class RewardModel:
     Args:
         name: the folder or Hub id of a sequence-classification model with one output, or of a PEFT adapter of one.
 
-    Raises UserError where that cannot be found, is incomplete or gives no single score. Nothing large is loaded before `load`.
+    Raises UserError where that cannot be found, is incomplete or gives no single score. One on the Hub is
+    downloaded here; nothing large comes into memory before `load`.
     """
 
     def __init__(self, name: str):

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerState
 
 from phi2_grpo import checkpoints, files
-from phi2_grpo.cli import UserError, disk_is_full, first_line, processes
+from phi2_grpo.cli import UserError, disk_is_full, first_line, memory_ran_out, processes
 from phi2_grpo.interruption import Interruption
+from phi2_grpo.model import spread
 from phi2_grpo.monitor import WINDOW
 from phi2_grpo.scoring import BadReward
 
@@ -25,6 +25,10 @@ def train(trainer, config: dict, output: Path, whole: list[Path], steps: int) ->
     asked = Interruption()
     trainer.add_callback(asked)
     if whole and checkpoints.step_of(whole[-1]) >= steps:
+        if spread():
+            raise UserError(
+                f"nothing is left to train, and with FSDP or ZeRO the result is not written again: take {whole[-1]}."
+            )
         take_up(trainer, whole[-1])  # nothing is left to train, and the trainer would do one step more
         return
     if not whole and trainer.accelerator.is_main_process:
@@ -34,15 +38,17 @@ def train(trainer, config: dict, output: Path, whole: list[Path], steps: int) ->
             trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
     except BadReward as error:
         raise UserError(f"{error}\n  {_save_now(trainer, output)} Mend the reward first.") from None
-    except torch.OutOfMemoryError as error:
-        part = trainer.failed_in or "update"
-        raise UserError(
-            f"memory ran out in the {part} of step {trainer.state.global_step + 1}: {str(error).split('. ')[0]}.\n"
-            f"  {_save_now(trainer, output)} The next smaller setting: {smaller(config, part)}"
-        ) from None
     except Exception as error:
+        if memory_ran_out(error):
+            part = trainer.failed_in or "update"
+            raise UserError(
+                f"memory ran out in the {part} of step {trainer.state.global_step + 1}: {first_line(error).split('. ')[0]}.\n"
+                f"  {_save_now(trainer, output)}\n  The next smaller setting: {smaller(config, part)}"
+            ) from None
         _explain(error, output)
         raise
+    finally:
+        trainer.watch.progress.stop()  # or a failure leaves a terminal without its cursor
     if trainer.state.global_step < steps:
         asked.raise_if_asked()
 
@@ -99,11 +105,12 @@ def smaller(config: dict, part: str) -> str:
     if not config["activation_checkpointing"]:
         return "--activation_checkpointing"
     if size > 1:
-        return f"--per_device_train_batch_size {size // 2} --gradient_accumulation_steps {-(-size * passes // (size // 2))}"
+        less = max(n for n in range(1, size) if size * passes % n == 0)  # the completions of an update stay as many
+        return f"--per_device_train_batch_size {less} --gradient_accumulation_steps {size * passes // less}"
     if part == "reward update":
-        return f"--reward_max_length {config['reward_max_length'] // 2}"
+        return f"--reward_max_length {config['reward_max_length'] // 2}, and start anew"
     length = config["max_completion_length"] // 2
-    return f"--max_completion_length {length} --target_tokens {min(config['target_tokens'], length // 2)}"
+    return f"--max_completion_length {length} --target_tokens {min(config['target_tokens'], length // 2)}, and start anew"
 
 
 def _explain(error: Exception, output: Path) -> None:

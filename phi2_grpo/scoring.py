@@ -15,7 +15,7 @@ import numpy
 
 from phi2_grpo import rewards, signs
 from phi2_grpo.answers import trim
-from phi2_grpo.cli import UserError, split_weight
+from phi2_grpo.cli import UserError, memory_ran_out, split_weight
 from phi2_grpo.reward_model import RewardModel
 
 
@@ -176,6 +176,8 @@ class Scorer:
             except UserError:
                 raise
             except (Exception, SystemExit) as error:  # the user's own code may raise anything
+                if memory_ran_out(error):
+                    raise
                 raise BadReward(f"the reward {reward.name!r} failed: {type(error).__name__}: {error}") from error
             for row, value in zip(self.last, scores, strict=True):
                 row["scores"][reward.name] = value

@@ -33,7 +33,7 @@ class Watched(WholeCheckpoints):
 
     def watched_by(self, watch) -> None:
         """`watch`: a Watch (monitor.py)."""
-        self.complete = watch.complete
+        self.watch, self.complete = watch, watch.complete
         self.add_callback(watch)
         progress.quiet(self)
 

@@ -175,7 +175,7 @@ def test_parameters_take_effect_on_the_page(visit):
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Seed").press("Tab")  # leaving the field hands the number over, however busy the machine is
     page.get_by_label("Stop at the first answer").uncheck()
-    page.wait_for_timeout(300)
+    page.wait_for_timeout(1500)
     page.get_by_role("button", name="Parameters").click()
     say(page, "say stop")
     ended(page)

@@ -248,7 +248,7 @@ def test_pushing_sends_the_adapter_or_the_merged_weights(run, hub, final, micro,
     [
         ((), "nothing to do"),
         (("--merged", "--push_to_hub", "me/x"), "give --out"),
-        (("--out", "/tmp/x", "--adapter", "/nope"), "no adapter at /nope"),
+        (("--out", "/tmp/x", "--adapter", "results/nope"), "no adapter at results/nope"),
         (("--push_to_hub", "x y"), "no name on the Hub"),
         (("--push_to_hub", "me/x"), "no token"),
         (("--out", "/dev/null/x"), "cannot write"),

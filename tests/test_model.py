@@ -159,7 +159,7 @@ def test_device_without_a_gpu(device, dtype, expected, monkeypatch):
 @pytest.mark.parametrize(("capability", "good"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_device_with_a_gpu(capability, good, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some card")
     config = {"device": "auto", "dtype": "auto"}
     if good:

@@ -156,11 +156,11 @@ def test_out_of_memory_saves_and_says_what_next(call, quick, tmp_path, monkeypat
 
 def test_the_next_smaller_setting():
     config = {**CONFIG, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 8}
-    assert running.smaller(config, "update") == "--per_device_train_batch_size 1 --gradient_accumulation_steps 24"
+    assert running.smaller(config, "update") == "--per_device_train_batch_size 2 --gradient_accumulation_steps 12"
     assert running.smaller({**config, "activation_checkpointing": False}, "log_probs") == "--activation_checkpointing"
     assert running.smaller({**config, "rollout_batch_size": 6}, "rollout") == "--rollout_batch_size 3"
     judging = {**config, "per_device_train_batch_size": 1}
-    assert running.smaller(judging, "reward update") == "--reward_max_length 512", "train_reward.py has no other left"
+    assert running.smaller(judging, "reward update").startswith("--reward_max_length 512"), "train_reward.py has no other left"
     assert "--max_completion_length 128 --target_tokens 64" in running.smaller(
         {**config, "per_device_train_batch_size": 1}, "update"
     )

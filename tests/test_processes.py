@@ -94,6 +94,15 @@ def test_a_real_run_by_two_processes_and_on_by_one(quick, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_alarm_is_said_once_and_raised_on_the_tracker(quick, tmp_path):
+    """All processes see it; transformers opens the tracker in the first alone."""
+    (tmp_path / "flat.py").write_text("def flat(answers, **_):\n    return [1.0 for _ in answers]\n")
+    how = ("--per_device_train_batch_size", 4, "--rewards", f"{tmp_path}/flat.py:flat", "--report_to", "trackio")
+    done = launch(2, "train_grpo.py", 6, *quick, *how, "--output_dir", tmp_path / "o")
+    assert done.returncode == 0 and done.stdout.count("warning: frac_reward_zero_std is 1") == 1, done.stderr
+
+
+@pytest.mark.slow
 def test_a_refusal_is_said_once(quick, tmp_path):
     done = launch(2, "train_grpo.py", 1, *quick, "--num_generations", 5, "--output_dir", tmp_path / "o")
     assert done.returncode != 0 and done.stderr.count("not a multiple of num_generations 5") == 1

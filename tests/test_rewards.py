@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import script
 
 from phi2_grpo import monitor, rewards, scoring, signs
@@ -367,6 +368,15 @@ def test_a_gamed_reward_is_seen_and_the_last_good_checkpoint_kept(call, tmp_path
     )
     assert all((kept[name] == good[name]).all() for name in good)
     assert "collapsed" in (tmp_path / "o-final" / "README.md").read_text()
+
+
+def test_memory_that_runs_out_in_a_reward_is_no_mistake_of_it(tmp_path):
+    def judge(answers, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (paid,) = Scorer(None, 8, [Reward("judge", 1.0, judge)]).functions
+    with pytest.raises(torch.OutOfMemoryError):
+        paid(prompts=[], completions=[], completion_ids=[])
 
 
 def test_a_collapse_before_any_checkpoint_has_no_result(call, quick, tmp_path, monkeypatch):

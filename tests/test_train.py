@@ -78,7 +78,7 @@ def test_the_card_s_code_runs(trained, monkeypatch, capsys):
     code = re.search(r"```python\n(.+?)```", (final / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(final)
     exec(code, {})
-    assert capsys.readouterr().out.strip()
+    assert capsys.readouterr().out.endswith("\n"), "it prints an answer, which a model of this size may leave empty"
 
 
 def test_checkpoints_are_whole_adapter_folders(trained):
@@ -208,11 +208,18 @@ def test_check_trains_nothing(call, quick, tmp_path):
         assert part in text
 
 
-def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, trained, tmp_path):
-    final = trained.with_name("grpo-final")
+def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, tmp_path):
+    first = call("train_grpo", "3", *quick, "--lora_r", 3, "--lora_alpha", 5, "--output_dir", tmp_path / "a")
+    assert first.code == 0, first.err
+    final = tmp_path / "a-final"
     options = (*quick, "--init_adapter", final, "--learning_rate", "1e-9", "--output_dir", tmp_path / "o")
     done = call("train_grpo", "1", *options)
     assert done.code == 0, done.err
+    config = json.loads((tmp_path / "o-final" / "run.json").read_text())["config"]
+    assert (config["lora_r"], config["lora_alpha"]) == (3, 5), "the adapter's, not the flags'"
+    assert "LoRA r=3, alpha=5" in (tmp_path / "o-final" / "README.md").read_text()
+    assert call("train_grpo", "2", *options, "--resume").code == 0
+    assert call("train_grpo", "1", *options, "--overwrite").code == 0
     assert rows_of(tmp_path / "o-final")[0]["kl"] > 0, "the KL is to the base, not to the adapter it started from"
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (final, tmp_path / "o-final"))
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
