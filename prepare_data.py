@@ -12,6 +12,7 @@ under 125.
 
 import multiprocessing
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,16 +33,15 @@ def main() -> None:
 
     environment.prepare(config["model"], config["dataset"])
 
-    from phi2_grpo import files, looks, oasst, reading
+    from phi2_grpo import data, files, looks, oasst, reading
 
     console = looks.Console()
     console.print(f"prepare_data: {cli.differences(config, KEYS)}")
     data_dir = Path(config["data_dir"])
     files.check_writable(data_dir)
-    if (data_dir / "oasst1_prompts").exists() and not arguments.overwrite:
+    if data.there(data_dir) and not arguments.overwrite:
         raise cli.UserError(f"{data_dir} holds prepared data. Replace it: --overwrite, or choose another --data_dir.")
 
-    from phi2_grpo import data
     from phi2_grpo.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config)
@@ -121,13 +121,17 @@ def each(config: dict, chunks: list[tuple], tokenizer) -> Iterator[tuple]:
             yield choose(config, tokenizer, *chunk)
         return
     context = multiprocessing.get_context("spawn")  # a fork would carry over the tokenizer's threads, but not run them
-    try:
-        with ProcessPoolExecutor(config["num_proc"], context, _start, (config,)) as workers:
+    with ProcessPoolExecutor(config["num_proc"], context, _start, (config,)) as workers:
+        try:
             yield from workers.map(_choose, chunks)
-    except BrokenProcessPool:
-        raise cli.UserError(
-            "a process of --num_proc was ended from outside, most likely for lack of memory. Give a smaller --num_proc."
-        ) from None
+        except BrokenProcessPool:
+            raise cli.UserError(
+                "a process of --num_proc was ended from outside, most likely for lack of memory. Give a smaller --num_proc."
+            ) from None
+        except BaseException:  # a Ctrl-C too: what they have begun is of no use
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 _worker: dict = {}
@@ -136,6 +140,8 @@ _worker: dict = {}
 def _start(config: dict) -> None:
     from phi2_grpo.loading import load_tokenizer
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first process ends the others
     environment.prepare(config["model"])
     _worker.update(config=config, tokenizer=load_tokenizer(config))
 

@@ -70,6 +70,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     generation = model.saved_generation_config(adapters[0])  # how to chat
     generation.max_new_tokens = generation.max_new_tokens or config["max_completion_length"]
     files.check_writable(folder)
+    proof.check_replaceable(folder)
     device, dtype = model.choose_device(config)
     tokenizer = load_tokenizer(config)
     tables, funnel, _ = data.load_prompts(config, tokenizer)
@@ -91,8 +92,11 @@ def validate(config: dict, arguments, trained: dict) -> None:
         "model": [config["model"], config["model_revision"], device.type, str(dtype)],
         **{key: config[key] for key in drawing},
     }
+    scoring.try_rewards(scorer, tables["validation"].select(range(min(8, len(tables["validation"])))).to_list())
+    empty = model.empty_base(config)
+    checks.same_vocabulary(tokenizer, empty)
     drawn = journal.Journal(folder / "unfinished" / "journal.jsonl", run, arguments.overwrite)
-    context = model.context_of(model.empty_base(config))
+    context = model.context_of(empty)
     length = checks.fits_context([row["prompt"] for row in prompts], tokenizer, config, context)
     length += config["max_completion_length"]
     with console.status("loading the model"):

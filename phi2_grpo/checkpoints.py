@@ -8,6 +8,7 @@ from pathlib import Path
 
 from config import CONFIG
 from phi2_grpo import files
+from phi2_grpo.cli import split_weight
 
 # What a resumed run may change: how long it goes, what it prints and keeps, and how it is fitted into memory.
 HARMLESS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval_steps", "stop_on_collapse", "report_to",
@@ -114,6 +115,7 @@ class WholeCheckpoints:
             self.accelerator.wait_for_everyone()  # each process has written its random state
             if self.args.should_save:
                 self.complete(output / INCOMING / name, self.state)
+                files.open_to_umask(output / INCOMING / name)
                 shutil.rmtree(output / name, ignore_errors=True)
                 (output / INCOMING / name).rename(output / name)
         except Exception:
@@ -153,7 +155,9 @@ def differences(then: dict, now: dict, world: int) -> list[str]:
 
 
 def _same(was, now) -> bool:
-    """Equal, or the same path said in another way."""
+    """Equal, or the same path, or rewards and weights, said in another way."""
     if was == now:
         return True
+    if isinstance(was, list) and isinstance(now, list):
+        return [split_weight(str(item)) for item in was] == [split_weight(str(item)) for item in now]
     return isinstance(was, str) and isinstance(now, str) and was and now and Path(was).resolve() == Path(now).resolve()

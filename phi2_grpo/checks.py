@@ -66,9 +66,10 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
         "output folder", _output, Path(config["output_dir"]), checkpoints.final_folder(config), "rewards", resume, overwrite
     )
     checks.run("settings", _settings, config)
+    checks.run("tracker", _tracker, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
-    wrapped = checks.run("LoRA", _lora, config) if tokenizer else None
+    wrapped = checks.run("LoRA", _lora, config, tokenizer)
     if resume:
         checks.run("same run", _same_run, config, Path(config["output_dir"]), funnel, config["max_steps"])
     longest = checks.run("context", _context, config, tokenizer, prompts, wrapped)
@@ -109,13 +110,14 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
     checks.run(
         "output folder", _output, checkpoints.reward_run_folder(config), Path(config["reward_dir"]), "scores", resume, overwrite
     )
+    checks.run("tracker", _tracker, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     found = checks.run("data", _pairs, config, tokenizer) or {}
     if resume:
         checks.run(
             "same run", _same_run, config, checkpoints.reward_run_folder(config), found.get("funnel"), found.get("steps")
         )
-    wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}) if tokenizer else None
+    wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}, tokenizer)
     checks.run("disk", _disk, config, wrapped, Path(config["reward_dir"]))
     return checks, {"device": device, "tokenizer": tokenizer, **found}
 
@@ -169,14 +171,14 @@ def _output(output: Path, final: Path, key: str, resume: bool, overwrite: bool):
         raise UserError(f"{output} is a finished adapter, not a place for checkpoints. Choose another folder.")
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
+    for path in checkpoints.found_checkpoints(output):
+        if path.is_file() or (any(path.iterdir()) and not (path / "run.json").exists()):
+            raise UserError(f"{path} is no checkpoint of this program's, and might be replaced. Move it away.")
     whole = whole_checkpoints(output)
-    broken = [
-        path for path in checkpoints.found_checkpoints(output) if path not in whole and (path.is_file() or any(path.iterdir()))
-    ]
+    broken = [path for path in checkpoints.found_checkpoints(output) if path not in whole and any(path.iterdir())]
     if broken and not whole and not overwrite:
         raise UserError(
-            f"{broken[-1]} is there, but is not whole, or another program's. Choose another folder; or replace what is there: "
-            "--overwrite."
+            f"{broken[-1]} is there, but is not whole. Choose another folder; or replace what is there: --overwrite."
         )
     run = whole[-1] if whole else final if finished else None
     if resume and not whole and finished:
@@ -207,6 +209,13 @@ def _same_run(config: dict, output: Path, funnel: dict, steps: int):
     if (step := checkpoints.step_of(whole[-1])) >= steps:
         found += f"; nothing is left to train: it is at step {step} of {steps}"
     return True, found
+
+
+def _tracker(config: dict):
+    package = config["report_to"]
+    if package != "none" and not importlib.util.find_spec(package):
+        raise UserError(f"--report_to {package} needs a package that is not installed: pip install {package}. Or: none.")
+    return True, package
 
 
 def _settings(config: dict):
@@ -268,8 +277,23 @@ def _pairs(config: dict, tokenizer):
     return {"pairs": pairs, "funnel": funnel, "steps": steps, "left_out": left_out}, ". ".join([text, *notes])
 
 
-def _lora(config: dict):
+def same_vocabulary(tokenizer, base) -> None:
+    """Raise UserError where the tokenizer has more tokens than the model has rows for."""
+    if len(tokenizer) > base.config.get_text_config().vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer):,} tokens, and {base.config.name_or_path} {base.config.vocab_size:,}: "
+            "they are not of one model. Copy them again, from one place."
+        )
+
+
+def _lora(config: dict, tokenizer):
+    if config["init_adapter"] and Path(config["init_adapter"]).resolve().is_relative_to(Path(config["output_dir"]).resolve()):
+        raise UserError(
+            f"--init_adapter {config['init_adapter']} lies in output_dir, whose checkpoints go as new ones come. "
+            "Choose another --output_dir."
+        )
     wrapped = model.wrap_empty(config)
+    same_vocabulary(tokenizer, wrapped)
     found = model.describe_coverage(wrapped)
     if config["init_adapter"]:
         lora = wrapped.peft_config["default"]

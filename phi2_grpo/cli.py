@@ -144,7 +144,8 @@ def flags(config: dict, preset: str, *keys: str) -> str:
 
 def process() -> int:
     """Which of the processes that torchrun or accelerate launch started this is; the first, 0, is the one that speaks."""
-    return int(os.environ.get("RANK") or 0)
+    rank = os.environ.get("RANK") or ""
+    return int(rank) if rank.isdecimal() else 0
 
 
 def processes() -> int:
@@ -187,10 +188,13 @@ def run(main: Callable[[], None]) -> None:
 
     if not process():  # so that `finally` clauses run and temporary folders go; the other processes write none
         signal.signal(signal.SIGTERM, terminated)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and not process():  # a terminal that is closed; nohup ignores it
+        signal.signal(signal.SIGHUP, terminated)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show "±" shows "?"
     try:
+        _look_around()
         main()
     except UserError as error:
         if process():
@@ -213,6 +217,20 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
             _fail(f"{error.strerror}: {error.filename or 'a disk'}. Mend that, or choose another folder.")
         raise
+
+
+def _look_around() -> None:
+    """Raise UserError where the shell's folder is gone, or its environment has a part of what torchrun sets."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the folder that you are in is gone. Change to another.") from None
+    launched = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name)}
+    given = " ".join(f"{name}={value}" for name, value in launched.items())
+    if launched and (len(launched) < 3 or not os.environ.get("MASTER_ADDR") or not all(map(str.isdecimal, launched.values()))):
+        raise UserError(
+            f"the environment has {given}, a part of what torchrun sets. Unset it, or start with torchrun or accelerate launch."
+        )
 
 
 def _fail(text: str) -> NoReturn:

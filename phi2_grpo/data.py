@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Value, disable_caching, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, disable_caching, load_from_disk
 
 from phi2_grpo import files
 from phi2_grpo.cli import UserError
@@ -46,6 +46,18 @@ def fingerprint(prompts: DatasetDict) -> str:
     return digest.hexdigest()[:16]
 
 
+def there(data_dir: Path) -> bool:
+    """Whether prepared data is in `data_dir`, or a part of it. Raises UserError where what would be replaced is none."""
+    found = [data_dir / name for name in (*FEATURES, FUNNEL) if os.path.lexists(data_dir / name)]
+    for path in found:
+        ours = (
+            path.is_symlink() or path.name == FUNNEL or any(path.glob("*.json")) or (path.is_dir() and not any(path.iterdir()))
+        )
+        if not ours:
+            raise UserError(f"{path} is no data set, and would be replaced. Move it, or choose another --data_dir.")
+    return bool(found)
+
+
 class Prepared:
     """Rows to disk as they come, into `folder`; `finish` makes data sets of them."""
 
@@ -56,9 +68,9 @@ class Prepared:
         """Rows of the data set called `name`."""
         if rows:
             columns = {column: [row[column] for row in rows] for column in FEATURES[name]}
-            path = self.folder / f"{name}-{split}-{len(self.parts[name, split])}.parquet"
-            Dataset.from_dict(columns, features=FEATURES[name]).to_parquet(path)
-            self.parts[name, split].append(str(path))
+            path = self.folder / f"{name}-{split}-{len(self.parts[name, split])}"
+            Dataset.from_dict(columns, features=FEATURES[name]).save_to_disk(str(path))
+            self.parts[name, split].append(path)
 
     def finish(self, data_dir: Path, funnel: dict) -> DatasetDict:
         """Both data sets and funnel.json into `data_dir`; returns the prompts.
@@ -85,7 +97,7 @@ class Prepared:
     def _table(self, name: str, split: str) -> Dataset:
         if not self.parts[name, split]:
             return Dataset.from_dict({column: [] for column in FEATURES[name]}, features=FEATURES[name])
-        return Dataset.from_parquet(self.parts[name, split], features=FEATURES[name], cache_dir=str(self.folder / "cache"))
+        return concatenate_datasets([load_from_disk(str(path)) for path in self.parts[name, split]])
 
 
 def load_preferences(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]:

@@ -20,6 +20,7 @@ def prepare(*hub_names: str) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which it hands on to `!python`, is not installed here
     os.environ.setdefault("TRACKIO_DIR", str(Path("results/trackio").resolve()))
     _keep_memory()
     # Ours to heed when a pin moves (the tests show them), not the user's.
@@ -44,10 +45,10 @@ def _keep_memory() -> None:
 def _reachable() -> bool:
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # a proxy's business
-    address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
+        address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname, port), timeout=5).close()
         return True
-    except (OSError, ValueError):  # ValueError: HF_ENDPOINT has a port that is none
+    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no address
         return False

@@ -17,6 +17,12 @@ def beside(path: Path, form: str) -> Path:
     """A neighbour of `path`; `form` has a place for its name. Raises UserError for what has no name, or too long a one."""
     path = path if path.name not in ("", "..") else path.resolve()
     name = form.format(path.name)
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{str(path).encode(errors='replace').decode()} has letters that are no UTF-8. Choose another folder."
+        ) from None
     if not path.name or len(os.fsencode(name)) > 255:
         rule = "has too long a name" if path.name else "is no folder of its own"
         raise UserError(f"{path} {rule}: others stand beside it, like {name}. Choose another folder.")
@@ -41,6 +47,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror}. Choose another folder.") from None
     try:
         yield incoming
+        open_to_umask(incoming)
         if path.exists():
             path.rename(outgoing)
         incoming.rename(path)
@@ -49,6 +56,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
             outgoing.rename(path)  # it was stopped between the two
         shutil.rmtree(incoming, ignore_errors=True)
         shutil.rmtree(outgoing, ignore_errors=True)
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give the files the rights that the user's umask gives: safetensors makes them its owner's alone."""
+    os.umask(mask := os.umask(0))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:

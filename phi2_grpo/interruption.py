@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while it trains: the step is finished and saved first; a second one stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP while it trains: the step is finished and saved first; a second one stops at once."""
 
 import signal
 from collections.abc import Iterator
@@ -22,16 +22,22 @@ class Interruption(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, signals are noted; the second raises."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._note) for number in self._heard()}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @staticmethod
+    def _heard() -> list[int]:
+        """A terminal that is closed is heard too, unless nohup says otherwise."""
+        hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+        return [signal.SIGINT, signal.SIGTERM, *hangup]
+
     def _note(self, number: int, frame) -> None:
         if self.asked:
-            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.asked = number
         say("\nstopping after this step, with a checkpoint; once more stops at once.")
 
@@ -47,4 +53,4 @@ class Interruption(TrainerCallback):
     def raise_if_asked(self) -> None:
         """After the training: the interruption that it was ended by, if it was."""
         if self.asked:
-            raise Terminated if self.asked == signal.SIGTERM else KeyboardInterrupt
+            raise KeyboardInterrupt if self.asked == signal.SIGINT else Terminated

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from config import CONFIG
 from phi2_grpo import files
-from phi2_grpo.chat import prepare_tokenizer
+from phi2_grpo.chat import count_tokens, prepare_tokenizer
 from phi2_grpo.cli import UserError, first_line, memory_ran_out
 from phi2_grpo.tiny import tiny_base
 
@@ -66,9 +66,12 @@ def said_where_broken(config: dict) -> Iterator[None]:
         name, revision = resolve_model(config)
         reason = f"{type(error).__name__}: {first_line(error)}"
         if revision is None:
-            raise UserError(
-                f"the model in {name} cannot be loaded: {reason}\n  Copy it again whole, its weights as safetensors."
-            ) from None
+            again = "Copy it again whole, its weights as safetensors."
+            if based := base_of(Path(name))[0]:
+                again = (
+                    f"It is an adapter, of {based}: give that. To go on from it: train_grpo.py --init_adapter {config['model']}"
+                )
+            raise UserError(f"the model in {name} cannot be loaded: {reason}\n  {again}") from None
         raise UserError(
             f"the model {name} (revision {revision}) cannot be loaded: {reason}\n"
             f"  On a machine with network: hf download {name}; offline: HF_HUB_OFFLINE=1 once it is in the cache,\n"
@@ -94,6 +97,17 @@ def load_tokenizer(config: dict):
     """
     tokenizer = load_pretrained(AutoTokenizer, config)
     prepare_tokenizer(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {config['model']} has no end token (eos_token), so no answer could end.")
+    word = "plant"
+    try:
+        talk = [{"role": "user", "content": word}, {"role": "assistant", "content": word}]
+        rendered = word in tokenizer.apply_chat_template(talk, tokenize=False)
+        counted = all(count_tokens(tokenizer, [talk[:1], [{"role": "user", "content": word * 9}]]))
+    except Exception as error:  # a template is a program, and may raise anything
+        raise UserError(f"the chat template of {config['model']} fails: {first_line(error)}. Mend or remove it.") from None
+    if not rendered or not counted:
+        raise UserError(f"the chat template of {config['model']} leaves out what is said, or its tokenizer has no tokens.")
     return tokenizer
 
 
@@ -105,7 +119,10 @@ def check_adapter(folder: str) -> Path:
     needed = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "generation_config.json")
     missing = [name for name in needed if not (path / name).is_file() or not (path / name).stat().st_size]
     if missing:
-        raise UserError(f"the adapter {folder} is incomplete: {', '.join(missing)} missing or empty. Copy it again whole.")
+        again = (
+            f"Give one of its checkpoints, {folder}/checkpoint-N." if [*path.glob("checkpoint-*")] else "Copy it again whole."
+        )
+        raise UserError(f"the adapter {folder} is incomplete: {', '.join(missing)} missing or empty. {again}")
     if not files.read_json(path / needed[0]):
         raise UserError(f"the adapter {folder} is broken: {needed[0]} is not what PEFT writes. Copy it again whole.")
     return path

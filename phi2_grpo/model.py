@@ -51,7 +51,12 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
 def load_base(config: dict, device: torch.device, dtype: torch.dtype):
     """The frozen base with SDPA attention, in `dtype`, on `device`."""
     options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}  # a pickle may run code
-    model = load_pretrained(AutoModelForCausalLM, config, **options)
+    model, found = load_pretrained(AutoModelForCausalLM, config, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers, and goes on
+        raise UserError(
+            f"the weights of {config['model']} are not those of its config.json: {len(missing)} are missing, like "
+            f"{missing[0]}. Copy it again whole."
+        )
     return model if spread() else model.to(device)
 
 

@@ -1,6 +1,7 @@
 """What people see while it trains: progress with time left, a line a step, samples in full, and alarms."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.text import Text
 from phi2_grpo import files, looks, report
 from phi2_grpo.chat import render
 from phi2_grpo.checkpoints import seal
+from phi2_grpo.cli import UserError
 from phi2_grpo.progress import ProgressBar, alert
 from phi2_grpo.scoring import Scorer
 
@@ -106,6 +108,11 @@ class Monitor(Watch):
     def on_log(self, args, state, control, logs=None, **_):
         if "reward" not in (logs or {}):
             return
+        if not math.isfinite(logs.get("grad_norm") or 0.0):
+            raise UserError(
+                f"the gradient of step {state.global_step} is not finite, and the weights are lost with it. Lower "
+                "--learning_rate, or look at the rewards and at the base's own weights."
+            )
         interval = state.global_step % self.sample_steps == 0
         compared = self.scorer.compare() if interval else {}
         logs.update(compared)  # for trackio, which comes after this callback

@@ -123,8 +123,8 @@ def distinct(rows: list[dict], seen: set[str], taken: set[str]) -> tuple[list[di
 
 
 def blame(funnel: dict[str, int]) -> str:
-    """Which step of an empty funnel took the most, for the error message."""
+    """Which step left nothing, for the error message."""
     steps = list(funnel.items())
-    losses = [(before - after, name) for (_, before), (name, after) in zip(steps, steps[1:], strict=False)]
-    lost, name = max(losses) if losses else (0, "rows")
-    return f"the step {name!r} took {lost}; " + ", ".join(f"{name} {count}" for name, count in steps)
+    empty = next(i for i, (_, count) in enumerate(steps) if not count)
+    lost = f"the step {steps[empty][0]!r} took the last {steps[empty - 1][1]}" if empty else "there are no rows for it"
+    return f"{lost}; " + ", ".join(f"{name} {count}" for name, count in steps)

@@ -8,6 +8,7 @@ import numpy
 from rich.text import Text
 
 from phi2_grpo import files, looks, signs
+from phi2_grpo.cli import UserError
 from phi2_grpo.monitor import COLLAPSE, SINCE_START
 from phi2_grpo.statistics import FEW, interval, paired, word
 
@@ -294,6 +295,14 @@ def write(folder: Path, found: dict, samples: list[dict], prompts: list[dict], s
     files.write_rows(folder / "samples.jsonl", lines)
     numbers = {key: value for key, value in found.items() if key != "values"}
     files.write_json(folder / "report.json", {**numbers, "facts": facts, "config": config, "samples": shown})
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError where a report would take the place of files that are no report."""
+    there = [name for name in ("report.md", "report.json", "validation.png", "samples.jsonl") if (folder / name).exists()]
+    unfinished = (folder / "unfinished" / "journal.jsonl").exists()  # it may have been killed while it moved the files in
+    if there and not unfinished and "headline" not in files.read_json(folder / "report.json"):
+        raise UserError(f"{folder} has a {there[0]} that is no validation's, and would be replaced. Choose another folder.")
 
 
 def one_line(text: str) -> str:

@@ -9,10 +9,14 @@ import json
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
+import pyarrow.parquet
+
+import config
 from phi2_grpo.cli import UserError, first_line
 
 # column: the types that a value of it may have
@@ -58,10 +62,10 @@ def _toxicity(row: dict) -> float | None:
 def _message(row, where: str) -> Message:
     """A Message from a raw row; UserError naming `where` if it is not one."""
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {type(row).__name__}, not a message (a JSON object with oasst1's columns).")
+        raise UserError(f"{where}, is {type(row).__name__}, not a message (a JSON object with oasst1's columns).")
     for column, kinds in COLUMNS.items():
         if column not in row and column not in ("rank", "review_result", "deleted"):
-            raise UserError(f"{where} lacks the column {column!r}. Needed: {', '.join(COLUMNS)}.")
+            raise UserError(f"{where}, lacks the column {column!r}. Needed: {', '.join(COLUMNS)}.")
         if not isinstance(row.get(column), kinds) and not (column == "deleted" and row.get(column) is None):
             raise UserError(f"{where}: {column} is {row[column]!r}, which is not what oasst1 has there.")
     try:
@@ -86,24 +90,41 @@ def _json_lines(path: Path) -> Iterator[Message]:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _message(json.loads(line), f"{path}, line {number},")
+                    yield _message(json.loads(line), f"{path}, line {number}")
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {number}, is not JSON: {error.msg} (column {error.colno}).") from None
-    except (UnicodeDecodeError, EOFError, OSError, RecursionError, zlib.error) as error:
+    except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:
         raise UserError(f"{path} cannot be read past line {number}: {error}.") from None
+
+
+def _batches(columns: list[str], read: Callable[[list[str]], Iterable], name: str, with_toxicity: bool) -> Iterator[Message]:
+    """Messages of a table; `read(columns)` gives Arrow batches of it."""
+    missing = [column for column in COLUMNS if column not in columns]
+    if missing:
+        raise UserError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}.")
+    number = 0
+    try:
+        for batch in read([*COLUMNS, *(c for c in TOXICITY_COLUMNS if with_toxicity and c in columns)]):
+            for row in batch.to_pylist():
+                number += 1
+                yield _message(row, f"{name}, row {number}")
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{name} cannot be read past row {number}: {first_line(error)}.") from None
 
 
 def _table(table, name: str, with_toxicity: bool) -> Iterator[Message]:
     """Messages of a `datasets.Dataset`."""
-    missing = [column for column in COLUMNS if column not in table.column_names]
-    if missing:
-        raise UserError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}.")
-    wanted = [*COLUMNS, *(c for c in TOXICITY_COLUMNS if with_toxicity and c in table.column_names)]
-    number = 0
-    for batch in table.select_columns(wanted).with_format("arrow").iter(batch_size=2000):
-        for row in batch.to_pylist():
-            number += 1
-            yield _message(row, f"{name}, row {number},")
+    arrow = table.with_format("arrow")
+    return _batches(table.column_names, lambda columns: arrow.select_columns(columns).iter(2000), name, with_toxicity)
+
+
+def _parquet(path: Path, with_toxicity: bool) -> Iterator[Message]:
+    """Messages of a file. Not by `datasets`, which copies it into its cache, and takes `[` in a path for a pattern."""
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"--dataset {path} cannot be read: {first_line(error)}") from None
+    return _batches(file.schema_arrow.names, lambda columns: file.iter_batches(2000, columns=columns), str(path), with_toxicity)
 
 
 def read_messages(source: str, revision: str, with_toxicity: bool) -> tuple[dict[str, Iterable[Message]], str | None]:
@@ -115,21 +136,20 @@ def read_messages(source: str, revision: str, with_toxicity: bool) -> tuple[dict
     import datasets  # slow to import, and not needed for JSON lines
 
     path = Path(source)
+    if source == config.PRESETS["tiny"]["dataset"] and not path.exists():
+        path = Path(config.__file__).parent / source  # the script was called from another folder
     name = path.name.removesuffix(".gz")
     if path.is_file() and name.endswith((".jsonl", ".json")):
         return {"": _json_lines(path)}, None
-    if path.is_file() and not name.endswith(".parquet"):
+    if path.is_file() and name.endswith(".parquet"):
+        return {"": _parquet(path, with_toxicity)}, None
+    if path.is_file():
         raise UserError(f"--dataset {source} is a file, but not .jsonl, .jsonl.gz or .parquet.")
     local = path.exists() or source.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".parquet"))
     if local and not path.exists():
         raise UserError(f"--dataset {source}: no such file or folder.")
     try:
-        if path.is_file():
-            loaded = datasets.Dataset.from_parquet(str(path))
-        elif local:
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(source, revision=revision)
+        loaded = datasets.load_from_disk(str(path)) if local else datasets.load_dataset(source, revision=revision)
     except Exception as error:  # the libraries below raise dozens of kinds; each means that there is no data
         reason = first_line(error)
         if local:

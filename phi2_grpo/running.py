@@ -45,6 +45,8 @@ def train(trainer, config: dict, output: Path, whole: list[Path], steps: int) ->
                 f"memory ran out in the {part} of step {trainer.state.global_step + 1}: {first_line(error).split('. ')[0]}.\n"
                 f"  {_save_now(trainer, output)}\n  The next smaller setting: {smaller(config, part)}"
             ) from None
+        if isinstance(error, UserError):
+            raise UserError(f"{error}\n  {_what_is_left(output)}") from None
         _explain(error, output)
         raise
     finally:

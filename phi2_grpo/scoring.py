@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import importlib.util
-import math
 import sys
 import traceback
 from collections import defaultdict
@@ -46,8 +45,8 @@ def choose_rewards(items: list[str]) -> list[Reward]:
     chosen = []
     for item in items:
         name, weight = split_weight(item)
-        if not math.isfinite(weight):
-            raise UserError(f"--rewards: the weight of {name} is {weight}, but it takes a finite number.")
+        if not abs(weight) <= 1e6:  # NaN is in no range
+            raise UserError(f"--rewards: the weight of {name} is {weight}, but it takes -1,000,000 to 1,000,000.")
         function = _find(name)
         own = function.__name__ if isinstance(function, RewardModel) else name.rpartition(":")[2]
         chosen.append(Reward(own, weight, function))
@@ -96,12 +95,12 @@ def _find(name: str) -> Callable:
 def _import_function(where: str, name: str) -> Callable:
     try:
         module = _import_file(Path(where).expanduser()) if where.endswith(".py") else _import_module(where)
+        function = getattr(module, name, None)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == Path(where).name]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1].lineno if lines else None
         at = f" at line {line}" if line else ""
         raise UserError(f"--rewards: {where} does not import{at}: {type(error).__name__}: {error}") from None
-    function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--rewards: {where} has no function {name!r}.")
     return function
@@ -162,9 +161,9 @@ class Scorer:
             answers = [row["answer"] for row in self.last]
             try:
                 scores = reward.function(
-                    prompts=prompts,
-                    completions=completions,
-                    completion_ids=completion_ids,
+                    prompts=list(prompts),
+                    completions=list(completions),
+                    completion_ids=list(completion_ids),
                     answers=[answer.text for answer in answers],
                     answer_ids=[answer.ids for answer in answers],
                     answer_tokens=[answer.tokens for answer in answers],
@@ -175,8 +174,8 @@ class Scorer:
                 scores = _checked(reward.name, list(scores), len(answers))
             except UserError:
                 raise
-            except (Exception, SystemExit) as error:  # the user's own code may raise anything
-                if memory_ran_out(error):
+            except BaseException as error:  # the user's own code may raise anything
+                if memory_ran_out(error) or isinstance(error, KeyboardInterrupt):
                     raise
                 raise BadReward(f"the reward {reward.name!r} failed: {type(error).__name__}: {error}") from error
             for row, value in zip(self.last, scores, strict=True):

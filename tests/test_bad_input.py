@@ -33,7 +33,7 @@ def refused(done, *expected: str) -> None:
         (lines({**MESSAGE, "text": 5}), [], "text is 5"),
         (lines({**MESSAGE, "rank": "best"}), [], "rank is 'best'"),
         (lines({**MESSAGE, "labels": {"name": ["toxicity"], "value": []}}), ["--max_toxicity", "0.5"], "labels"),
-        (lines({**MESSAGE, "deleted": True}), ["--validation_fraction", "0"], "'not deleted' took 1"),
+        (lines({**MESSAGE, "deleted": True}), ["--validation_fraction", "0"], "'not deleted' took the last 1"),
         (
             lines({**MESSAGE, "text": "why " * 99}),
             ["--validation_fraction", "0", "--max_prompt_tokens", "9"],
