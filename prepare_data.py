@@ -122,8 +122,10 @@ def each(config: dict, chunks: list[tuple], tokenizer) -> Iterator[tuple]:
         return
     context = multiprocessing.get_context("spawn")  # a fork would carry over the tokenizer's threads, but not run them
     with ProcessPoolExecutor(config["num_proc"], context, _start, (config,)) as workers:
+        waiting = [workers.submit(_choose, chunk) for chunk in chunks]
         try:
-            yield from workers.map(_choose, chunks)
+            while waiting:
+                yield waiting.pop(0).result()
         except BrokenProcessPool:
             raise cli.UserError(
                 "a process of --num_proc was ended from outside, most likely for lack of memory. Give a smaller --num_proc."

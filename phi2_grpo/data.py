@@ -48,6 +48,8 @@ def fingerprint(prompts: DatasetDict) -> str:
 
 def there(data_dir: Path) -> bool:
     """Whether prepared data is in `data_dir`, or a part of it. Raises UserError where what would be replaced is none."""
+    if "::" in str(data_dir.resolve()):
+        raise UserError(f"{data_dir.resolve()} has a :: in it, which datasets takes for two addresses. Choose another folder.")
     found = [data_dir / name for name in (*FEATURES, FUNNEL) if os.path.lexists(data_dir / name)]
     for path in found:
         ours = (

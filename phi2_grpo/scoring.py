@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
+import torch
 
 from phi2_grpo import rewards, signs
 from phi2_grpo.answers import trim
@@ -160,17 +161,18 @@ class Scorer:
                 self._log_answers(columns)
             answers = [row["answer"] for row in self.last]
             try:
-                scores = reward.function(
-                    prompts=list(prompts),
-                    completions=list(completions),
-                    completion_ids=list(completion_ids),
-                    answers=[answer.text for answer in answers],
-                    answer_ids=[answer.ids for answer in answers],
-                    answer_tokens=[answer.tokens for answer in answers],
-                    ended=[answer.ended for answer in answers],
-                    target_tokens=self.target_tokens,
-                    **columns,
-                )
+                with torch.set_grad_enabled(torch.is_grad_enabled()):  # a reward that switches it off does so for itself
+                    scores = reward.function(
+                        prompts=list(prompts),
+                        completions=list(completions),
+                        completion_ids=list(completion_ids),
+                        answers=[answer.text for answer in answers],
+                        answer_ids=[answer.ids for answer in answers],
+                        answer_tokens=[answer.tokens for answer in answers],
+                        ended=[answer.ended for answer in answers],
+                        target_tokens=self.target_tokens,
+                        **columns,
+                    )
                 scores = _checked(reward.name, list(scores), len(answers))
             except UserError:
                 raise

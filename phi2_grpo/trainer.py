@@ -91,8 +91,7 @@ class Trainer(Watched, GRPOTrainer):
 
     def training_step(self, *arguments, **keywords):
         started, inside = self._now(), sum(self._spent.values()) - self._spent["update"]
-        with torch.enable_grad():  # a reward may have switched it off for all
-            loss = super().training_step(*arguments, **keywords)
+        loss = super().training_step(*arguments, **keywords)
         others = sum(self._spent.values()) - self._spent["update"] - inside
         self._spent["update"] += self._now() - started - others
         return loss

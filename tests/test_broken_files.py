@@ -1,14 +1,20 @@
 """Files that are there and are broken, places that are none, and readers that are gone: a message or a way on, no traceback."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from test_bad_input import MESSAGE, lines, refused
+
+from phi2_grpo import checkpoints
 
 
 def cut(path: Path) -> None:
@@ -134,7 +140,12 @@ def test_a_card(call, final, tmp_path, text):
 LONG = "a" * 250
 
 
-@pytest.mark.parametrize("place", ["/", LONG, "nowhere-link"])
+def test_a_path_that_datasets_cannot_have(call, micro, tmp_path):
+    done = call("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "a::b")
+    refused(done, "has a :: in it", "Choose another folder")
+
+
+@pytest.mark.parametrize("place", ["/", LONG, "nowhere-link", "\udcff"])
 @pytest.mark.parametrize(
     ("name", "flag"),
     [("prepare_data", "--data_dir"), ("train_grpo", "--output_dir"), ("train_reward", "--reward_dir"),
@@ -167,3 +178,160 @@ def test_a_full_disk_behind_stdout(micro, prepared):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode != 0 and "no room is left" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+# --- tokenizers, vocabularies, layers
+
+
+def retokenized(base: Path, **values) -> None:
+    change(base / "tokenizer_config.json", **values)
+
+
+ODD_BASES = {
+    "no end token": (lambda base: retokenized(base, eos_token=None), "no end token"),
+    "a template that fails": (lambda base: (base / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "chat template"),
+    "a template of nothing": (lambda base: (base / "chat_template.jinja").write_text("-"), "leaves out what is said"),
+    "too small a vocabulary": (lambda base: smaller_vocabulary(base), "not of one model"),
+}
+
+
+def smaller_vocabulary(base: Path) -> None:
+    rows = json.loads((base / "config.json").read_text())["vocab_size"] - 9
+    change(base / "config.json", vocab_size=rows)
+    weights = load_file(base / "model.safetensors")
+    of_tokens = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    save_file(weights | {name: weights[name][:rows] for name in of_tokens}, base / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ODD_BASES)
+def test_an_odd_base(call, quick, micro, tmp_path, how):
+    base = shutil.copytree(micro, tmp_path / "base")
+    harm, expected = ODD_BASES[how]
+    harm(base)
+    refused(call("train_grpo", "--check", *quick, "--model", base, "--output_dir", tmp_path / "o"), expected)
+
+
+def test_weights_that_are_not_all_there(call, quick, micro, tmp_path):
+    """transformers would fill what is missing with random numbers."""
+    base = shutil.copytree(micro, tmp_path / "base")
+    change(base / "config.json", num_hidden_layers=4)
+    refused(call("train_grpo", 1, *quick, "--model", base, "--output_dir", tmp_path / "o"), "are missing, like model.layers.2")
+
+
+def test_weights_that_are_no_numbers(call, quick, micro, tmp_path):
+    """No adapter comes of it."""
+    base = shutil.copytree(micro, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = float("nan")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    done = call("train_grpo", 2, *quick, "--model", base, "--eval_prompts", 0, "--output_dir", tmp_path / "o")
+    refused(done, "the gradient of step 1 is not finite")
+    assert not (tmp_path / "o-final").exists() and not checkpoints.whole_checkpoints(tmp_path / "o")
+
+
+def test_what_is_no_base_and_no_adapter(call, quick, trained, final, tmp_path):
+    options = ("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o")
+    refused(call(*options, "--model", final), "It is an adapter, of ")
+    refused(call(*options, "--init_adapter", trained), "Give one of its checkpoints")
+    shutil.copytree(trained, tmp_path / "o")
+    refused(call(*options, "--overwrite", "--init_adapter", tmp_path / "o" / "checkpoint-4"), "lies in output_dir")
+
+
+# --- what is somebody's
+
+
+def test_prepared_data_takes_nobody_s_place(call, micro, tmp_path):
+    options = ("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", tmp_path)
+    (tmp_path / "oasst1_preferences").mkdir()
+    (tmp_path / "oasst1_preferences" / "thesis.txt").write_text("x")
+    for more in ((), ("--overwrite",)):
+        refused(call(*options, *more), "is no data set, and would be replaced")
+    (tmp_path / "oasst1_preferences" / "thesis.txt").rename(tmp_path / "oasst1_prompts")
+    refused(call(*options, "--overwrite"), "is no data set, and would be replaced")
+    assert (tmp_path / "oasst1_prompts").read_text() == "x"
+
+
+def test_a_report_takes_nobody_s_place(call, quick, final, tmp_path):
+    (tmp_path / "report.md").write_text("my thesis")
+    options = ("validate_model", *quick[:6], "--adapter", final, "--validation_dir", tmp_path)
+    refused(call(*options, "--overwrite"), "report.md that is no validation's")
+    assert (tmp_path / "report.md").read_text() == "my thesis"
+
+
+def test_others_may_read_what_is_written(trained, final):
+    """safetensors writes files that are their owner's alone."""
+    os.umask(mask := os.umask(0))
+    for path in (final / "adapter_model.safetensors", trained / "checkpoint-6" / "adapter_model.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
+
+
+# --- where it runs
+
+
+def test_a_path_that_libraries_take_for_a_pattern(call, micro, prepared, tmp_path):
+    place = tmp_path / "[v1]" / "a*b"
+    place.mkdir(parents=True)
+    rows = [json.loads(line) for line in (ROOT / "tiny" / "messages.jsonl").read_text().splitlines()]
+    datasets.Dataset.from_list([{**row, "labels": None, "detoxify": None} for row in rows]).to_parquet(tmp_path / "m.parquet")
+    (tmp_path / "m.parquet").rename(place / "[m].parquet")
+    options = ("--preset", "tiny", "--model", micro, "--max_prompt_tokens", 100, "--data_dir", place / "$HOME")
+    done = call("prepare_data", *options, "--dataset", place / "[m].parquet")
+    assert done.code == 0, done.err
+    first, second = (json.loads((folder / "funnel.json").read_text()) for folder in (prepared, place / "$HOME"))
+    assert first["fingerprint"] == second["fingerprint"]
+
+
+def test_the_tiny_sample_is_found_from_elsewhere(call, micro, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", "d").code == 0
+
+
+@pytest.mark.parametrize("values", [{"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}])
+def test_a_part_of_what_torchrun_sets(call, monkeypatch, values):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    refused(call("inspect_data"), "a part of what torchrun sets")
+
+
+def test_a_folder_that_is_gone(call, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    refused(call("inspect_data"), "the folder that you are in is gone")
+
+
+# --- rewards of one's own
+
+ODD_REWARDS = """
+import asyncio, torch
+
+def clears(prompts, answers, **columns):
+    prompts.clear()
+    return [1.0] * len(answers)
+
+def cancelled(**_):
+    raise asyncio.CancelledError
+
+def gradless(answers, **_):
+    torch.set_grad_enabled(False)
+    return [float(len(answer)) for answer in answers]
+"""
+
+
+def test_rewards_of_every_kind(call, quick, final, tmp_path):
+    (tmp_path / "odd.py").write_text(ODD_REWARDS)
+    options = ("train_grpo", 1, *quick, "--eval_prompts", 0, "--output_dir", tmp_path / "o", "--overwrite", "--rewards")
+    try:
+        for name in ("clears", "gradless"):
+            done = call(*options, f"{tmp_path}/odd.py:{name}")
+            assert done.code == 0, done.err
+    finally:
+        torch.set_grad_enabled(True)
+    refused(call(*options, f"{tmp_path}/odd.py:cancelled"), "CancelledError")
+    refused(call(*options, "length:1e300"), "takes -1,000,000 to 1,000,000")
+    refused(call(*options, "length", "--report_to", "wandb"), "pip install wandb")
+    done = call("validate_model", *quick[:6], "--adapter", final, "--validation_dir", tmp_path / "v", "--rewards",
+                f"{tmp_path}/odd.py:cancelled")  # fmt: skip
+    refused(done, "CancelledError")
+    assert not (tmp_path / "v" / "unfinished").exists(), "before anything is drawn"

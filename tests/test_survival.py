@@ -246,10 +246,14 @@ def test_a_disk_that_is_full_elsewhere(call, micro, prepared, tmp_path):
 def test_ctrl_c_after_a_tee_is_gone(quick, tmp_path):
     """In `... | tee log` Ctrl-C reaches both, and tee is gone at once: the step is finished and saved all the same.
 
-    On a terminal, besides, whose alphabet has no "±".
+    On a terminal, besides, whose alphabet has no "±", and that is a notebook's.
     """
     command = [sys.executable, "train_grpo.py", "500", *map(str, quick), "--output_dir", str(tmp_path / "o")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONIOENCODING": "ascii"}}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "env": {**os.environ, "PYTHONIOENCODING": "ascii", "MPLBACKEND": "a notebook's"},
+    }
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
         for line in process.stdout:
             if re.match(r" +3/500 ", line):
@@ -273,6 +277,26 @@ def test_the_second_signal_stops_at_once(capsys):
     with pytest.raises(Terminated):
         asked.raise_if_asked()
     interruption.Interruption().raise_if_asked()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.0, 1.0, 2.5, 4.0])
+def test_ctrl_c_with_several_processes_of_prepare_data(micro, tmp_path, pause):
+    """It reaches all of them at once."""
+    rows = [{"message_id": str(i), "parent_id": None, "message_tree_id": str(i), "text": f"Why {i}?", "role": "prompter",
+             "lang": "en", "rank": None, "review_result": True, "deleted": False} for i in range(20_000)]  # fmt: skip
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", micro, "--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d", "--num_proc", 2)
+    command = [sys.executable, "prepare_data.py", *map(str, flags)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        while not (tmp_path / "d" / ".preparing").exists():
+            time.sleep(0.01)
+        time.sleep(pause)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 0 or (process.returncode == 130 and "Traceback" not in error), error
+    assert not (tmp_path / "d" / ".preparing").exists()
 
 
 # --- other settings
@@ -307,6 +331,7 @@ def test_a_schedule_that_ends_may_not_be_made_longer():
     assert checkpoints.differences(then, {"max_steps": 20, "lr_scheduler_type": "linear"}, 1) == ["max_steps was 10, is 20"]
     then["config"]["lr_scheduler_type"] = "constant"
     assert checkpoints.differences(then, {"max_steps": 20, "lr_scheduler_type": "constant"}, 1) == []
+    assert checkpoints.differences({"config": {"rewards": ["length:1.0"]}}, {"rewards": ["length"]}, 1) == []
     assert checkpoints.differences({"config": {"model": "."}}, {"model": str(Path.cwd())}, 1) == [], "the same folder"
 
 

@@ -226,7 +226,14 @@ def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, 
     assert any(value.abs().max() > 1e-5 for key, value in after.items() if "lora_B" in key)
 
 
-@pytest.mark.parametrize(("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGHUP, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted(quick, tmp_path, number, code):
     command = [
         sys.executable,
