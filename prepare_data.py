@@ -140,10 +140,10 @@ _worker: dict = {}
 
 
 def _start(config: dict) -> None:
-    from phi2_grpo.loading import load_tokenizer
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first process ends the others
+    from phi2_grpo.loading import load_tokenizer
+
     environment.prepare(config["model"])
     _worker.update(config=config, tokenizer=load_tokenizer(config))
 
