@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +11,8 @@ from peft import PeftModel
 from rich.table import Table
 from rich.text import Text
 
-from phi2_grpo import checkpoints, cli, data, files, looks, model, plan, report, rollout
+from phi2_grpo import checkpoints, cli, data, looks, model, places, plan, report, rollout
 from phi2_grpo.chat import count_tokens
-from phi2_grpo.checkpoints import whole_checkpoints
 from phi2_grpo.cli import UserError
 from phi2_grpo.loading import base_of, load_tokenizer, names_base
 from phi2_grpo.monitor import WINDOW
@@ -62,22 +60,21 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     the LoRA without weights and the memory plan."""
     checks = Checklist()
     device = checks.run("device", _device, config)
-    checks.run(
-        "output folder", _output, Path(config["output_dir"]), checkpoints.final_folder(config), "rewards", resume, overwrite
-    )
+    output, final = Path(config["output_dir"]), checkpoints.final_folder(config)
+    checks.run("output folder", places.for_a_run, output, final, "rewards", resume, overwrite)
     checks.run("settings", _settings, config)
     checks.run("tracker", _tracker, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
     wrapped = checks.run("LoRA", _lora, config, tokenizer)
     if resume:
-        checks.run("same run", _same_run, config, Path(config["output_dir"]), funnel, config["max_steps"])
+        checks.run("same run", places.same_run, config, output, funnel, config["max_steps"])
     longest = checks.run("context", _context, config, tokenizer, prompts, wrapped)
     checks.run("batch", _batch, config, prompts)
     scorer = checks.run("rewards", _rewards, config, tokenizer, prompts)
     engine = checks.run("rollout", _rollout, config, wrapped)
     parts = checks.run("memory", _memory, config, wrapped, longest, device, scorer, engine)
-    checks.run("disk", _disk, config, wrapped, Path(config["output_dir"]))
+    checks.run("disk", _disk, config, wrapped, output)
     found = {"device": device, "tokenizer": tokenizer, "prompts": prompts, "funnel": funnel, "scorer": scorer,
              "wrapped": wrapped, "plan": parts}  # fmt: skip
     return checks, found
@@ -107,18 +104,17 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
         raise UserError("train_reward.py runs in one process: start it with python, not with accelerate launch or torchrun.")
     checks = Checklist()
     device = checks.run("device", _device, config)
-    checks.run(
-        "output folder", _output, checkpoints.reward_run_folder(config), Path(config["reward_dir"]), "scores", resume, overwrite
-    )
+    output, final = checkpoints.reward_run_folder(config), Path(config["reward_dir"])
+    checks.run("output folder", places.for_a_run, output, final, "scores", resume, overwrite)
     checks.run("tracker", _tracker, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     found = checks.run("data", _pairs, config, tokenizer) or {}
     if resume:
         checks.run(
-            "same run", _same_run, config, checkpoints.reward_run_folder(config), found.get("funnel"), found.get("steps")
+            "same run", places.same_run, config, checkpoints.reward_run_folder(config), found.get("funnel"), found.get("steps")
         )
     wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}, tokenizer)
-    checks.run("disk", _disk, config, wrapped, Path(config["reward_dir"]))
+    checks.run("disk", _disk, config, wrapped, output)
     return checks, {"device": device, "tokenizer": tokenizer, **found}
 
 
@@ -157,58 +153,6 @@ def fits_context(conversations: list[list[dict]], tokenizer, config: dict, conte
             "prepare the data with a smaller --max_prompt_tokens."
         )
     return longest
-
-
-def _output(output: Path, final: Path, key: str, resume: bool, overwrite: bool):
-    """`output` is for the checkpoints, `final` for what a finished run leaves, with `key` in its run.json."""
-    files.check_writable(output)
-    files.check_writable(final)
-    finished = files.check_replaceable(final, key)
-    for name in checkpoints.ROWS:
-        if not checkpoints.is_ours(output / name):
-            raise UserError(f"{output / name} is no run's, and would be written over. Choose another folder, or move it.")
-    if (output / "adapter_config.json").exists():
-        raise UserError(f"{output} is a finished adapter, not a place for checkpoints. Choose another folder.")
-    if resume and overwrite:
-        raise UserError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
-    for path in checkpoints.found_checkpoints(output):
-        if path.is_file() or (any(path.iterdir()) and not (path / "run.json").exists()):
-            raise UserError(f"{path} is no checkpoint of this program's, and might be replaced. Move it away.")
-    whole = whole_checkpoints(output)
-    broken = [path for path in checkpoints.found_checkpoints(output) if path not in whole and any(path.iterdir())]
-    if broken and not whole and not overwrite:
-        raise UserError(
-            f"{broken[-1]} is there, but is not whole. Choose another folder; or replace what is there: --overwrite."
-        )
-    run = whole[-1] if whole else final if finished else None
-    if resume and not whole and finished:
-        raise UserError(f"{final} is finished, and there is no checkpoint to go on from. Replace it: --overwrite.")
-    if resume:
-        passed = f" ({', '.join(path.name for path in broken)} passed over: not whole)" if broken else ""
-        return output, (f"resuming at {whole[-1].name}" if whole else "no whole checkpoint: starting at step 0") + passed
-    if run and not overwrite:
-        raise UserError(f"{run} holds a run. Go on with it: --resume; replace it: --overwrite; or choose another folder.")
-    return output, f"{output}{', replacing the run there' if run else ''}"
-
-
-def _same_run(config: dict, output: Path, funnel: dict, steps: int):
-    whole = whole_checkpoints(output)
-    if not whole:
-        return True, "nothing to go on from"
-    then = files.read_run(whole[-1])
-    changed = checkpoints.differences(then, config, cli.processes())
-    if then.get("data", {}).get("fingerprint") != funnel["fingerprint"]:
-        changed.append(f"the prompts in {config['data_dir']} are others than those it was trained on")
-    if changed:
-        raise UserError(
-            f"{whole[-1]} is of a run with other settings, and would not go on as it began:\n  "
-            + "\n  ".join(changed)
-            + "\n  Give those settings again, or start anew: --overwrite, or another folder."
-        )
-    found = f"settings and data are those of {whole[-1].name}"
-    if (step := checkpoints.step_of(whole[-1])) >= steps:
-        found += f"; nothing is left to train: it is at step {step} of {steps}"
-    return True, found
 
 
 def _tracker(config: dict):
@@ -395,10 +339,4 @@ def _memory(config: dict, wrapped: PeftModel, longest: int, device: tuple[torch.
 
 def _disk(config: dict, wrapped: PeftModel, output: Path):
     _, trainable, _ = model.coverage(wrapped)
-    # A checkpoint is adapter and two Adam moments in float32; one more is written before the oldest goes.
-    need = trainable * 4 * 3 * (config["save_total_limit"] + 1) + trainable * 4
-    path = files.nearest_existing(output)
-    free = shutil.disk_usage(path).free
-    if need > free:
-        raise UserError(f"checkpoints need {need / GB:.2f} GB, {path} has {free / GB:.2f} GB free. Make room there.")
-    return True, f"{need / GB:.2f} GB for checkpoints, of {free / GB:.1f} GB free"
+    return places.room(config, trainable, output)
