@@ -227,7 +227,9 @@ def _look_around() -> None:
         raise UserError("the folder that you are in is gone. Change to another.") from None
     launched = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name)}
     given = " ".join(f"{name}={value}" for name, value in launched.items())
-    if launched and (len(launched) < 3 or not os.environ.get("MASTER_ADDR") or not all(map(str.isdecimal, launched.values()))):
+    alone = "LOCAL_RANK" not in launched and launched.items() <= {"RANK": "0", "WORLD_SIZE": "1"}.items()  # as in many a pod
+    whole = len(launched) == 3 and all(map(str.isdecimal, launched.values())) and os.environ.get("MASTER_ADDR")
+    if not alone and not whole:
         raise UserError(
             f"the environment has {given}, a part of what torchrun sets. Unset it, or start with torchrun or accelerate launch."
         )
