@@ -74,7 +74,7 @@ class Settings:
             value = getattr(self, name)
             whole = isinstance(low, int)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or (whole and value != int(value)) or not low <= value <= high:  # NaN is in no range
+            if not number or not low <= value <= high or (whole and value != int(value)):  # NaN is in no range, nor infinity
                 kind = "a whole number" if whole else "a number"
                 raise BadInput(f"{name} is {value!r}, but it takes {kind} from {low} to {high}.")
         for name in ("sample", "stop"):
