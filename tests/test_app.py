@@ -187,6 +187,7 @@ def ask_all(engine, messages):
         ("plant " * 2_000, {}, "there is room for"),
         ("Why?", {"temperature": 0.0}, "temperature is 0.0, but it takes a number from 0.05 to 2.0"),
         ("Why?", {"temperature": float("nan")}, "temperature is nan"),
+        ("Why?", {"max_new_tokens": float("inf")}, "max_new_tokens is inf"),
         ("Why?", {"temperature": "hot"}, "temperature is 'hot'"),
         ("Why?", {"top_p": 1.5}, "top_p is 1.5"),
         ("Why?", {"max_new_tokens": 0}, "max_new_tokens is 0"),
