@@ -176,6 +176,7 @@ def show(console, funnels: dict, prepared, data_dir: Path) -> None:
         f"{len(prepared['train']):,} train prompts ({with_reference:,} with a human reply) and "
         f"{len(prepared['validation']):,} validation prompts -> {data_dir / 'oasst1_prompts'}\n"
         f"{pairs['train']:,} and {pairs['validation']:,} ranked pairs of replies -> {data_dir / 'oasst1_preferences'}",
+        soft_wrap=True,
     )
     if not len(prepared["validation"]):
         console.print("No validation prompt: validate_model.py will have nothing to measure.", style="yellow")

@@ -73,6 +73,9 @@ def train(config: dict, arguments, console, found: dict) -> None:
     output, final = Path(config["output_dir"]), checkpoints.final_folder(config)
     whole = checkpoints.whole_checkpoints(output) if arguments.resume else []
     read = {key: config[key] for key in KEYS}
+    if whole and files.read_run(final).get("steps") == checkpoints.step_of(whole[-1]) >= config["max_steps"]:
+        console.print(f"Nothing is left to train, and {final} is its result: it stays as it is.")
+        return
 
     set_seed(config["seed"])
     base = model.load_base(config, device, dtype)
@@ -147,6 +150,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
         f"Adapter: {final}   curve: {final / 'reward.png'}\n"
         "Is it better on prompts it has not seen?\n"
         f"  python validate_model.py --preset {arguments.preset} --adapter {final}{named}",
+        soft_wrap=True,  # a command stays one line, to be copied
     )
 
 

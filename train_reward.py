@@ -106,8 +106,10 @@ def train(config: dict, arguments, console, found: dict) -> None:
     console.print(
         f"{measured['ties']} ties, counted half. Rank correlation of score and length: {measured['rank_correlation']:.2f}.\n"
         f"Reward model: {reward_dir}, in {looks.duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
+        "To train on it:\n"
         f"  python train_grpo.py --preset {arguments.preset} --rewards {config['reward_dir']},ending "
         f"--output_dir results/on-reward-model{cli.flags(config, arguments.preset, 'data_dir', 'device', 'dtype')}",
+        soft_wrap=True,
     )
 
 

@@ -166,7 +166,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
         cards.add_validation(adapters[0], found["line"], proof.metric_table(found))
     else:
         console.print("The model card is left as it is: that takes the settings of the training, the base, and 20 prompts.")
-    console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}")
+    console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", soft_wrap=True)
 
 
 def take_settings_of(adapter: Path, config: dict, arguments) -> dict:

@@ -16,7 +16,9 @@ class Answer:
     """A completion, trimmed."""
 
     text: str
-    ids: tuple[int, ...]  # the tokens of `text`: neither what follows a stop nor trailing white space counts
+    # The tokens of `text`, as the tokenizer cuts it: neither what follows a stop nor trailing white space counts. Sampling may
+    # cut the same text otherwise, so they can be a few more than were sampled; but odd cuts cannot be gamed for length.
+    ids: tuple[int, ...]
     ended: bool  # by itself: the end token came, and no stop string before it
     why: str  # for people
 

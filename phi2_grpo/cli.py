@@ -98,6 +98,8 @@ def make_parser(doc: str, keys: tuple[str, ...], trained_with: tuple[str, ...] =
         if key in trained_with:
             shown = "the training's"
         text = f"{helps[key]} (default: {shown})" if shown != "" else helps[key]
+        if isinstance(limit := settings.LIMITS.get(key), set):
+            text += f"; one of {', '.join(sorted(limit))}"
         # No default here: absence must be seen, so that a preset's value is not overwritten.
         switch = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}  # --key alone is --key true
         parser.add_argument(f"--{key}", metavar=type(default).__name__.upper(), help=text.replace("%", "%%"), **switch)

@@ -18,7 +18,7 @@ class Console(rich.console.Console):
     """
 
     def __init__(self, **options):
-        super().__init__(highlight=False, markup=False, **options)
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -29,7 +29,7 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
     device = config["device"]
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError(
-            "no CUDA GPU was found, and the default preset needs one (12 GB or more).\n"
+            f"no CUDA GPU was found, and --device {device} needs one (12 GB or more for Phi-2).\n"
             "  To try everything on this machine: --preset tiny (a 2M-parameter model, minutes on two cores)\n"
             "  For the patient: --device cpu runs this very job in float32, about 14 GB of memory and hours"
         )

@@ -38,6 +38,7 @@ COLLAPSE = {
     "signs/empty": (0, 0.5, "most answers say nothing: the reward pays for silence"),
 }
 SINCE_START = {"signs/one_language"}  # a base that answers all in English is no drift
+SINCE_WINDOW = 10  # steps at the start and at the end: a batch has few prompts in other languages
 
 
 class Watch(ProgressBar):
@@ -144,15 +145,17 @@ class Monitor(Watch):
         for kind, ranges in (("warning", HEALTHY), ("collapse", COLLAPSE)):
             for key, (low, high, meaning) in ranges.items():
                 values = [row[key] for row in rows if row.get(key) is not None]
-                if len(values) < WINDOW or (kind, key) in self.raised:
+                window, grown = (SINCE_WINDOW, True) if key in SINCE_START else (WINDOW, False)
+                if len(values) < window * (1 + grown) or (kind, key) in self.raised:
                     continue
-                mean = sum(values[-WINDOW:]) / WINDOW
-                if key in SINCE_START:
-                    mean -= sum(values[:WINDOW]) / WINDOW
+                mean = sum(values[-window:]) / window
+                if grown:
+                    mean -= sum(values[:window]) / window
                 if not low <= mean <= high:
                     found.append((kind, key))
-                    grown = "has grown by" if key in SINCE_START else "is"
-                    text = f"{key} {grown} {mean:.3g} over {WINDOW} steps, healthy is {low:g} to {high:g}: {meaning}"
+                    how = "has grown by" if grown else "is"
+                    over = f"from the first {window} steps to the last" if grown else f"over {window} steps"
+                    text = f"{key} {how} {mean:.3g} {over}, healthy is {low:g} to {high:g}: {meaning}"
                     style = "yellow" if kind == "warning" else "bold red"
                     self.console.print(f"{kind}: {text}", style=style)
                     if self.track:

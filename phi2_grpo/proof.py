@@ -116,7 +116,7 @@ def quote(found: dict) -> str:
         f"{tuned} {verb} {base} on {found['headline']}: {main['tuned']:.2f} against {main['base']:.2f}, "
         f"{main['difference']:+.2f} [{number(main['low'])}, {number(main['high'])}], {main['prompts']} prompts{weak}"
     )
-    rest = {name: m for name, m in found["metrics"].items() if not m["trained"] and name not in (*DIRECTION, found["headline"])}
+    rest = {name: m for name, m in found["metrics"].items() if name not in (*DIRECTION, found["headline"])}
     parts = []
     for verdict in ("better", "worse"):
         if names := [name for name, m in rest.items() if m["verdict"] == verdict]:

@@ -10,7 +10,7 @@ import torch
 
 from phi2_grpo import cards, files, looks
 from phi2_grpo.checkpoints import seal
-from phi2_grpo.cli import processes
+from phi2_grpo.cli import processes, split_weight
 from phi2_grpo.loading import commit_of
 from phi2_grpo.model import generation_config
 
@@ -145,7 +145,8 @@ def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dic
         band(at, low, high, looks.PURPLE, 0.2, "its 95 % interval")
     reward.set(title="Reward (higher is better)")
     plot(length, "answers/tokens", looks.ORANGE, "mean answer")
-    length.axhline(config["target_tokens"], color="grey", linestyle="--", linewidth=1, label="target")
+    if any(split_weight(item)[0] == "length" for item in config["rewards"]):
+        length.axhline(config["target_tokens"], color="grey", linestyle="--", linewidth=1, label="target")
     length.set(title="Answer length (tokens)", ylim=(0, None))
     plot(ended, "answers/ended", looks.GREEN, "ended")
     ended.set(title="Share of answers that ended by themselves", ylim=(0, 1.02), xlabel="step")

@@ -64,17 +64,17 @@ def test_readme_names_real_files_and_flags():
 def test_the_readme_s_reward_runs_as_it_stands_there(call, quick, tmp_path, monkeypatch):
     """Five lines in a file of one's own, and the command below them."""
     readme = (ROOT / "README.md").read_text()
-    code = re.search(r"```python\n(def polite.+?)```", readme, re.DOTALL)[1]
+    code = re.search(r"```python\n(def sentences.+?)```", readme, re.DOTALL)[1]
     assert len(code.strip().splitlines()) <= 5
-    command = re.search(r"^python train_grpo.py (--preset tiny --rewards \S*polite\S*)", readme, re.MULTILINE)[1]
-    name = re.search(r"([\w./]+\.py):polite", command)[1]
+    command = re.search(r"^python train_grpo.py (--preset tiny --rewards \S*sentences\S*)", readme, re.MULTILINE)[1]
+    name = re.search(r"([\w./]+\.py):sentences", command)[1]
     (tmp_path / name).write_text(code)
     flags = command.replace(name, str(tmp_path / name)).split()
     done = call("train_grpo", 1, *flags, *quick[2:], "--output_dir", tmp_path / "o")
-    assert done.code == 0 and "polite x" in done.out, done.err
+    assert done.code == 0 and "sentences x" in done.out, done.err
     names = {}
     exec(code, names)
-    assert names["polite"](answers=["Yes, please.", "No."]) == [1.0, 0.0]
+    assert names["sentences"](answers=["Yes. No. Why? So.", "No"]) == [1.0, 0.0]
 
 
 def test_readme_s_numbers_are_the_measured_ones():

@@ -324,7 +324,10 @@ def test_a_base_that_answers_in_one_language_is_no_drift(capsys):
     watch = monitor.Monitor(None, None, {}, 10)
     english = {**HEALTHY, "signs/one_language": 0.9}
     assert watch.alarms([english] * 20) == []
-    assert watch.alarms([HEALTHY] * 10 + [english] * 5) == [("collapse", "signs/one_language")]
+    assert watch.alarms([HEALTHY] * 10 + [english] * 9) == [], (
+        "few prompts of a batch are in other languages: it takes more steps"
+    )
+    assert watch.alarms([HEALTHY] * 10 + [english] * 10) == [("collapse", "signs/one_language")]
     assert "has grown by 0.8" in capsys.readouterr().out
 
 

@@ -261,7 +261,7 @@ def test_interrupted(quick, tmp_path, number, code):
 
 def test_curve_and_card_of_an_odd_run(tmp_path):
     """One step, or values that were not finite: still a picture and valid JSON."""
-    config = {"target_tokens": 8}
+    config = {"target_tokens": 8, "rewards": ["length:1.0"]}
     odd = {"reward": 0.5, "reward_std": 0.1, "kl": float("nan"), "answers/tokens": 3.0, "step": 1}
     rows = report.rows_with([odd, {"loss": 1}], "reward")
     assert rows == [{"reward": 0.5, "reward_std": 0.1, "kl": None, "answers/tokens": 3.0, "step": 1}]
