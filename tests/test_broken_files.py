@@ -166,10 +166,10 @@ def test_places(call, quick, final, tmp_path, name, flag, place):
 
 
 def test_a_path_is_printed_as_it_stands(call, quick, tmp_path):
-    """Square brackets are rich's markup."""
-    output = tmp_path / "[bold]" / "[" / "a]"
+    """Square brackets are rich's markup, a word between colons is its emoji."""
+    output = tmp_path / "[bold]" / "[" / "a:heart:]"
     done = call("train_grpo", "--check", *quick, "--output_dir", output)
-    assert done.code == 0 and "[bold]/[" in "".join(done.out.split()), done.err
+    assert done.code == 0 and "[bold]/[/a:heart:]" in "".join(done.out.replace("│", "").split()), done.err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is Linux's")
