@@ -123,7 +123,7 @@ def check_files(folder: Path) -> list[str]:
         problems.append("header: short_description has more than 60 characters.")
     versions = files.read_run(folder / "model_adapters").get("versions", {})
     for package in sorted(pins.keys() & versions.keys()):
-        if versions[package].split("+")[0] != pins[package]:  # 2.13.0+cpu is 2.13.0
+        if str(versions[package]).split("+")[0] != pins[package]:  # 2.13.0+cpu is 2.13.0
             problems.append(
                 f"versions: trained with {package} {versions[package]}, but hf_app/requirements.txt has {pins[package]}. "
                 "Set it there, and look that the app still runs."

@@ -73,7 +73,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     output, final = Path(config["output_dir"]), checkpoints.final_folder(config)
     whole = checkpoints.whole_checkpoints(output) if arguments.resume else []
     read = {key: config[key] for key in KEYS}
-    if whole and files.read_run(final).get("steps") == checkpoints.step_of(whole[-1]) >= config["max_steps"]:
+    if whole and checkpoints.step_of(whole[-1]) >= config["max_steps"] and checkpoints.is_result_of(final, whole[-1]):
         console.print(f"Nothing is left to train, and {final} is its result: it stays as it is.")
         return
 

@@ -59,6 +59,13 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def is_result_of(final: Path, checkpoint: Path) -> bool:
+    """Whether `final` is finished and has the very weights of `checkpoint`: an earlier run's may be of the same step."""
+    weights = final / "adapter_model.safetensors"
+    finished = files.read_run(final).get("finished") is True and weights.is_file()
+    return finished and files.digest(weights) == files.read_run(checkpoint).get("files", {}).get(weights.name)
+
+
 def seal(folder: Path, facts: dict) -> None:
     """Write run.json, with the digest of every other file beside it that a resumed run needs."""
     for_people = {"run.json", "README.md", "reward.png"}

@@ -110,9 +110,7 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
     tokenizer = checks.run("base model", _tokenizer, config)
     found = checks.run("data", _pairs, config, tokenizer) or {}
     if resume:
-        checks.run(
-            "same run", places.same_run, config, checkpoints.reward_run_folder(config), found.get("funnel"), found.get("steps")
-        )
+        checks.run("same run", places.same_run, config, output, found.get("funnel"), found.get("steps"))
     wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}, tokenizer)
     checks.run("disk", _disk, config, wrapped, output)
     return checks, {"device": device, "tokenizer": tokenizer, **found}

@@ -193,6 +193,9 @@ def test_a_finished_run_may_be_resumed_and_made_longer(call, quick, trained, tmp
     done = call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume")
     assert done.code == 0 and "Nothing is left to train" in done.out, done.err
     assert (tmp_path / "o-final" / "README.md").read_text() == "validated", "the result stays as it is"
+    shutil.copy(trained.with_name("grpo-final") / "adapter_model.safetensors", tmp_path / "o-final")
+    assert call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume").code == 0
+    assert (tmp_path / "o-final" / "README.md").read_text() != "validated", "another run's result is replaced"
     run = json.loads((tmp_path / "o-final" / "run.json").read_text())
     assert run["seconds"] > json.loads((trained / "checkpoint-6" / "run.json").read_text())["seconds"]
 
