@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+from config import CONFIG
 from phi2_grpo import cli, environment, files
 
 KEYS = ("model", "model_revision", "dtype", "adapter")
@@ -59,10 +60,10 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
     from phi2_grpo.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config)
-    # The adapter's own file says how to chat; but stop strings would make plain `generate(**inputs)` and pipelines fail.
-    generation = model.saved_generation_config(adapter)
-    generation.stop_strings = None
     empty = model.empty_base(config)
+    # The adapter's own file says how to chat; but stop strings would make plain `generate(**inputs)` and pipelines fail.
+    generation = model.saved_generation_config(adapter, tokenizer, chat_settings(adapter), model.context_of(empty))
+    generation.stop_strings = None
     stored = empty.config.dtype or torch.float32
     dtype = getattr(torch, config["dtype"]) if config["dtype"] != "auto" else _export_dtype(stored)
     name = str(dtype).removeprefix("torch.")
@@ -76,20 +77,83 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
         cpu = torch.device("cpu")  # once, and exactly: there is no hurry, and a card may be too small for float32
         tuned = model.load_adapter(model.load_base(config, cpu, torch.float32), str(adapter)).eval()
         expected = [greedy(tuned, tokenizer, question) for question in chat.SAMPLE_PROMPTS]
-        merged = tuned.merge_and_unload().to(dtype)
+        merged = merge_untied(tuned)
+        refuse_if_other(largest_difference(merged, tokenizer, expected), "merged in float32")
+        merged = merged.to(dtype)
+        rounded = [(prompt, ids, log_probs(merged, tokenizer, prompt, ids)) for prompt, ids, _ in expected]
         merged.generation_config = generation
     with files.whole_folder(out) as folder:
         with console.status("writing"):
             merged.save_pretrained(folder, max_shard_size="5GB")
             tokenizer.save_pretrained(folder)
+            readable_by_transformers_4(folder)
             files.write_text(folder / "README.md", card)
             files.write_json(folder / "run.json", {**files.read_json(adapter / "run.json"), "merged_from": str(adapter)})
             del tuned, merged
         with console.status("reading it back"):
             written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            refuse_if_other(largest_difference(written, tokenizer, rounded), "read back from the disk")
             compare(console, written, tokenizer, expected)
     size = sum(path.stat().st_size for path in out.iterdir())
     console.print(f"Merged model: {out}, {name}, {size / 1e9:.2f} GB")
+
+
+def chat_settings(adapter: Path) -> dict:
+    """What `model.generation_config` takes of the adapter's training, or the defaults."""
+    return {**CONFIG, **files.read_run(adapter).get("config", {})}
+
+
+def merge_untied(tuned):
+    """The adapter merged into its base. A head that is the embedding too gets a weight of its own, where they differ then."""
+    import torch
+
+    base = tuned.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    tied = head.weight.data_ptr() == embedding.weight.data_ptr()
+    if tied:  # PEFT merges in place, into both at once
+        plain = getattr(head, "base_layer", head)
+        plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+    merged = tuned.merge_and_unload()
+    if tied:
+        merged.config.tie_word_embeddings = torch.equal(
+            merged.get_output_embeddings().weight, merged.get_input_embeddings().weight
+        )
+        merged.tie_weights()
+    return merged
+
+
+def readable_by_transformers_4(folder: Path) -> None:
+    """Say in the written files, beside transformers 5's own words, what transformers 4 and engines built on it look for.
+
+    They read the rotary settings at the top of config.json, and take defaults in silence where they are not there; and they
+    know neither the class name nor the list of special tokens that transformers 5 writes for a tokenizer.
+    """
+    config = files.read_json(folder / "config.json")
+    rope = config.get("rope_parameters") or {}
+    plain = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        plain["rope_scaling"] = {key: value for key, value in rope.items() if key not in plain}
+    files.write_json(folder / "config.json", {**config, **plain, "torch_dtype": config.get("dtype")})
+    tokenizer = files.read_json(folder / "tokenizer_config.json")
+    if isinstance(special := tokenizer.get("extra_special_tokens"), list):
+        del tokenizer["extra_special_tokens"]
+        tokenizer["additional_special_tokens"] = special
+    files.write_json(folder / "tokenizer_config.json", {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def largest_difference(language_model, tokenizer, expected: list[tuple[str, list[int], list[float]]]) -> float:
+    """Between the log-probs (nats) of `expected` and the model's own of the same tokens."""
+    pairs = [(log_probs(language_model, tokenizer, prompt, ids), wanted) for prompt, ids, wanted in expected]
+    return max((abs(a - b) for found, wanted in pairs for a, b in zip(found, wanted, strict=True)), default=0.0)
+
+
+def refuse_if_other(difference: float, when: str) -> None:
+    """Raise UserError where `difference` (nats) is more than the order of float sums can explain."""
+    if not difference < 0.01:  # NaN is no less
+        raise cli.UserError(
+            f"{when}, the model differs from the adapter by {difference:.2g} nats in its own answers: it is another model, and "
+            "was not written. This adapter cannot be merged; serve it as an adapter."
+        )
 
 
 def _export_dtype(stored):
@@ -101,12 +165,12 @@ def _export_dtype(stored):
 
 def greedy(language_model, tokenizer, question: str) -> tuple[str, list[int], list[float]]:
     """The likeliest answer to a question: the prompt, token ids, and the log-prob of each."""
-    from phi2_grpo.chat import render
+    from phi2_grpo.chat import end_tokens, render
 
     prompt = render(tokenizer, [[{"role": "user", "content": question}]])[0]
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     options = {"max_new_tokens": 64, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ends = {"eos_token_id": end_tokens(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     output = language_model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **options, **ends)
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     return prompt, ids, log_probs(language_model, tokenizer, prompt, ids)

@@ -120,7 +120,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     trainer.engine = None if config["use_vllm"] else engine
     adapted = model.describe_coverage(trainer.model)
     facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
-    facts["rewards"] = scoring.describe(scorer.chosen)
+    facts |= {"rewards": scoring.describe(scorer.chosen), "context": model.context_of(base)}
     track = config["report_to"] == "trackio" and not cli.process()  # transformers opens it in the first process alone
     before = checkpoints.seconds_of(whole)
     watch = Monitor(scorer, tokenizer, facts, config["sample_steps"], before, config["stop_on_collapse"], track)

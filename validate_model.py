@@ -67,8 +67,6 @@ def validate(config: dict, arguments, trained: dict) -> None:
     adapters = [Path(model.check_adapter(path)) for path in (config["adapter"], arguments.against) if path is not None]
     use_base_of(adapters[0], config)
     checks.same_base(adapters, None if arguments.model else config)
-    generation = model.saved_generation_config(adapters[0])  # how to chat
-    generation.max_new_tokens = generation.max_new_tokens or config["max_completion_length"]
     files.check_writable(folder)
     proof.check_replaceable(folder)
     device, dtype = model.choose_device(config)
@@ -97,6 +95,8 @@ def validate(config: dict, arguments, trained: dict) -> None:
     checks.same_vocabulary(tokenizer, empty)
     drawn = journal.Journal(folder / "unfinished" / "journal.jsonl", run, arguments.overwrite)
     context = model.context_of(empty)
+    generation = model.saved_generation_config(adapters[0], tokenizer, config, context)  # how to chat
+    generation.max_new_tokens = min(generation.max_new_tokens or 256, context // 2)
     length = checks.fits_context([row["prompt"] for row in prompts], tokenizer, config, context)
     length += config["max_completion_length"]
     with console.status("loading the model"):

@@ -11,6 +11,7 @@ import argparse
 import html
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -78,6 +79,7 @@ import transformers
 from engine import (
     BASE,
     MAX_CHARACTERS,
+    MAX_SECONDS,
     RUNNING,
     TEMPERATURE,
     TOP_P,
@@ -96,6 +98,7 @@ EXAMPLES = [
     "What are the benefits of exercise?",
     "Tengo un problema con mi coche, hace un ruido extraño.",
 ]
+GPU_START = 20  # seconds that ZeroGPU may take to bring the model onto its card
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # one queue for chat, comparison and API
 MAX_WAITING = 32  # people in the queue; more are told to come back
 HERE = Path(__file__).resolve().parent
@@ -107,12 +110,27 @@ engine: Engine  # set by main, before the page opens; ZeroGPU's processes are fo
 
 
 def gpu_seconds(messages: list[dict], model: str, settings: Settings) -> int:
-    """How long ZeroGPU reserves its card for an answer: loading, and ten tokens a second at worst."""
-    return min(120, 15 + settings.max_new_tokens // 10)
+    """How long ZeroGPU reserves its card for an answer: moving the model there, and ten tokens a second at worst."""
+    return GPU_START + settings.max_new_tokens // 10
+
+
+def answer_seconds(settings: Settings) -> float:
+    """How long an answer may take: on ZeroGPU within what is reserved."""
+    return gpu_seconds([], TUNED, settings) - GPU_START // 2 if spaces else MAX_SECONDS
 
 
 def generate(messages: list[dict], model: str, settings: Settings) -> Iterator[Answer]:
-    yield from engine.stream(messages, model, settings)
+    """On ZeroGPU this runs in a process of its own, which is killed when the reserved time is over: so an answer ends before.
+
+    Only a gr.Error comes out of that process with its text.
+    """
+    with shown_as_error():
+        try:
+            yield from engine.stream(messages, model, settings, answer_seconds(settings))
+        except (MemoryError, RuntimeError) as error:  # torch's error for a full card is a RuntimeError
+            if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
+                raise
+            raise BadInput("There is not enough memory for this. Ask for a shorter answer.") from None
 
 
 if spaces:
@@ -123,12 +141,7 @@ def answer(messages: list[dict], model: str, **given) -> Iterator[Answer]:
     """The answer as it grows. Raises BadInput for what the asker can mend."""
     settings = engine.settings(**given)
     engine.prompt(messages, settings.max_new_tokens)  # before a card is asked for
-    try:
-        yield from generate(messages, model, settings)
-    except (MemoryError, RuntimeError) as error:  # torch's error for a full card is a RuntimeError
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
-            raise
-        raise BadInput("There is not enough memory for this. Ask for a shorter answer.") from None
+    yield from generate(messages, model, settings)
 
 
 @contextmanager
@@ -232,8 +245,18 @@ def chat(talk: list[dict], earlier: bool, *drawing) -> Iterator[list[dict]]:
     try:
         for so_far in answer(past(talk) + talk[-1:] if earlier else talk[-1:], TUNED, **drawing_settings(drawing)):
             yield [*talk, {"role": "assistant", "content": so_far.text, "metadata": {"log": so_far.summary()}}]
-    except (BadInput, gr.Error) as error:  # ZeroGPU says with a gr.Error that a visitor's time is used up
-        yield [*talk, {"role": "assistant", "content": "", "metadata": {"log": f"Not answered. {error}"}}]
+    except (BadInput, gr.Error) as error:
+        yield [*talk, {"role": "assistant", "content": "", "metadata": {"log": f"Not answered. {in_words(error)}"}}]
+
+
+def in_words(error: BadInput | gr.Error) -> str:
+    """ZeroGPU says with a gr.Error, in HTML, that a visitor's time is used up; ours is escaped for the page."""
+    if isinstance(error, BadInput):
+        return str(error)
+    text = html.unescape(re.sub(r"<[^>]+>", "", str(error.message)))
+    if "quota" in f"{error.title} {text}".lower() or "GPU limit" in text:
+        text += " Log in to Hugging Face for more of it, or run the app on your own machine (see About)."
+    return text
 
 
 def past(talk: list[dict]) -> list[dict]:
@@ -303,8 +326,9 @@ def status_line() -> str:
 
 def make_page() -> gr.Blocks:
     own = engine.settings()
-    with gr.Blocks(title="Phi-2 GRPO", analytics_enabled=False) as page:
-        gr.Markdown("# Phi-2 GRPO")
+    title = f"{engine.base_name.split('/')[-1]} GRPO"
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.Markdown(f"# {html.escape(title)}")
         gr.HTML(status_line(), elem_id="status", padding=False)
         parameters = gr.Accordion("Parameters", open=False, render=False)
         with parameters, gr.Row():
@@ -413,7 +437,7 @@ An answer ends at the model's end token, or before the first of: {stops or "(no 
 the next question or exercise; *Stop at the first answer*, switched off, shows how.
 
 **Limits.** {MAX_CHARACTERS:,} characters of question; {engine.context:,} tokens of question and answer together, at most
-{engine.longest_answer:,} of them answer; three minutes an answer; one answer at a time, {MAX_WAITING} waiting. A small model
+{engine.longest_answer:,} of them answer; {answer_seconds(Settings(engine.longest_answer)):.0f} seconds an answer; one answer at a time, {MAX_WAITING} waiting. A small model
 states false things fluently. It was trained on what its reward paid for, and on nothing else.
 
 **Privacy.** Nothing you write is stored or sent on: there is no log and no analytics. On a Space it passes through Hugging

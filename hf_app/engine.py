@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -130,13 +130,13 @@ class _Tokens(BaseStreamer):
 class _Brake(StoppingCriteria):
     """Stops `generate` at the next token once nobody listens any more, or when the time is up."""
 
-    def __init__(self, *stops: threading.Event):
-        self.stops = stops
+    def __init__(self, seconds: float, *stops: threading.Event):
+        self.seconds, self.stops = seconds, stops
         self.started = time.perf_counter()
         self.late = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
-        self.late = time.perf_counter() - self.started > MAX_SECONDS
+        self.late = time.perf_counter() - self.started > self.seconds
         stop = self.late or any(stop.is_set() for stop in self.stops)
         return torch.full((len(input_ids),), stop, device=input_ids.device)
 
@@ -192,8 +192,9 @@ class Engine:
             except BadAdapter as error:
                 problem = str(error)
             if problem:  # PEFT may have changed the base before it failed
-                self.model = None  # no two at once: a card may have room for one
+                self.model = None  # no two at once: memory may have room for one
                 self._load_base()
+        self.model.to(self._device)  # after all is loaded: on ZeroGPU, CUDA is said to be there and comes with the first call
         self.tuned = isinstance(self.model, PeftModel)
         self.status = self._status(problem)
 
@@ -204,24 +205,27 @@ class Engine:
                 config = AutoConfig.from_pretrained(self.base, local_files_only=cached, **where)
                 with torch.device("meta"):
                     size = AutoModelForCausalLM.from_config(config).num_parameters()
-                device, dtype = _device_and_dtype(size)
+                self._device, dtype = _device_and_dtype(size)
                 options = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": cached, **where}
                 options["use_safetensors"] = True  # a pickle may run code
-                self.model = AutoModelForCausalLM.from_pretrained(self.base, **options).to(device).eval()
+                self.model = AutoModelForCausalLM.from_pretrained(self.base, **options).eval()
                 self.tokenizer = AutoTokenizer.from_pretrained(self.base, local_files_only=cached, **where)
                 break
             except Exception as error:  # transformers, safetensors and torch raise a dozen kinds for what they cannot read
                 if cached and where:
                     continue
+                gone = Path(self.base).is_absolute()
+                reason = "the folder is gone" if gone else _first_line(error)
+                offline = "" if gone else " Without network a Hub model must be in the cache."
                 raise NoBase(
-                    f"the base model {self.base} cannot be loaded: {_first_line(error)}\n"
-                    "  Give a Hub id or a local folder: --base. Without network a Hub model must be in the cache."
+                    f"the base model {self.base} cannot be loaded: {reason}\n"
+                    f"  Give a Hub id or a local folder: --base.{offline}"
                 ) from None
         self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT_TEMPLATE
-        end = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        self.defaults = GenerationConfig(
-            do_sample=True, temperature=0.7, top_p=0.9, eos_token_id=end, stop_strings=STOP_STRINGS
-        )
+        # Most chat models name several end tokens; a Phi-2 runs on, which others do not.
+        self.ends = _ends(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        stops = STOP_STRINGS if self.tokenizer.chat_template == CHAT_TEMPLATE else None
+        self.defaults = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, stop_strings=stops)
 
     def _load_adapter(self) -> None:
         try:
@@ -233,15 +237,21 @@ class Engine:
             if (self.adapter / "generation_config.json").is_file():
                 defaults = GenerationConfig.from_pretrained(str(self.adapter))
             with safe_open(self.adapter / "adapter_model.safetensors", "pt") as weights:
-                saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
-            model = PeftModel.from_pretrained(self.model, str(self.adapter)).eval()
+                saved = set(weights.keys())
+                finite = all(weights.get_tensor(key).isfinite().all() for key in saved)
+            model = PeftModel.from_pretrained(self.model, str(self.adapter), torch_device="cpu").eval()
+            expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
         except Exception as error:  # PEFT, safetensors, tokenizers and json raise a dozen kinds
             reason = _first_line(error).replace(str(self.adapter), self.adapter.name)  # a public page shows no paths
             raise BadAdapter(f"it does not fit {self.base_name}, or is broken: {reason}") from None
         self.layers = sum(hasattr(module, "lora_A") for module in model.modules())
-        if not saved or saved != self.layers:  # PEFT passes over weights that have no place in the model
+        if not finite:
+            raise BadAdapter("it holds weights that are no finite numbers: its training diverged")
+        missing, unexpected = expected - saved, saved - expected - model.state_dict().keys()
+        if missing or unexpected or not self.layers:  # PEFT passes over both
             raise BadAdapter(
-                f"it has weights for {saved} layers where {self.base_name} has {self.layers}: made for another base"
+                f"{len(unexpected)} of its weights have no place in {self.base_name}, and {len(missing)} are missing: made for "
+                "another base, or saved otherwise"
             )
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
 
@@ -325,11 +335,13 @@ class Engine:
             f"answer may take {max_new_tokens:,} of them. Shorten it, or ask for a shorter answer."
         )
 
-    def stream(self, messages: list[dict], model: str = TUNED, settings: Settings | None = None) -> Iterator[Answer]:
+    def stream(
+        self, messages: list[dict], model: str = TUNED, settings: Settings | None = None, seconds: float = MAX_SECONDS
+    ) -> Iterator[Answer]:
         """Answers the last of `messages` ({"role", "content"}, oldest first); yields the answer as it grows.
 
         Yields at least five times a second, so that whoever listens can leave at once: closing this ends the generation at
-        its next token. Where there is no adapter, the base answers. Raises BadInput before the first answer.
+        its next token; so do `seconds`. Where there is no adapter, the base answers. Raises BadInput before the first answer.
         """
         settings = settings or self.settings()
         if model not in (TUNED, BASE):
@@ -337,7 +349,7 @@ class Engine:
         text, left_out = self.prompt(messages, settings.max_new_tokens)
         seed = settings.seed if settings.seed >= 0 else secrets.randbelow(2**31)
         stop, tokens = threading.Event(), _Tokens()
-        run = self._run = _Run(self, text, model, replace(settings, seed=seed), stop, tokens)
+        run = self._run = _Run(self, text, model, replace(settings, seed=seed), stop, tokens, seconds)
         run.start()
         stops = (self.defaults.stop_strings or []) if settings.stop else []
         ids: list[int] = []
@@ -383,15 +395,14 @@ def _take(tokens: queue.Queue) -> list[int | None]:
 class _Run(threading.Thread):
     """One call of `generate`. It holds the model's lock itself, so that one who leaves need not wait for its end."""
 
-    def __init__(self, engine: Engine, text: str, model: str, settings: Settings, stop: threading.Event, tokens: _Tokens):
+    def __init__(self, engine: Engine, text: str, model: str, settings: Settings, stop: threading.Event, tokens: _Tokens,
+                 seconds: float):  # fmt: skip
         super().__init__(daemon=True)
         self.engine, self.text, self.adapter_on, self.settings = engine, text, model == TUNED, settings
         self.stop, self.tokens = stop, tokens
-        self.brake = _Brake(stop, engine._closing)
+        self.brake = _Brake(seconds, stop, engine._closing)
         self.error: Exception | None = None
-        end = engine.defaults.eos_token_id
-        end = engine.tokenizer.eos_token_id if end is None else end
-        self.end_ids = end if isinstance(end, list) else [end]
+        self.end_ids = _ends(*engine.ends, engine.defaults.eos_token_id)
 
     def run(self) -> None:
         engine, settings = self.engine, self.settings
@@ -430,6 +441,11 @@ def _device_and_dtype(size: int) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.bfloat16 if size > 1e9 else torch.float32
 
 
+def _ends(*named: int | list[int] | None) -> list[int]:
+    """The end tokens that any of `named` is or holds, each once."""
+    return list(dict.fromkeys(end for one in named if one is not None for end in (one if isinstance(one, list) else [one])))
+
+
 def _within(value: float, limits: tuple[float, float]) -> float:
     return min(max(value, limits[0]), limits[1])
 
@@ -446,7 +462,12 @@ def _look_at(folder: Path) -> PeftConfig | None:
             if file.read(30).startswith(b"version https://git-lfs"):
                 raise BadAdapter(f"{name} is a Git LFS pointer, not the file itself (git lfs pull fetches it)")
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type != "LORA":
+            raise BadAdapter(f"it is an adapter of the kind {config.peft_type}, and only LoRA is read here")
+        return config
+    except BadAdapter:
+        raise
     except Exception as error:
         raise BadAdapter(f"adapter_config.json cannot be read: {_first_line(error)}") from None
 

@@ -5,6 +5,9 @@ all its tokens pays for exactly that, so everything here looks at the trimmed an
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
+
+from phi2_grpo.chat import end_tokens
 
 # Where Phi-2 runs on (https://huggingface.co/microsoft/phi-2 shows the prompt format). Exercises carry their number, so
 # that a line like "Exercise helps" is no stop. They are written to each adapter's generation_config.json for its readers.
@@ -32,11 +35,9 @@ def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:
     """Trim completions (lists of token ids, of any lengths) to what stands before the first stop string or end token."""
     if not completion_ids:
         return []
-    cut, has_end = [], []
-    for ids in completion_ids:
-        ids = list(ids)
-        has_end.append(tokenizer.eos_token_id in ids)
-        cut.append(ids[: ids.index(tokenizer.eos_token_id)] if has_end[-1] else ids)
+    ends = set(end_tokens(tokenizer))
+    cut = [list(takewhile(lambda token: token not in ends, ids)) for ids in completion_ids]
+    has_end = [len(kept) < len(ids) for kept, ids in zip(cut, completion_ids, strict=True)]
     raw = tokenizer.batch_decode(cut, skip_special_tokens=True)
     stops = [min(((i, s) for s in STOP_STRINGS if (i := text.find(s)) >= 0), default=None) for text in raw]
     texts = [text[: stop[0]].rstrip() if stop else text.rstrip() for text, stop in zip(raw, stops, strict=True)]

@@ -28,6 +28,14 @@ def prepare_tokenizer(tokenizer) -> None:
         tokenizer.chat_template = CHAT_TEMPLATE
 
 
+def end_tokens(tokenizer) -> list[int]:
+    """The tokens that end a turn: the tokenizer's own, then those that the base's generation config names beside it.
+
+    `loading.load_tokenizer` sets `end_token_ids`; most chat models name several.
+    """
+    return getattr(tokenizer, "end_token_ids", None) or [tokenizer.eos_token_id]
+
+
 def render(tokenizer, conversations: list[list[dict]]) -> list[str]:
     """Conversations as the model sees them, up to where its answer begins."""
     return [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for talk in conversations]

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a training run, looked at before anything slow starts."""
 
-import importlib.util
+import importlib.metadata
 import math
 import os
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.table import Table
 from rich.text import Text
 
@@ -153,9 +154,17 @@ def fits_context(conversations: list[list[dict]], tokenizer, config: dict, conte
     return longest
 
 
+def installed(package: str) -> bool:
+    """Whether pip knows it: a folder of its name in the working directory would import as well."""
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def _tracker(config: dict):
     package = config["report_to"]
-    if package != "none" and not importlib.util.find_spec(package):
+    if package != "none" and not installed(package):
         raise UserError(f"--report_to {package} needs a package that is not installed: pip install {package}. Or: none.")
     return True, package
 
@@ -236,6 +245,8 @@ def _lora(config: dict, tokenizer):
         )
     wrapped = model.wrap_empty(config)
     same_vocabulary(tokenizer, wrapped)
+    if isinstance(wrapped.get_output_embeddings(), BaseTunerLayer):
+        raise UserError("LoRA on lm_head is not supported: TRL reads the head's own weight. Leave lm_head out.")
     found = model.describe_coverage(wrapped)
     if config["init_adapter"]:
         lora = wrapped.peft_config["default"]
@@ -277,7 +288,7 @@ def _batch(config: dict, prompts):
 
 def _rollout(config: dict, wrapped: PeftModel):
     if config["use_vllm"]:
-        if not importlib.util.find_spec("vllm"):
+        if not installed("vllm"):
             raise UserError(
                 "--use_vllm needs vLLM, which is not installed: pip install trl[vllm]. Without it: --rollout auto, no second "
                 "copy of the weights."

@@ -21,6 +21,9 @@ from typing import NoReturn
 import config as settings
 
 
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+
+
 class UserError(Exception):
     """Something the user can mend. Its text says what was given, what the rule is and what to do; the exit code is 2."""
 
@@ -190,8 +193,8 @@ def run(main: Callable[[], None]) -> None:
 
     if not process():  # so that `finally` clauses run and temporary folders go; the other processes write none
         signal.signal(signal.SIGTERM, terminated)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and not process():  # a terminal that is closed; nohup ignores it
-        signal.signal(signal.SIGHUP, terminated)
+    if HANGUP and signal.getsignal(HANGUP) is signal.SIG_DFL and not process():  # a terminal is closed; nohup ignores it
+        signal.signal(HANGUP, terminated)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show "±" shows "?"

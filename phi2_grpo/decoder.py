@@ -24,6 +24,8 @@ def why_not(model) -> str | None:
         return f"it is written for Phi, and this is {getattr(config, 'model_type', 'another model')}"
     if config.qk_layernorm or config.num_key_value_heads != config.num_attention_heads or config.hidden_act != "gelu_new":
         return "this Phi has other attention or activation than Phi-2"
+    if (getattr(config, "head_dim", None) or 0) * config.num_attention_heads not in (0, config.hidden_size):
+        return "this Phi's heads are wider than its hidden size"
     if config.rope_parameters.get("rope_type", "default") != "default":
         return "this Phi stretches its positions"
     inner = model.model

@@ -9,7 +9,7 @@ import numpy
 import torch
 from transformers import GenerationConfig
 
-from phi2_grpo.chat import render
+from phi2_grpo.chat import end_tokens, render
 from phi2_grpo.model import context_of
 from phi2_grpo.rollout import FORWARD_TOKENS, by_length, complete_in_batches
 
@@ -20,7 +20,7 @@ def sampling(config: dict, tokenizer) -> GenerationConfig:
         do_sample=True,
         **{key: config[key] for key in ("temperature", "top_p", "top_k")},
         max_new_tokens=config["max_completion_length"],
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
 

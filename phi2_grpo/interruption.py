@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from transformers import TrainerCallback
 
-from phi2_grpo.cli import Terminated, say
+from phi2_grpo.cli import HANGUP, Terminated, say
 
 
 class Interruption(TrainerCallback):
@@ -32,7 +32,7 @@ class Interruption(TrainerCallback):
     @staticmethod
     def _heard() -> list[int]:
         """A terminal that is closed is heard too, unless nohup says otherwise."""
-        hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+        hangup = [] if HANGUP is None or signal.getsignal(HANGUP) is signal.SIG_IGN else [HANGUP]
         return [signal.SIGINT, signal.SIGTERM, *hangup]
 
     def _note(self, number: int, frame) -> None:

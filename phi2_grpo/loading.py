@@ -1,5 +1,6 @@
 """Finding and loading the base: the Hub, a local folder, or the tiny model. Imports no torch: preparing data needs none."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from config import CONFIG
 from phi2_grpo import files
@@ -27,7 +28,14 @@ def resolve_model(config: dict) -> tuple[str, str | None]:
     path = Path(config["model"]).expanduser()
     if path.exists():
         return str(path.resolve()), None
+    if is_a_path(config["model"]):
+        raise UserError(f"the base model's folder {config['model']} is gone. Give its new place: --model FOLDER")
     return config["model"], config["model_revision"]
+
+
+def is_a_path(name: str) -> bool:
+    """Whether `name` can only be a path of this machine: a Hub id is NAME or USER/NAME."""
+    return not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
 
 
 def commit_of(config: dict) -> str | None:
@@ -99,6 +107,7 @@ def load_tokenizer(config: dict):
     prepare_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {config['model']} has no end token (eos_token), so no answer could end.")
+    tokenizer.end_token_ids = list(dict.fromkeys([tokenizer.eos_token_id, *_named_ends(config)]))
     word = "plant"
     try:
         talk = [{"role": "user", "content": word}, {"role": "assistant", "content": word}]
@@ -111,21 +120,54 @@ def load_tokenizer(config: dict):
     return tokenizer
 
 
+def _named_ends(config: dict) -> list[int]:
+    """The end tokens that the base's generation_config.json names, or else its config.json."""
+    name, revision = resolve_model(config)
+    try:
+        found = GenerationConfig.from_pretrained(name, revision=revision or "main")
+    except OSError:  # it has none
+        found = load_pretrained(AutoConfig, config)
+    except ValueError:  # sampling settings that transformers refuses; the ends are read all the same
+        found = GenerationConfig.from_dict({})
+    ends = getattr(found, "eos_token_id", None)
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+
 def check_adapter(folder: str) -> Path:
     """The adapter folder, if it is whole. Raises UserError saying what is missing."""
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"no adapter at {folder}. Train one: python train_grpo.py; or give another folder.")
-    needed = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "generation_config.json")
+    needed = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's two; the rest may come from the base
     missing = [name for name in needed if not (path / name).is_file() or not (path / name).stat().st_size]
     if missing:
         again = (
             f"Give one of its checkpoints, {folder}/checkpoint-N." if [*path.glob("checkpoint-*")] else "Copy it again whole."
         )
         raise UserError(f"the adapter {folder} is incomplete: {', '.join(missing)} missing or empty. {again}")
-    if not files.read_json(path / needed[0]):
+    files.check_no_pointer(*(path / name for name in needed))
+    named = files.read_json(path / needed[0])
+    if not named:
         raise UserError(f"the adapter {folder} is broken: {needed[0]} is not what PEFT writes. Copy it again whole.")
+    if (kind := named.get("peft_type", "LORA")) != "LORA":
+        raise UserError(f"{folder} is an adapter of the kind {kind}, and this project uses LoRA alone. Give a LoRA adapter.")
+    check_finite(path / needed[1])
     return path
+
+
+def check_finite(weights: Path) -> None:
+    """Raise UserError where a safetensors file cannot be read, or holds NaN or infinity."""
+    try:
+        with safe_open(weights, "pt") as tensors:
+            names = list(tensors.keys())
+            lost = [name for name in names if not tensors.get_tensor(name).isfinite().all()]
+    except Exception as error:  # safetensors and torch each have their own
+        raise UserError(f"{weights} is broken: {first_line(error)}. Copy it again whole.") from None
+    if lost:
+        raise UserError(
+            f"{weights} holds weights that are no finite numbers ({len(lost)} of {len(names)} tensors, like {lost[0]}): its "
+            "training diverged. Take an earlier checkpoint, or train anew."
+        )
 
 
 def use_base_of(adapter: Path, config: dict) -> None:

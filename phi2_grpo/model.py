@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from phi2_grpo.answers import STOP_STRINGS
+from phi2_grpo.chat import end_tokens
 from phi2_grpo.cli import UserError, first_line
 from phi2_grpo.loading import base_of, check_adapter, check_weights, load_pretrained, resolve_model, said_where_broken
 
@@ -57,6 +58,11 @@ def load_base(config: dict, device: torch.device, dtype: torch.dtype):
             f"the weights of {config['model']} are not those of its config.json: {len(missing)} are missing, like "
             f"{missing[0]}. Copy it again whole."
         )
+    own = model.generation_config
+    # Without the base's own ways to sample (repetition_penalty, min_p): `generate` would take them where we say nothing.
+    model.generation_config = GenerationConfig(
+        **{key: getattr(own, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    )
     return model if spread() else model.to(device)
 
 
@@ -156,15 +162,19 @@ def wrap_empty(config: dict) -> PeftModel:
 def cache_bytes_per_token(config, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads) * dtype.itemsize
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
 
 
-def generation_config(tokenizer, config: dict) -> GenerationConfig:
-    """For readers of an adapter folder: how to chat with it. Stop strings need `generate(..., tokenizer=tokenizer)`."""
+def generation_config(tokenizer, config: dict, context: int) -> GenerationConfig:
+    """For readers of an adapter folder: how to chat with it. Stop strings need `generate(..., tokenizer=tokenizer)`.
+
+    A chat gets more tokens than a training's completions, within half of the `context`: so that it is seen who ends by itself.
+    """
     return GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=config["max_completion_length"],
+        max_new_tokens=min(max(256, 4 * config["max_completion_length"]), context // 2),
         do_sample=True,
         temperature=config["chat_temperature"],
         top_p=config["chat_top_p"],
@@ -172,8 +182,10 @@ def generation_config(tokenizer, config: dict) -> GenerationConfig:
     )
 
 
-def saved_generation_config(adapter: Path) -> GenerationConfig:
-    """The same, read back. Raises UserError where it is broken."""
+def saved_generation_config(adapter: Path, tokenizer, config: dict, context: int) -> GenerationConfig:
+    """The same, read back; made anew where an adapter trained elsewhere has none. Raises UserError where it is broken."""
+    if not (adapter / "generation_config.json").is_file():
+        return generation_config(tokenizer, config, context)
     try:
         found = GenerationConfig.from_pretrained(str(adapter))
         for key in ("temperature", "top_p", "top_k", "max_new_tokens"):
@@ -192,9 +204,9 @@ def load_adapter(model, folder: str, name: str = "default", **options) -> PeftMo
     path = check_adapter(folder)
     try:
         if isinstance(model, PeftModel):
-            model.load_adapter(str(path), adapter_name=name)
+            model.load_adapter(str(path), adapter_name=name, torch_device="cpu")
         else:
-            model = PeftModel.from_pretrained(model, str(path), adapter_name=name, **options)
+            model = PeftModel.from_pretrained(model, str(path), adapter_name=name, torch_device="cpu", **options)
     except Exception as error:  # PEFT, safetensors and json raise a dozen kinds for a folder that does not fit
         raise UserError(
             f"the adapter {folder} cannot be put on {model.config.name_or_path}: {first_line(error)}\n"
@@ -205,17 +217,21 @@ def load_adapter(model, folder: str, name: str = "default", **options) -> PeftMo
 
 
 def check_all_in_place(model: PeftModel, folder: Path, name: str = "default") -> None:
-    """Raise UserError unless each LoRA matrix in `folder` has its module in `model`, and each module its matrix.
+    """Raise UserError unless each weight in `folder` has its place in `model`, and each place its weight, by their names.
 
     PEFT passes over what has no place, and leaves at zero what it has no weights for.
     """
     with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
-        saved = sum(key.endswith("lora_A.weight") for key in weights.keys())  # noqa: SIM118, it is no dict
-    adapted = sum(hasattr(module, "lora_A") and name in module.lora_A for module in model.modules())
-    if saved != adapted:
+        saved = set(weights.keys())
+    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    # Beside an adapted embedding PEFT saves the embedding itself, a weight of the base.
+    missing, unexpected = sorted(expected - saved), sorted(saved - expected - model.state_dict().keys())
+    if missing or unexpected:
+        wrong = [f"{len(keys)} {what}, like {keys[0]}" for keys, what in ((unexpected, "have no place there"),
+                                                                          (missing, "are missing")) if keys]  # fmt: skip
         raise UserError(
-            f"{folder} has weights for {saved} modules, but {model.config.name_or_path} has {adapted} of them: it was trained "
-            f"on another base model, {base_of(folder)[0]}. Take that one (--model)."
+            f"the weights of {folder} do not fit {model.config.name_or_path}: {'; '.join(wrong)}. It was trained on another "
+            f"base model or saved otherwise; it names {base_of(folder)[0] or 'none'}. Take the right one (--model)."
         )
 
 

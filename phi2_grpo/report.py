@@ -84,7 +84,7 @@ def describe_folder(
         kept: the step that the weights are of, where it is not the last one: the run collapsed after it.
     """
     rows, evaluations = rows_with(log_history, "reward"), rows_with(log_history, "eval_reward")
-    generation_config(tokenizer, facts["config"]).save_pretrained(folder)
+    generation_config(tokenizer, facts["config"], facts["context"]).save_pretrained(folder)
     files.write_rows(folder / "metrics.jsonl", rows)
     files.write_rows(folder / "evaluation.jsonl", evaluations)
     draw_curve(rows, facts["config"], folder / "reward.png", evaluations, kept)

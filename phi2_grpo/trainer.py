@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from trl import GRPOTrainer, RewardTrainer
+from trl.trainer.utils import RepeatSampler
 
 from phi2_grpo import progress
 from phi2_grpo.checkpoints import WholeCheckpoints
@@ -41,12 +42,23 @@ class Watched(WholeCheckpoints):
         """Not TRL's: ours is written with each checkpoint."""
 
 
+class EpochSampler(RepeatSampler):
+    """TRL's, with the order of an epoch fixed by seed and epoch: TRL's own generator is in no checkpoint, so that a run resumed
+    after an epoch would begin the first order again."""
+
+    epoch = 0
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + 1_000_003 * self.epoch)
+        return super().__iter__()
+
+
 class Trainer(Watched, GRPOTrainer):
     """Rolls out with `engine` (rollout.py) where it is set, and logs where the seconds of a step went.
 
     `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (forward and backward); the optimizer itself,
-    which comes after them, is in none. `failed_in` is the part that an exception came out of. The four methods are private to
-    TRL; a test holds their names.
+    which comes after them, is in none. `failed_in` is the part that an exception came out of. The private methods are
+    TRL's; a test holds their names.
     """
 
     engine = None
@@ -73,6 +85,17 @@ class Trainer(Watched, GRPOTrainer):
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # kernels run on behind the host; a few waits a step cost nothing
         return time.perf_counter()
+
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
+        found = super()._get_train_sampler(dataset)
+        shape = (found.mini_repeat_count, found.batch_size, found.repeat_count)
+        self.sampler = EpochSampler(found.data_source, *shape, seed=found.seed)
+        return self.sampler
+
+    def _run_epoch(self, *arguments, epoch: int, **keywords):
+        # Here and not by `set_epoch`, which accelerate does not pass on through all that it wraps a sampler in.
+        self.sampler.epoch = epoch
+        return super()._run_epoch(*arguments, epoch=epoch, **keywords)
 
     def _generate_single_turn(self, prompt_ids, *arguments, **keywords):
         """TRL's: token ids of the prompts, a group's next to each other, to (completion ids, log-probs or None)."""
