@@ -44,10 +44,11 @@ def main() -> None:
 
     from phi2_grpo.loading import load_tokenizer
 
+    with console.status("looking at the messages"):
+        source, commit = reading.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
     tokenizer = load_tokenizer(config)
     with files.alone_in(data_dir), scratch_in(data_dir) as scratch:
         with console.status("reading messages"):
-            source, commit = reading.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
             chunks = {split: reading.Chunks(scratch / (split or "all"), messages) for split, messages in source.items()}
         found = sum((part.languages for part in chunks.values()), Counter())
         if not found:

@@ -20,7 +20,6 @@ from typing import NoReturn
 
 import config as settings
 
-
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 

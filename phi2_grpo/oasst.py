@@ -108,14 +108,17 @@ def candidates(
 
 
 def distinct(rows: list[dict], seen: set[str], taken: set[str]) -> tuple[list[dict], list[dict]]:
-    """Prompts and pairs of the rows whose folded prompt (see `fold`) is neither in `seen`, which grows, nor in `taken`."""
+    """Prompts and pairs of the rows whose folded prompt (see `fold`) is not in `seen`, which grows.
+
+    Nor in `taken`, nor a follow-up of one there: its first turns would show the model what is held out.
+    """
     prompts, pairs = [], []
     for row in rows:
         key = fold(row["prompt"])
         if key in seen:
             continue
         seen.add(key)
-        if key not in taken:
+        if not any(fold(row["prompt"][:turns]) in taken for turns in range(1, len(row["prompt"]) + 1, 2)):
             origin = {key: row[key] for key in ("prompt", "lang", "message_id")}
             prompts.append({**origin, "reference": row["reference"]})
             pairs += [{**origin, **pair} for pair in row["pairs"]]

@@ -4,34 +4,26 @@ The data: https://huggingface.co/datasets/OpenAssistant/oasst1, described in arX
 is a root prompt with its replies, their follow-up questions, and so on.
 """
 
-import gzip
+import contextlib
+import glob
+import itertools
 import json
 import re
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
 import config
+from phi2_grpo import files
 from phi2_grpo.cli import UserError, first_line
 
-# column: the types that a value of it may have
-COLUMNS = {
-    "message_id": str,
-    "parent_id": (str, type(None)),
-    "message_tree_id": str,
-    "text": str,
-    "role": str,
-    "lang": str,
-    "rank": (int, float, type(None)),  # a float where pandas wrote the file: its missing values make it so
-    "review_result": (bool, type(None)),
-    "deleted": (bool, type(None)),
-}
+NEEDED = ("message_id", "text", "role", "lang")
+COLUMNS = (*NEEDED, "parent_id", "message_tree_id", "rank", "review_result", "deleted")  # an export leaves out what is null
 TOXICITY_COLUMNS = ("labels", "detoxify")  # nested and large: read only where max_toxicity asks for them
+TREE = ("message_tree_id", "prompt")  # the columns of a file of whole trees, in which replies lie inside their parents
+ROLES = ("prompter", "assistant")
+FILES = (".jsonl", ".json", ".parquet")  # and .gz behind the first two
 
 
 class Message(NamedTuple):
@@ -50,123 +42,193 @@ class Message(NamedTuple):
 
 
 def _toxicity(row: dict) -> float | None:
-    """People's own toxicity label (0-1), else the classifier's (detoxify), else None. Both may be null or lack the name."""
+    """People's own toxicity label (0-1), else the classifier's (detoxify), else None. Both may be null or lack the name.
+
+    Labels are {"name": [...], "value": [...]} on the Hub, and {"toxicity": {"value": ...}} in the exports.
+    """
     labels = row.get("labels") or {}
-    if isinstance(labels, dict) and "toxicity" in (labels.get("name") or ()):
+    if "toxicity" in (labels.get("name") or ()):
         return float(labels["value"][labels["name"].index("toxicity")])
-    detoxify = row.get("detoxify") or {}
-    found = detoxify.get("toxicity") if isinstance(detoxify, dict) else None
+    found = labels.get("toxicity") or {}
+    found = found.get("value") if found else (row.get("detoxify") or {}).get("toxicity")
     return None if found is None else float(found)
+
+
+def _null(value) -> bool:
+    """Whether it is null, or the NaN that pandas makes of it."""
+    return value is None or value != value
+
+
+def _boolean(row: dict, column: str) -> bool | None:
+    """true, false or null, which pandas writes as 1.0, 0.0 and NaN where a column has nulls."""
+    value = row.get(column)
+    if _null(value):
+        return None
+    if value not in (True, False):
+        raise ValueError(f"{column} is {value!r}, but it takes true, false or null")
+    return bool(value)
 
 
 def _message(row, where: str) -> Message:
     """A Message from a raw row; UserError naming `where` if it is not one."""
     if not isinstance(row, dict):
         raise UserError(f"{where}, is {type(row).__name__}, not a message (a JSON object with oasst1's columns).")
-    for column, kinds in COLUMNS.items():
-        if column not in row and column not in ("rank", "review_result", "deleted"):
-            raise UserError(f"{where}, lacks the column {column!r}. Needed: {', '.join(COLUMNS)}.")
-        if not isinstance(row.get(column), kinds) and not (column == "deleted" and row.get(column) is None):
-            raise UserError(f"{where}: {column} is {row[column]!r}, which is not what oasst1 has there.")
     try:
-        toxicity = _toxicity(row)
-        rank = None if row.get("rank") is None or row["rank"] != row["rank"] else int(row["rank"])
+        texts = {key: None if _null(row.get(key)) else row[key] for key in (*NEEDED, "parent_id", "message_tree_id")}
+        for key, value in texts.items():
+            if not isinstance(value, str) and (value is not None or key in NEEDED):
+                raise ValueError(f"{key} is {value!r}, but it takes a text")
+        if texts["role"] not in ROLES:
+            raise ValueError(f"role is {texts['role']!r}, but oasst1 has {' and '.join(ROLES)}")
+        if texts["message_tree_id"] is None:
+            if texts["parent_id"] is not None:
+                raise ValueError("message_tree_id is missing, and only a root can do without")
+            texts["message_tree_id"] = texts["message_id"]
+        rank = None if _null(row.get("rank")) else int(row["rank"])
         if rank is not None and not 0 <= rank < 1_000_000:
-            raise ValueError
-    except (TypeError, ValueError, IndexError, KeyError, OverflowError, AttributeError):
+            raise ValueError(f"rank is {rank}, but it takes 0 to 999,999")
+        deleted, reviewed, toxicity = _boolean(row, "deleted"), _boolean(row, "review_result"), _toxicity(row)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}, which is not what oasst1 has there.") from None
+    except (TypeError, IndexError, KeyError, OverflowError, AttributeError):
         raise UserError(f"{where}: labels, detoxify or rank are not what oasst1 has there.") from None
-    strings = [row[column] for column in ("message_id", "parent_id", "message_tree_id", "text", "role", "lang")]
-    try:
+    strings = [texts[key] for key in ("message_id", "parent_id", "message_tree_id", "text", "role", "lang")]
+    with contextlib.suppress(UnicodeEncodeError):
         "".join(filter(None, strings)).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: JSON can say it, and nothing after this can
-        strings = [each and each.encode("utf-8", "replace").decode() for each in strings]
-    return Message(*strings, rank, not row.get("deleted"), row.get("review_result") is not False, toxicity)
+        return Message(*strings, rank, not deleted, reviewed is not False, toxicity)
+    # Half of a surrogate pair: JSON can say it, and nothing after this can.
+    strings = [each and each.encode("utf-8", "replace").decode() for each in strings]
+    return Message(*strings, rank, not deleted, reviewed is not False, toxicity)
 
 
-def _json_lines(path: Path) -> Iterator[Message]:
-    opener = gzip.open if path.suffix == ".gz" else open
+def _of_tree(row: dict) -> Iterator[dict]:
+    """The messages of a whole tree, parents first."""
+    waiting = [(row.get("prompt"), None)]
+    while waiting:
+        message, parent = waiting.pop(0)
+        yield {**message, "parent_id": parent, "message_tree_id": row["message_tree_id"]}
+        waiting += [(reply, message.get("message_id")) for reply in message.get("replies") or () if reply]
+
+
+def _messages(table, name: str, with_toxicity: bool) -> Iterator[Message]:
+    """Messages of a `Dataset` or `IterableDataset`. Raises UserError where its columns, or a row, are not oasst1's."""
+    columns = list(table.column_names or ())
+    trees = set(TREE) <= set(columns)
+    if not trees:
+        if missing := [column for column in NEEDED if column not in columns]:
+            raise UserError(
+                f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(columns) or 'none'}. Needed are oasst1's: "
+                f"{', '.join(COLUMNS)}; null ones may be left out."
+            )
+        wanted = (*COLUMNS, *(TOXICITY_COLUMNS if with_toxicity else ()))
+        table = table.select_columns([column for column in wanted if column in columns])
     number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _message(json.loads(line), f"{path}, line {number}")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}, is not JSON: {error.msg} (column {error.colno}).") from None
-    except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read past line {number}: {error}.") from None
+    rows = iter(table)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # pyarrow, datasets and the file system each have their own
+            raise UserError(f"{name} cannot be read past row {number}: {_reason(error)}.") from None
+        number += 1
+        where = f"{name}, row {number}"
+        for message in _of_tree(row) if trees else (row,):
+            yield _message(message, where)
 
 
-def _batches(columns: list[str], read: Callable[[list[str]], Iterable], name: str, with_toxicity: bool) -> Iterator[Message]:
-    """Messages of a table; `read(columns)` gives Arrow batches of it."""
-    missing = [column for column in COLUMNS if column not in columns]
-    if missing:
-        raise UserError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}.")
-    number = 0
-    try:
-        for batch in read([*COLUMNS, *(c for c in TOXICITY_COLUMNS if with_toxicity and c in columns)]):
-            for row in batch.to_pylist():
-                number += 1
-                yield _message(row, f"{name}, row {number}")
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{name} cannot be read past row {number}: {first_line(error)}.") from None
-
-
-def _table(table, name: str, with_toxicity: bool) -> Iterator[Message]:
-    """Messages of a `datasets.Dataset`."""
-    arrow = table.with_format("arrow")
-    return _batches(table.column_names, lambda columns: arrow.select_columns(columns).iter(2000), name, with_toxicity)
-
-
-def _parquet(path: Path, with_toxicity: bool) -> Iterator[Message]:
-    """Messages of a file. Not by `datasets`, which copies it into its cache, and takes `[` in a path for a pattern."""
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"--dataset {path} cannot be read: {first_line(error)}") from None
-    return _batches(file.schema_arrow.names, lambda columns: file.iter_batches(2000, columns=columns), str(path), with_toxicity)
+def _reason(error: BaseException) -> str:
+    """What an error says; datasets wraps the one that says it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
 
 
 def read_messages(source: str, revision: str, with_toxicity: bool) -> tuple[dict[str, Iterable[Message]], str | None]:
     """Messages by split; one unnamed split ("") where the source has no split called validation. And the commit of the Hub.
 
-    `source` is a .jsonl, .jsonl.gz or .parquet file, a `save_to_disk` folder, or a data set id on the Hub.
+    `source` is a .jsonl, .jsonl.gz, .json or .parquet file of messages or of whole trees, a folder of such files as the Hub has
+    them, a `save_to_disk` folder, or a data set id on the Hub. The first row of each split is read at once.
     Raises UserError where it cannot be found, reached or read.
     """
-    import datasets  # slow to import, and not needed for JSON lines
-
     path = Path(source)
     if source == config.PRESETS["tiny"]["dataset"] and not path.exists():
         path = Path(config.__file__).parent / source  # the script was called from another folder
-    name = path.name.removesuffix(".gz")
-    if path.is_file() and name.endswith((".jsonl", ".json")):
-        return {"": _json_lines(path)}, None
-    if path.is_file() and name.endswith(".parquet"):
-        return {"": _parquet(path, with_toxicity)}, None
-    if path.is_file():
-        raise UserError(f"--dataset {source} is a file, but not .jsonl, .jsonl.gz or .parquet.")
-    local = path.exists() or source.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".parquet"))
+    local = path.exists() or source.startswith((".", "/", "~")) or path.name.removesuffix(".gz").endswith(FILES)
     if local and not path.exists():
         raise UserError(f"--dataset {source}: no such file or folder.")
+    if path.is_file() and not path.name.removesuffix(".gz").endswith(FILES):
+        raise UserError(f"--dataset {source} is a file, but not .jsonl, .jsonl.gz, .json or .parquet.")
+    commit = None
     try:
-        loaded = datasets.load_from_disk(str(path)) if local else datasets.load_dataset(source, revision=revision)
-    except Exception as error:  # the libraries below raise dozens of kinds; each means that there is no data
-        reason = first_line(error)
         if local:
-            raise UserError(f"--dataset {source} cannot be read: {reason}") from None
+            loaded = _local(path)
+        else:
+            loaded, commit = _of_hub(source, revision)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries below raise dozens of kinds; each means that there is no data
+        if local:
+            raise UserError(f"--dataset {source} cannot be read: {_reason(error)}") from None
         raise UserError(
-            f"the data set {source} (revision {revision}) cannot be reached or read: {reason}\n"
+            f"the data set {source} (revision {revision}) cannot be reached or read: {_reason(error)}\n"
             "  Check the name and the network, or give a local copy: --dataset messages.jsonl.gz\n"
             "  To try everything without the Hub: --preset tiny"
         ) from None
-    if isinstance(loaded, datasets.Dataset):
-        loaded = {"": loaded}
-    elif "validation" in loaded:
-        loaded = {split: loaded[split] for split in ("train", "validation") if split in loaded}
+    if "validation" in loaded:
+        parts = {split: [loaded[split]] for split in ("train", "validation") if split in loaded}
     else:
-        loaded = {"": datasets.concatenate_datasets(list(loaded.values()))}
+        parts = {"": list(loaded.values())}
+    found = {}
+    for split, tables in parts.items():
+        name = f"{source} {split}".strip()
+        rows = itertools.chain.from_iterable(_messages(table, name, with_toxicity) for table in tables)
+        found[split] = itertools.chain(list(itertools.islice(rows, 1)), rows)  # what is no message is said at once
+    return found, commit
+
+
+def _local(path: Path) -> dict:
+    """The tables of a file or folder, by split; read as they stand, without a copy in datasets' cache."""
+    import datasets
+
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(str(path))
+        return {"": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+    # A download from the Hub has its tables in data/, and may have the exports of the same messages beside them.
+    kind = next((kind for kind in (".parquet", *FILES[:2]) if [*path.rglob(f"*{kind}"), *path.rglob(f"*{kind}.gz")]), "")
+    found = [path] if path.is_file() else sorted([*path.rglob(f"*{kind}"), *path.rglob(f"*{kind}.gz")]) if kind else []
+    if not found:
+        raise UserError(f"--dataset {path} holds no .parquet or .jsonl file, and is no save_to_disk folder.")
+    files.check_no_pointer(*found)
+    by_split: dict[str, list[str]] = defaultdict(list)
+    for file in found:
+        split = re.match(r"(train|validation|test)\b", file.name) if len(found) > 1 else None
+        by_split[split[1] if split else ""].append(glob.escape(str(file.resolve())))  # or [ is a pattern
+    if "test" in by_split and len(by_split) > 1:
+        del by_split["test"]
+    builder = "parquet" if found[0].name.endswith(".parquet") else "json"
+    # One chunk, or columns that begin further on in the file would be refused.
+    options = {"chunksize": 1 << 30} if builder == "json" else {}
+    return {
+        split: datasets.load_dataset(builder, data_files=paths, split="train", streaming=True, **options)
+        for split, paths in by_split.items()
+    }
+
+
+def _of_hub(source: str, revision: str) -> tuple[dict, str | None]:
+    """The tables of a data set of the Hub, by split, and their commit. Raises UserError for another commit than the pinned."""
+    import datasets
+    from huggingface_hub import constants
+
+    loaded = dict(datasets.load_dataset(source, revision=revision))
     commit = next(filter(None, map(_commit, loaded.values())), None)
-    return {split: _table(table, f"{source} {split}".strip(), with_toxicity) for split, table in loaded.items()}, commit
+    pinned = revision != "main"
+    if pinned and constants.is_offline_mode() and not (commit or "").startswith(revision):  # a cache answers with any commit
+        raise UserError(
+            f"--dataset_revision {revision} is not what is in the cache, and there is no network to fetch it: {source} is there "
+            f"at commit {commit or 'unknown'}. Give that one, or fetch yours where there is a network."
+        )
+    return loaded, commit
 
 
 def _commit(table) -> str | None:
