@@ -22,8 +22,7 @@ from pathlib import Path
 
 from phi2_grpo import cli, environment
 
-KEYS = ("model", "model_revision", "dataset", "dataset_revision", "data_dir", "languages", "max_prompt_tokens", "max_turns",
-        "max_toxicity", "validation_fraction", "split_seed", "num_proc")  # fmt: skip
+KEYS = cli.PREPARE_KEYS
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ prompts weigh more. One update per batch, so nothing is ever clipped.
 """
 
 import math
+import shlex
 from pathlib import Path
 
 from phi2_grpo import cli, environment
@@ -142,14 +143,21 @@ def train(config: dict, arguments, console, found: dict) -> None:
         tokenizer.save_pretrained(folder)
         report.describe_folder(folder, tokenizer, facts, history, watch.seconds(), finished=True, kept=kept)
     rows = [row for row in report.rows_with(history, "reward") if kept is None or row["step"] <= kept]
-    unlike = ("data_dir", "device", "dtype", *(["rewards"] if rewards.not_run_unasked(config["rewards"]) else []))
+    unlike = (
+        "model",
+        "model_revision",
+        "data_dir",
+        "device",
+        "dtype",
+        *(["rewards"] if rewards.not_run_unasked(config["rewards"]) else []),
+    )
     named = cli.flags(config, arguments.preset, *unlike)
     first, last = report.window(rows, "reward") or (math.nan, math.nan)
     console.print(
         f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {looks.duration(watch.seconds())}.\n"
         f"Adapter: {final}   curve: {final / 'reward.png'}\n"
         "Is it better on prompts it has not seen?\n"
-        f"  python validate_model.py --preset {arguments.preset} --adapter {final}{named}",
+        f"  python validate_model.py --preset {arguments.preset} --adapter {shlex.quote(str(final))}{named}",
         soft_wrap=True,  # a command stays one line, to be copied
     )
 

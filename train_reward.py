@@ -12,6 +12,7 @@ right more often than chance.
 """
 
 import contextlib
+import shlex
 from pathlib import Path
 
 from phi2_grpo import cli, environment
@@ -101,14 +102,15 @@ def train(config: dict, arguments, console, found: dict) -> None:
     checkpoints.remove_run(run_folder)  # its checkpoints have served
     with contextlib.suppress(OSError):  # not empty: the rest is somebody's
         run_folder.rmdir()
+    shared = ("model", "model_revision", "data_dir", "device", "dtype")
     console.print(accuracy.table(measured))
     console.print(accuracy.verdict(measured), style="bold")
     console.print(
         f"{measured['ties']} ties, counted half. Rank correlation of score and length: {measured['rank_correlation']:.2f}.\n"
         f"Reward model: {reward_dir}, in {looks.duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
         "To train on it:\n"
-        f"  python train_grpo.py --preset {arguments.preset} --rewards {config['reward_dir']},ending "
-        f"--output_dir results/on-reward-model{cli.flags(config, arguments.preset, 'data_dir', 'device', 'dtype')}",
+        f"  python train_grpo.py --preset {arguments.preset} --rewards {shlex.quote(config['reward_dir'] + ',ending')} "
+        f"--output_dir results/on-reward-model{cli.flags(config, arguments.preset, *shared)}",
         soft_wrap=True,
     )
 

@@ -10,6 +10,7 @@ Base answers come from the same model with the adapter off. Everything is measur
 (KL from the base, surprise at human replies). A killed validation goes on where it was.
 """
 
+import shlex
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
     if not arguments.rewards and (unasked := not_run_unasked(config["rewards"])):
         raise cli.UserError(
             f"{adapter} was trained with {', '.join(unasked)}, which is not on this machine, or is code, and that runs only "
-            f"when you name it:\n  --rewards {','.join(config['rewards'])}   (or other rewards)"
+            f"when you name it:\n  --rewards {shlex.quote(','.join(config['rewards']))}   (or other rewards)"
         )
     return run
 

@@ -437,7 +437,8 @@ An answer ends at the model's end token, or before the first of: {stops or "(no 
 the next question or exercise; *Stop at the first answer*, switched off, shows how.
 
 **Limits.** {MAX_CHARACTERS:,} characters of question; {engine.context:,} tokens of question and answer together, at most
-{engine.longest_answer:,} of them answer; {answer_seconds(Settings(engine.longest_answer)):.0f} seconds an answer; one answer at a time, {MAX_WAITING} waiting. A small model
+{engine.longest_answer:,} of them answer; {answer_seconds(Settings(engine.longest_answer)):.0f} seconds an answer;
+one answer at a time, {MAX_WAITING} waiting. A small model
 states false things fluently. It was trained on what its reward paid for, and on nothing else.
 
 **Privacy.** Nothing you write is stored or sent on: there is no log and no analytics. On a Space it passes through Hugging

@@ -214,7 +214,7 @@ class Engine:
             except Exception as error:  # transformers, safetensors and torch raise a dozen kinds for what they cannot read
                 if cached and where:
                     continue
-                gone = Path(self.base).is_absolute()
+                gone = Path(self.base).is_absolute() and not Path(self.base).exists()
                 reason = "the folder is gone" if gone else _first_line(error)
                 offline = "" if gone else " Without network a Hub model must be in the cache."
                 raise NoBase(

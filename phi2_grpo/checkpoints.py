@@ -8,7 +8,6 @@ from pathlib import Path
 
 from config import CONFIG
 from phi2_grpo import files
-from phi2_grpo.cli import split_weight
 
 # What a resumed run may change: how long it goes, what it prints and keeps, and how it is fitted into memory.
 HARMLESS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval_steps", "stop_on_collapse", "report_to",
@@ -139,15 +138,22 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
 
 
-def differences(then: dict, now: dict, world: int) -> list[str]:
-    """In what a run that is to go on differs from `then` (its run.json), in words; what is harmless apart."""
-    was = then.get("config", {})
+def differences(then: dict, now: dict, world: int, facts: dict | None = None) -> list[str]:
+    """In what a run that is to go on differs from `then` (its run.json), in words; what is harmless apart.
+
+    `facts` are those of its run.json that no setting says: dtype, model_commit, and rewards with their digests.
+    """
+    was, facts = then.get("config", {}), facts or {}
     harmless = HARMLESS - ({"max_steps"} if was.get("lr_scheduler_type") in ("linear", "cosine") else set())
     changed = [
         f"{key} was {was[key]}, is {now[key]}"
         for key in CONFIG
         if key in was and key in now and key not in harmless and not _same(was[key], now[key])
+        if key != "rewards" or "rewards" not in facts
     ]
+    changed += [f"{key} was {then[key]}, is {facts[key]}" for key in ("dtype", "model_commit")
+                if facts.get(key) and then.get(key) and then[key] != facts[key]]  # fmt: skip
+    changed += _other_rewards(then.get("rewards") or [], facts.get("rewards") or []) if "rewards" in facts else []
     if all(isinstance(was.get(key), int) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")):
         sizes = [
             config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * processes
@@ -161,10 +167,16 @@ def differences(then: dict, now: dict, world: int) -> list[str]:
     return changed
 
 
+def _other_rewards(was: list[dict], now: list[dict]) -> list[str]:
+    """In what two lists of rewards differ, each by name, weight and digest: the same file by another path is the same."""
+    lists = [{f"{reward['name']} x {reward['weight']:g}": reward.get("digest") for reward in each} for each in (was, now)]
+    if list(lists[0]) != list(lists[1]):
+        return [f"rewards were {', '.join(lists[0])}, are {', '.join(lists[1])}"]
+    return [f"the reward {name} has another content now" for name, digest in lists[0].items() if digest != lists[1][name]]
+
+
 def _same(was, now) -> bool:
-    """Equal, or the same path, or rewards and weights, said in another way."""
+    """Equal, or the same path said in another way."""
     if was == now:
         return True
-    if isinstance(was, list) and isinstance(now, list):
-        return [split_weight(str(item)) for item in was] == [split_weight(str(item)) for item in now]
     return isinstance(was, str) and isinstance(now, str) and was and now and Path(was).resolve() == Path(now).resolve()

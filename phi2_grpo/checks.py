@@ -15,10 +15,11 @@ from rich.text import Text
 from phi2_grpo import checkpoints, cli, data, looks, model, places, plan, report, rollout
 from phi2_grpo.chat import count_tokens
 from phi2_grpo.cli import UserError
-from phi2_grpo.loading import base_of, load_tokenizer, names_base
+from phi2_grpo.loading import base_of, commit_of, load_tokenizer, names_base
 from phi2_grpo.monitor import WINDOW
 from phi2_grpo.reward_model import conversations
-from phi2_grpo.scoring import Scorer, choose_rewards, try_rewards
+from phi2_grpo.scoring import Scorer, choose_rewards, describe, try_rewards
+from phi2_grpo.trainer import mixed_precision
 
 GB = 1e9
 
@@ -68,11 +69,12 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     tokenizer = checks.run("base model", _tokenizer, config)
     prompts, funnel = checks.run("data", _data, config, tokenizer) or (None, None)
     wrapped = checks.run("LoRA", _lora, config, tokenizer)
-    if resume:
-        checks.run("same run", places.same_run, config, output, funnel, config["max_steps"])
     longest = checks.run("context", _context, config, tokenizer, prompts, wrapped)
     checks.run("batch", _batch, config, prompts)
     scorer = checks.run("rewards", _rewards, config, tokenizer, prompts)
+    if resume and device and scorer:
+        facts = {**_content(config, device[1]), "rewards": describe(scorer.chosen)}
+        checks.run("same run", places.same_run, config, output, funnel, config["max_steps"], facts)
     engine = checks.run("rollout", _rollout, config, wrapped)
     parts = checks.run("memory", _memory, config, wrapped, longest, device, scorer, engine)
     checks.run("disk", _disk, config, wrapped, output)
@@ -110,15 +112,28 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
     checks.run("tracker", _tracker, config)
     tokenizer = checks.run("base model", _tokenizer, config)
     found = checks.run("data", _pairs, config, tokenizer) or {}
-    if resume:
-        checks.run("same run", places.same_run, config, output, found.get("funnel"), found.get("steps"))
+    if resume and device:
+        facts = _content(config, device[1])
+        checks.run("same run", places.same_run, config, output, found.get("funnel"), found.get("steps"), facts)
     wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}, tokenizer)
     checks.run("disk", _disk, config, wrapped, output)
     return checks, {"device": device, "tokenizer": tokenizer, **found}
 
 
+def _content(config: dict, dtype: torch.dtype) -> dict:
+    """What a setting may come to mean anew, as run.json has it."""
+    return {"dtype": str(dtype).removeprefix("torch."), "model_commit": commit_of(config)}
+
+
 def _device(config: dict):
     device, dtype = model.choose_device(config)
+    ours, theirs = mixed_precision(device, dtype), os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    if theirs not in ("no", ours):
+        raise UserError(
+            f"the launcher or the environment asks for mixed precision {theirs} (ACCELERATE_MIXED_PRECISION), and --dtype "
+            f"{config['dtype']} on this device trains with {ours}. Leave it out there (accelerate launch --mixed_precision no)"
+            + (", or give --dtype bfloat16." if theirs == "bf16" and device.type == "cuda" else ".")
+        )
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         raise UserError(
@@ -195,7 +210,8 @@ def _tokenizer(config: dict):
 def _data(config: dict, tokenizer):
     prompts, funnel, notes = data.load_prompts(config, tokenizer)
     if not len(prompts["train"]):
-        raise UserError(f"{config['data_dir']} has no train prompt. Make it again: python prepare_data.py --overwrite")
+        again = cli.prepare_command(config, overwrite=True)
+        raise UserError(f"{config['data_dir']} has no train prompt. Make it again, with others: {again}")
     counts = f"{len(prompts['train']):,} train and {len(prompts['validation']):,} validation prompts"
     return (prompts, funnel), ". ".join([counts, *notes])
 
@@ -271,12 +287,13 @@ def _batch(config: dict, prompts):
     sampled = size * passes * world
     if sampled % group:
         valid = [n for n in range(2, sampled + 1) if sampled % n == 0]
-        nearest = sorted(valid, key=lambda n: abs(n - group))[:2]
+        nearest = sorted(sorted(valid, key=lambda n: abs(n - group))[:2])
+        fewer = f"--num_generations {' or '.join(map(str, nearest))}, or " if nearest else ""
         up = group // math.gcd(group, passes * world)
         raise UserError(
             f"per_device_train_batch_size {size} x gradient_accumulation_steps {passes} x {world} process(es) = {sampled} "
-            f"completions, not a multiple of num_generations {group}. Give --num_generations "
-            f"{' or '.join(map(str, sorted(nearest)))}, or --per_device_train_batch_size {max(up, round(size / up) * up)}."
+            f"completions, not a multiple of num_generations {group}. Give {fewer}"
+            f"--per_device_train_batch_size {max(up, round(size / up) * up)}."
         )
     if len(prompts["train"]) < sampled // group:
         raise UserError(

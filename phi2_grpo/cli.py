@@ -44,7 +44,7 @@ def split_weight(item: str) -> tuple[str, float]:
 def reward_models(items: list[str]) -> list[str]:
     """Those of --rewards that name a folder or a Hub id."""
     names = [split_weight(item)[0] for item in items]
-    return [name for name in names if "/" in name and ":" not in name]
+    return [name for name in names if "/" in name and (":" not in name or Path(name).is_dir())]
 
 
 def _comments() -> dict[str, str]:
@@ -144,6 +144,18 @@ def flags(config: dict, preset: str, *keys: str) -> str:
     usual = {**settings.CONFIG, **settings.PRESETS[preset]}
     texts = {key: ",".join(value) if isinstance(value := config[key], list) else str(value) for key in keys}
     return "".join(f" --{key} {shlex.quote(text)}" for key, text in texts.items() if config[key] != usual[key])
+
+
+# The settings that prepare_data.py reads.
+PREPARE_KEYS = ("model", "model_revision", "dataset", "dataset_revision", "data_dir", "languages", "max_prompt_tokens",
+                "max_turns", "max_toxicity", "validation_fraction", "split_seed", "num_proc")  # fmt: skip
+
+
+def prepare_command(config: dict, overwrite: bool = False) -> str:
+    """The command that prepares data as `config` has it, for a shell."""
+    preset = "tiny" if config["dataset"] == settings.PRESETS["tiny"]["dataset"] else "phi2"
+    named = "" if preset == "phi2" else f" --preset {preset}"
+    return f"python prepare_data.py{named}{flags(config, preset, *PREPARE_KEYS)}{' --overwrite' if overwrite else ''}"
 
 
 def process() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, disable_caching, load_from_disk
 
 from phi2_grpo import files
-from phi2_grpo.cli import UserError
+from phi2_grpo.cli import UserError, prepare_command
 
 disable_caching()  # its files would go into data_dir, which may be shared and not ours to write
 
@@ -112,9 +112,11 @@ def load_preferences(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[s
             pairs
         )
     except Exception as error:
-        raise UserError(f"{data_dir / PREFERENCES} cannot be read ({error}). Run prepare_data.py --overwrite again.") from None
+        again = prepare_command({**config, **funnel["settings"]}, overwrite=True)
+        raise UserError(f"{data_dir / PREFERENCES} cannot be read ({error}). Make it again: {again}") from None
     if not whole:
-        raise UserError(f"{data_dir / PREFERENCES} has another schema. Run prepare_data.py --overwrite again.")
+        again = prepare_command({**config, **funnel["settings"]}, overwrite=True)
+        raise UserError(f"{data_dir / PREFERENCES} has another schema. Make it again: {again}")
     return pairs, funnel, notes
 
 
@@ -124,10 +126,9 @@ def load_prompts(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]
     Raises UserError where the data is missing, half-written, of another schema or for another tokenizer.
     """
     data_dir = Path(config["data_dir"])
-    preset = "" if config["model"] != "tiny" else " --preset tiny"
-    again = f"python prepare_data.py{preset} --data_dir {config['data_dir']}"
     if not (data_dir / PROMPTS).exists():
-        raise UserError(f"no prepared prompts in {data_dir}. Make them first: {again}")
+        raise UserError(f"no prepared prompts in {data_dir}. Make them first: {prepare_command(config)}")
+    again = prepare_command(config, overwrite=True)
     try:
         funnel = json.loads((data_dir / FUNNEL).read_text(encoding="utf-8"))
         if (
@@ -138,7 +139,7 @@ def load_prompts(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]
         prompts = load_from_disk(str(data_dir / PROMPTS))
         found = fingerprint(prompts) if isinstance(prompts, DatasetDict) else None
     except Exception as error:  # pyarrow, json and the file system each have their own
-        raise UserError(f"the data in {data_dir} is half-written ({error}). Make it again: {again} --overwrite") from None
+        raise UserError(f"the data in {data_dir} is half-written ({error}). Make it again: {again}") from None
     wrong = [
         f"{split} has {', '.join(table.column_names)}"
         for split, table in (prompts.items() if isinstance(prompts, DatasetDict) else [("it", prompts)])
@@ -147,14 +148,16 @@ def load_prompts(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]
     if wrong or not isinstance(prompts, DatasetDict) or not {"train", "validation"} <= set(prompts):
         raise UserError(
             f"the data in {data_dir} has another schema ({'; '.join(wrong) or 'no train and validation split'}); needed: "
-            f"train and validation with {', '.join(FEATURES[PROMPTS])}. Make it again: {again} --overwrite"
+            f"train and validation with {', '.join(FEATURES[PROMPTS])}. Make it again: {again}"
         )
     if funnel["fingerprint"] != found:
-        raise UserError(f"the data in {data_dir} is not what its funnel.json describes. Make it again: {again} --overwrite")
+        raise UserError(f"the data in {data_dir} is not what its funnel.json describes. Make it again: {again}")
+    own = {key: config[key] for key in ("model", "model_revision", "data_dir")}
+    again = prepare_command({**config, **funnel["settings"], **own}, overwrite=True)  # as it was, but for this model
     if funnel["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"the data in {data_dir} was prepared for the tokenizer of {funnel['model']}, not of {config['model']}: its "
-            f"token limits do not hold. Make it again: {again} --overwrite, or elsewhere with another --data_dir"
+            f"token limits do not hold. Make it again, or elsewhere with another --data_dir: {again}"
         )
     notes = [f"{key} was {funnel['settings'][key]} when the data was prepared; config now says {config[key]}"
              for key in CHOICES if funnel["settings"][key] != config[key]]  # fmt: skip

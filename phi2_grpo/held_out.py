@@ -44,13 +44,14 @@ class HeldOut(TrainerCallback):
             return
         texts = render(self.tokenizer, [row["prompt"] for row in self.rows])
         self.trainer.failed_in = "rollout"
+        self.scorer.state = state
         with evaluation.random_state_kept(model.device):
             drawing = evaluation.sampling(self.config, self.tokenizer)
             ids = complete(self.engine, self.tokenizer, texts, drawing, self.config["seed"])
             scored = self.scorer.score(self.rows, ids)  # a reward of one's own may draw, too
         self.trainer.failed_in = None
         answers = [row["answer"] for row in scored]
-        low, high = interval([row["score"] for row in scored]) or (None, None)
+        low, high = interval([row["score"] for row in scored if row["score"] is not None]) or (None, None)
         found = {"eval_reward": _mean([row["score"] for row in scored]), "eval_low": low, "eval_high": high}
         for reward in self.scorer.chosen if len(self.scorer.chosen) > 1 else []:
             found[f"eval_rewards/{reward.name}"] = _mean([row["scores"][reward.name] for row in scored])
@@ -62,7 +63,8 @@ class HeldOut(TrainerCallback):
         state.log_history.append({**row, "answers": shown})  # kept by the checkpoints
         files.write_rows(Path(args.output_dir) / "evaluation.jsonl", report.rows_with(state.log_history, "eval_reward"))
         spread = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-        text = f"{state.global_step:>9}  held out: reward {found['eval_reward']:.3f}{spread} on {len(ids)} prompts"
+        reward = "not scored" if found["eval_reward"] is None else f"{found['eval_reward']:.3f}"
+        text = f"{state.global_step:>9}  held out: reward {reward}{spread} on {len(ids)} prompts"
         self.console.print(text, style="cyan")
         if self.track:
             log_evaluation(row, shown)

@@ -1,6 +1,7 @@
 """Finding and loading the base: the Hub, a local folder, or the tiny model. Imports no torch: preparing data needs none."""
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,11 +75,10 @@ def said_where_broken(config: dict) -> Iterator[None]:
         name, revision = resolve_model(config)
         reason = f"{type(error).__name__}: {first_line(error)}"
         if revision is None:
+            again_from = shlex.quote(config["model"])
             again = "Copy it again whole, its weights as safetensors."
             if based := base_of(Path(name))[0]:
-                again = (
-                    f"It is an adapter, of {based}: give that. To go on from it: train_grpo.py --init_adapter {config['model']}"
-                )
+                again = f"It is an adapter, of {based}: give that. To go on from it: train_grpo.py --init_adapter {again_from}"
             raise UserError(f"the model in {name} cannot be loaded: {reason}\n  {again}") from None
         raise UserError(
             f"the model {name} (revision {revision}) cannot be loaded: {reason}\n"
@@ -137,7 +137,7 @@ def check_adapter(folder: str) -> Path:
     """The adapter folder, if it is whole. Raises UserError saying what is missing."""
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"no adapter at {folder}. Train one: python train_grpo.py; or give another folder.")
+        raise UserError(f"no adapter at {folder}. train_grpo.py makes one; or give another folder.")
     needed = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's two; the rest may come from the base
     missing = [name for name in needed if not (path / name).is_file() or not (path / name).stat().st_size]
     if missing:

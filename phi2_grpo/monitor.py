@@ -165,12 +165,13 @@ class Monitor(Watch):
 
     def show_samples(self, step: int) -> None:
         """The best and the worst completion of the last batch, prompt and tokens as the model sees them."""
-        rows = sorted(self.scorer.last, key=lambda row: row["score"])
+        rows = sorted(self.scorer.last, key=lambda row: -math.inf if row["score"] is None else row["score"])
         for name, row, color in (("best", rows[-1], "green"), ("worst", rows[0], "red")):
             body = Text(render(self.tokenizer, [row["prompt"]])[0], style="dim")
             body.append(self.tokenizer.decode(row["completion_ids"]), style="default")
             answer = row["answer"]
-            title = f"step {step}, {name}: reward {row['score']:.3f}, {answer.tokens} tokens, {answer.why}"
+            reward = "not scored" if row["score"] is None else f"reward {row['score']:.3f}"
+            title = f"step {step}, {name}: {reward}, {answer.tokens} tokens, {answer.why}"
             parts = [f"{key} {'-' if value is None else f'{value:.2f}'}" for key, value in row["scores"].items()]
             subtitle = Text(", ".join(parts)) if len(parts) > 1 else None
             frame = {"title": Text(title), "title_align": "left", "subtitle": subtitle, "subtitle_align": "left"}

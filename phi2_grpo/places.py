@@ -43,13 +43,13 @@ def for_a_run(output: Path, final: Path, key: str, resume: bool, overwrite: bool
     return output, f"{output}{', replacing the run there' if run else ''}"
 
 
-def same_run(config: dict, output: Path, funnel: dict, steps: int):
+def same_run(config: dict, output: Path, funnel: dict, steps: int, facts: dict):
     """Would the newest checkpoint go on as it began?"""
     whole = whole_checkpoints(output)
     if not whole:
         return True, "nothing to go on from"
     then = files.read_run(whole[-1])
-    changed = checkpoints.differences(then, config, processes())
+    changed = checkpoints.differences(then, config, processes(), facts)
     if then.get("data", {}).get("fingerprint") != funnel["fingerprint"]:
         changed.append(f"the prompts in {config['data_dir']} are others than those it was trained on")
     if changed:

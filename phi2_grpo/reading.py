@@ -225,8 +225,8 @@ def _of_hub(source: str, revision: str) -> tuple[dict, str | None]:
     pinned = revision != "main"
     if pinned and constants.is_offline_mode() and not (commit or "").startswith(revision):  # a cache answers with any commit
         raise UserError(
-            f"--dataset_revision {revision} is not what is in the cache, and there is no network to fetch it: {source} is there "
-            f"at commit {commit or 'unknown'}. Give that one, or fetch yours where there is a network."
+            f"--dataset_revision {revision} is not what is in the cache, and there is no network to fetch it: {source} is "
+            f"there at commit {commit or 'unknown'}. Give that one, or fetch yours where there is a network."
         )
     return loaded, commit
 

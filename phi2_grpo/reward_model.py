@@ -78,7 +78,7 @@ class RewardModel:
                 heads = [key for key in tensors.keys() if key.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
                 labels = tensors.get_slice(heads[0]).get_shape()[0] if heads else 0
         if labels == 0:
-            raise UserError(f"{self.name} is an adapter without a head, not a reward model. Train one: python train_reward.py")
+            raise UserError(f"{self.name} is an adapter without a head, not a reward model. train_reward.py makes one.")
         if labels != 1:
             raise UserError(f"the reward model {self.name} has {labels} labels, but a reward is one number. Take one with one.")
 

@@ -1,8 +1,10 @@
 """From --rewards to what TRL calls: the functions chosen, each batch trimmed once, scores checked, logged and compared."""
 
+import asyncio
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections import defaultdict
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import numpy
 import torch
+from transformers import TrainerState
 
-from phi2_grpo import rewards, signs
+from phi2_grpo import files, rewards, signs
 from phi2_grpo.answers import trim
 from phi2_grpo.cli import UserError, memory_ran_out, split_weight
 from phi2_grpo.reward_model import RewardModel
@@ -70,8 +73,20 @@ def with_all_built_in(chosen: list[Reward]) -> list[Reward]:
 
 
 def describe(chosen: list[Reward]) -> list[dict]:
-    """Names, weights and what each pays for, as run.json has them."""
-    return [{"name": reward.name, "weight": reward.weight, "pays_for": reward.pays_for} for reward in chosen]
+    """Names, weights, what each pays for, and a digest of what is not the project's own, as run.json has them."""
+    return [{"name": reward.name, "weight": reward.weight, "pays_for": reward.pays_for, "digest": _digest(reward.function)}
+            for reward in chosen]  # fmt: skip
+
+
+def _digest(function: Callable) -> str | None:
+    """Of a reward's file, or a reward model's weights and scale; None for a built-in."""
+    if function in rewards.BUILT_IN.values():
+        return None
+    if isinstance(function, RewardModel):
+        weights = sorted(function.folder.glob("*.safetensors"))
+        return " ".join([*map(files.digest, weights), f"{function.mean:g} {function.std:g}"])
+    source = inspect.getsourcefile(inspect.unwrap(function)) if inspect.isroutine(function) else None
+    return source and files.digest(Path(source))
 
 
 def _find(name: str) -> Callable:
@@ -79,7 +94,7 @@ def _find(name: str) -> Callable:
     if name in rewards.BUILT_IN:
         return rewards.BUILT_IN[name]
     where, colon, function = name.rpartition(":")
-    if colon:
+    if colon and not Path(name).expanduser().is_dir():  # a folder's name may have a colon in it
         return _import_function(where, function)
     if name.endswith(".py"):
         raise UserError(f"--rewards: {name} is a file; name the function in it, too: {name}:FUNCTION")
@@ -129,6 +144,8 @@ class Scorer:
         self.tokenizer, self.target_tokens, self.chosen = tokenizer, target_tokens, chosen
         self.functions = [self._for_trl(reward) for reward in chosen]
         self.last = []  # of the last batch, one dict a completion: prompt, completion_ids, answer, score, scores by name
+        # What a reward that asks for `trainer_state` gets outside training: the end of it.
+        self.state = TrainerState(global_step=1, max_steps=1)
         self._seen = None  # the batch that `last` is of
         self._centred: dict[str, list] = defaultdict(list)  # since `compare` was called: scores less their group's mean
 
@@ -140,12 +157,14 @@ class Scorer:
     def score(self, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
         """Completions outside training, of `rows` of the data set, one each.
 
-        A dict a completion: `answer` (see answers.py), `scores` by reward name, and `score`, their weighted sum; what a reward
-        does not score counts as 0. A reward model that is not loaded yet is passed over.
+        A dict a completion: `answer` (see answers.py), `scores` by reward name, and `score`, their weighted sum as TRL has it:
+        what a reward does not score is left out of the sum, and what none of them scores has no score (None). A reward model
+        that is not loaded yet is passed over.
         """
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+        columns |= {"trainer_state": self.state, "log_metric": _unheard, "log_extra": _unheard}  # as TRL gives them
         for reward, function in zip(self.chosen, self.functions, strict=True):
             if not isinstance(reward.function, RewardModel) or reward.function.model:
                 function(prompts=[row["prompt"] for row in rows], completion_ids=completion_ids, **columns)
@@ -156,7 +175,7 @@ class Scorer:
             if completion_ids is not self._seen:  # the first reward of a new batch
                 self._seen = completion_ids
                 answers = trim(completion_ids, self.tokenizer)
-                self.last = [{"prompt": p, "completion_ids": ids, "answer": a, "score": 0.0, "scores": {}}
+                self.last = [{"prompt": p, "completion_ids": ids, "answer": a, "score": None, "scores": {}}
                              for p, ids, a in zip(prompts, completion_ids, answers, strict=True)]  # fmt: skip
                 self._log_answers(columns)
             answers = [row["answer"] for row in self.last]
@@ -173,7 +192,9 @@ class Scorer:
                         target_tokens=self.target_tokens,
                         **columns,
                     )
-                scores = _checked(reward.name, list(scores), len(answers))
+                if inspect.isawaitable(scores):
+                    scores = asyncio.run(_result_of(scores))
+                scores = _checked(reward.name, scores, len(answers))
             except UserError:
                 raise
             except BaseException as error:  # the user's own code may raise anything
@@ -182,7 +203,8 @@ class Scorer:
                 raise BadReward(f"the reward {reward.name!r} failed: {type(error).__name__}: {error}") from error
             for row, value in zip(self.last, scores, strict=True):
                 row["scores"][reward.name] = value
-                row["score"] += reward.weight * value if value is not None else 0.0
+                if value is not None and reward.weight:
+                    row["score"] = (row["score"] or 0.0) + reward.weight * value
             self._centred[reward.name] += _less_group_mean(prompts, scores)
             self._log_languages(reward.name, scores, columns)
             return scores
@@ -228,8 +250,17 @@ class Scorer:
             log(f"rewards/{name}/{code}", sum(values) / len(values))
 
 
-def _checked(name: str, scores: list, count: int) -> list[float | None]:
-    """`scores` as plain floats; raises BadReward where one is no finite number, or where there are too many or too few."""
+def _unheard(*_) -> None:
+    """In place of TRL's `log_metric` and `log_extra`, outside training."""
+
+
+async def _result_of(awaitable):
+    return await awaitable
+
+
+def _checked(name: str, scores, count: int) -> list[float | None]:
+    """`scores`, a list or a tensor, as plain floats; raises BadReward where one is no finite number, or too many or few."""
+    scores = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in scores]
     if len(scores) != count:
         raise BadReward(f"the reward {name!r} returned {len(scores)} rewards for {count} completions.")
     numbers = (int, float, numpy.integer, numpy.floating, numpy.bool_)

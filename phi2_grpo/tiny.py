@@ -22,8 +22,8 @@ RECIPE = {"vocab_size": 3072, "hidden_size": 160, "layers": 4, "heads": 4, "cont
           "steps": 350, "batch": 16, "max_length": 192, "learning_rate": 3e-3, "runs_on": 0.5, "seed": 0}  # fmt: skip
 
 
-def _fingerprint(texts: list) -> str:
-    return hashlib.sha256(json.dumps([RECIPE, texts], ensure_ascii=False).encode()).hexdigest()
+def _fingerprint() -> str:
+    return hashlib.sha256(json.dumps(RECIPE).encode() + SAMPLE.read_bytes()).hexdigest()
 
 
 def _dialogues() -> list[dict]:
@@ -54,8 +54,7 @@ def _tokenizer(texts: list[str]):
 
 def tiny_base() -> Path:
     """The folder of the tiny base model; built in about a minute on two cores unless it is there and current."""
-    dialogues = _dialogues()
-    fingerprint = _fingerprint(dialogues)
+    fingerprint = _fingerprint()
     if files.read_json(FOLDER / "built-from.json").get("fingerprint") == fingerprint:
         return FOLDER
     from filelock import FileLock
@@ -67,6 +66,7 @@ def tiny_base() -> Path:
     with FileLock(FOLDER.with_name(".tiny-base.lock")):  # of several processes one builds, the others wait
         if files.read_json(FOLDER / "built-from.json").get("fingerprint") == fingerprint:
             return FOLDER
+        dialogues = _dialogues()
         console.print("Building the tiny base model (once, about a minute on two cores) ...")
         with files.whole_folder(FOLDER) as folder:
             loss = _build(dialogues, folder)

@@ -13,12 +13,17 @@ from phi2_grpo import progress
 from phi2_grpo.checkpoints import WholeCheckpoints
 
 
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> str:
+    """What accelerate is to train with: bf16 autocast over a bfloat16 base on a card; it fails in a CPU's layer norm."""
+    return "bf16" if dtype.itemsize == 2 and device.type == "cuda" else "no"
+
+
 def training_arguments(kind: type, config: dict, device: torch.device, dtype: torch.dtype, **own):
     """A `kind` (GRPOConfig, RewardConfig) of those keys of `config` that are its fields, and of `own`."""
     known = {field.name for field in fields(kind)}
     settings = {key: value for key, value in config.items() if key in known and value != ""}
     settings |= {
-        "bf16": dtype.itemsize == 2 and device.type == "cuda",  # autocast fails in a CPU's layer norm
+        "bf16": mixed_precision(device, dtype) == "bf16",
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
         "logging_steps": 1,
