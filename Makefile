@@ -46,6 +46,7 @@ bench: .venv/ready-dev
 	$(BIN)/python benchmarks/reward_memory.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/kills.py
+	$(BIN)/python benchmarks/verdicts.py
 	$(BIN)/python benchmarks/fuzz.py
 
 dashboard: .venv/ready
@@ -59,9 +60,9 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/ready: requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements.txt
+	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.txt
 	@touch $@
 
 .venv/ready-dev: requirements-dev.txt .venv/ready
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements-dev.txt
+	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements-dev.txt
 	@touch $@

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--private", action="store_true", help="only you see the Space")
     parser.add_argument("--hardware", default="zero-a10g", help="of a new Space (default: zero-a10g, the free ZeroGPU)")
     parser.add_argument("--update", action="store_true", help="the Space exists: replace its files, keep its settings")
+    parser.add_argument("--with_samples", action="store_true", help="held-out prompts and their answers are sent, too")
     parser.add_argument("--dry_run", action="store_true", help="send nothing: list the files and what would stop a deployment")
     config, arguments = cli.parse(parser)
     environment.prepare()
@@ -41,13 +42,15 @@ def main() -> None:
     name = hub.check_name(arguments.name)
     adapter = Path(config["adapter"])
     with tempfile.TemporaryDirectory(prefix="space-") as folder:
-        stage(Path(folder), adapter)
+        left_out = stage(Path(folder), adapter, arguments.with_samples)
         table = looks.table(f"What the Space {name} gets", "file", "size")
         sent = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         for path in sent:
             table.add_row(str(path.relative_to(folder)), decimal(path.stat().st_size))
         table.add_row(f"{len(sent)} files", decimal(sum(path.stat().st_size for path in sent)), style="bold")
         console.print(table)
+        for each in left_out:
+            console.print(f"left out: {each}")
         problems = check_adapter(adapter) + check_files(Path(folder)) + check_hub(name, adapter, arguments.update)
         if arguments.dry_run:
             for problem in problems:
@@ -64,8 +67,8 @@ def main() -> None:
     )
 
 
-def stage(folder: Path, adapter: Path) -> None:
-    """Copy exactly what the Space needs into an empty folder. The header names the adapter's base."""
+def stage(folder: Path, adapter: Path, with_samples: bool = False) -> list[str]:
+    """Copy exactly what the Space needs into an empty folder; returns what was left out. The header names the base."""
     from huggingface_hub import RepoCard
 
     from phi2_grpo import hub, loading
@@ -73,12 +76,15 @@ def stage(folder: Path, adapter: Path) -> None:
     for name in APP_FILES:
         shutil.copyfile(APP / name, folder / name)
     (folder / "model_adapters").mkdir()
-    for path in hub.adapter_files(adapter):
-        shutil.copyfile(path, folder / "model_adapters" / path.name)
+    sent, left_out = hub.public_files(hub.adapter_files(adapter), with_samples)
+    for file, content in sent.items():
+        (folder / "model_adapters" / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     if hub.is_id(base := loading.base_of(adapter)[0]):
         card = RepoCard.load(folder / "README.md")
         card.data["models"] = card.data["preload_from_hub"] = [base]
+        card.data["title"] = f"{base.split('/')[-1]} GRPO"
         card.save(folder / "README.md")
+    return left_out
 
 
 def check_adapter(adapter: Path) -> list[str]:

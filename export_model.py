@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="send the adapter there, or with --merged the merged model")
     parser.add_argument("--merged", action="store_true", help="send the merged model of --out")
+    parser.add_argument("--with_samples", action="store_true", help="send held-out prompts and their answers, too")
     parser.add_argument("--private", action="store_true", help="only you see the model on the Hub")
     config, arguments = cli.parse(parser)
     if not arguments.out and not arguments.push_to_hub:
@@ -44,7 +45,8 @@ def main() -> None:
             merge(console, config, adapter, Path(arguments.out), arguments.overwrite)
     if arguments.push_to_hub:
         folder = Path(arguments.out) if arguments.merged else adapter
-        send(console, arguments.push_to_hub, folder, arguments.private, only_adapter=not arguments.merged)
+        paths = hub.adapter_files(folder) if not arguments.merged else sorted(p for p in folder.iterdir() if p.is_file())
+        send(console, arguments.push_to_hub, paths, arguments.private, arguments.with_samples)
 
 
 def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> None:
@@ -204,16 +206,19 @@ def compare(console, written, tokenizer, expected: list[tuple[str, list[int], li
     console.print(table)
 
 
-def send(console, name: str, folder: Path, private: bool, only_adapter: bool) -> None:
-    """Upload an adapter's own files, or a merged model's folder, in one commit; makes the repository at the first time."""
-    from huggingface_hub import HfApi
+def send(console, name: str, paths: list[Path], private: bool, with_samples: bool) -> None:
+    """Upload files in one commit, without what is private; makes the repository at the first time."""
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     from phi2_grpo import hub
 
-    patterns = [path.name for path in hub.adapter_files(folder)] if only_adapter else None
+    found, left_out = hub.public_files(paths, with_samples)
+    operations = [CommitOperationAdd(file, content) for file, content in found.items()]
     with hub.plain_errors(name):
         HfApi().create_repo(name, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=patterns, commit_message="Upload")
+        HfApi().create_commit(name, operations, commit_message="Upload")
+    for each in left_out:
+        console.print(f"left out: {each}")
     console.print(f"https://huggingface.co/{name}")
 
 

@@ -164,7 +164,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
         proof.write(new, found, samples, prompts, shown, facts, {**config, "against": arguments.against})
     as_trained = all(config[key] == trained.get("config", {}).get(key) for key in TRAINED_WITH)
     if not arguments.against and as_trained and len(prompts) >= statistics.FEW:
-        cards.add_validation(adapters[0], found["line"], proof.metric_table(found))
+        cards.add_validation(adapters[0], found["line"], [*proof.metric_table(found), "", proof.levels(found)])
     else:
         console.print("The model card is left as it is: that takes the settings of the training, the base, and 20 prompts.")
     console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", soft_wrap=True)

@@ -467,7 +467,7 @@ def training_facts(run: dict, metrics: Path) -> str:
     config = run.get("config") or {}
     facts = {
         "Base": engine.base_name,
-        "Data": (run.get("data") or {}).get("dataset"),
+        "Data": Path(data).name if (data := (run.get("data") or {}).get("dataset")) and Path(data).exists() else data,
         "LoRA": config and f"r {config.get('lora_r')}, alpha {config.get('lora_alpha')}, on {run.get('adapted')}",
         "GRPO": config
         and f"{run.get('steps')} steps, {config.get('num_generations')} answers per prompt, learning rate "

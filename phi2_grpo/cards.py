@@ -59,7 +59,8 @@ def _card(facts: dict, pipeline: str, tags: list[str], title: str, body: str, co
         datasets=[dataset] if hub.is_id(dataset) else None,
         tags=tags,
     )
-    base = "the tiny Phi of this project, made on the spot" if config["model"] == "tiny" else config["model"]
+    base = config["model"] if hub.is_id(config["model"]) else Path(config["model"]).name  # no path in what may be published
+    base = "the tiny Phi of this project, made on the spot" if base == "tiny" else base
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return f"""---
 {data.to_yaml()}

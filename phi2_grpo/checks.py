@@ -3,6 +3,8 @@
 import importlib.metadata
 import math
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.table import Table
 from rich.text import Text
+from transformers.utils import is_triton_available
 
 from phi2_grpo import checkpoints, cli, data, looks, model, places, plan, report, rollout
 from phi2_grpo.chat import count_tokens
@@ -62,6 +65,8 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     the LoRA without weights and the memory plan."""
     checks = Checklist()
     device = checks.run("device", _device, config)
+    if device and device[0].type == "cuda" and is_triton_available():
+        checks.run("compiler", _compiler)
     output, final = Path(config["output_dir"]), checkpoints.final_folder(config)
     checks.run("output folder", places.for_a_run, output, final, "rewards", resume, overwrite)
     checks.run("settings", _settings, config)
@@ -116,6 +121,7 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Check
         facts = _content(config, device[1])
         checks.run("same run", places.same_run, config, output, found.get("funnel"), found.get("steps"), facts)
     wrapped = checks.run("LoRA", _lora, {**config, "init_adapter": ""}, tokenizer)
+    checks.run("memory", _pair_memory, config, wrapped, found.get("longest"), device)
     checks.run("disk", _disk, config, wrapped, output)
     return checks, {"device": device, "tokenizer": tokenizer, **found}
 
@@ -141,6 +147,19 @@ def _device(config: dict):
             "or all, for train_grpo.py: accelerate launch --multi_gpu ..."
         )
     return (device, dtype), f"{report.hardware(device)}, {str(dtype).removeprefix('torch.')}"
+
+
+def _compiler():
+    """TRL's log-probs are a Triton kernel, which is compiled at its first use: in the first step, after all else is loaded."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("clang", "gcc", "cc"))), None)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    lacks = [name for name, there in (("a C compiler", compiler), (str(header), header.is_file())) if not there]
+    if lacks:
+        raise UserError(
+            f"Triton compiles the log-prob kernel at its first use, and needs {' and '.join(lacks)}. Debian and Ubuntu: "
+            "apt-get install gcc python3-dev. Elsewhere: a C compiler, and the headers of this Python."
+        )
+    return True, f"{compiler}, and Python.h: Triton's kernels can be built"
 
 
 def same_base(adapters: list[Path], config: dict | None) -> None:
@@ -241,7 +260,9 @@ def _pairs(config: dict, tokenizer):
     )
     if len(pairs["validation"]) < 50:
         notes = [*notes, "So few validation pairs say little: the intervals will be wide"]
-    return {"pairs": pairs, "funnel": funnel, "steps": steps, "left_out": left_out}, ". ".join([text, *notes])
+    longest = max(max(side[i] for side in lengths) for i in fits)
+    found = {"pairs": pairs, "funnel": funnel, "steps": steps, "left_out": left_out, "longest": longest}
+    return found, ". ".join([text, *notes])
 
 
 def same_vocabulary(tokenizer, base) -> None:
@@ -350,8 +371,7 @@ def _memory(config: dict, wrapped: PeftModel, longest: int, device: tuple[torch.
     free = plan.free_memory(where)
     parts = plan.memory(config, wrapped, longest, where, dtype, free, judges)
     peak = plan.need(parts, engine)
-    listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
-    text = f"about {peak / GB:.2f} GB ({listing}), of {free / GB:.1f} GB free"
+    text = _listing(parts, peak, free)
     if where.type == "cuda":
         largest = plan.largest_preset(wrapped, longest, where, dtype, free)
         text += f". Largest preset that fits: {largest or 'none'}"
@@ -359,6 +379,25 @@ def _memory(config: dict, wrapped: PeftModel, longest: int, device: tuple[torch.
         text += (
             "\nThis may not fit: lower per_device_train_batch_size (and raise gradient_accumulation_steps as much), "
             "rollout_batch_size or max_completion_length"
+        )
+    return parts, text
+
+
+def _listing(parts: dict[str, int], peak: int, free: int) -> str:
+    listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
+    return f"about {peak / GB:.2f} GB ({listing}), of {free / GB:.1f} GB free"
+
+
+def _pair_memory(config: dict, wrapped: PeftModel, longest: int, device: tuple[torch.device, torch.dtype]):
+    """Of a reward model's training: both replies of a pair are in one pass."""
+    where, dtype = device
+    parts = plan.update_memory(config, wrapped, 2 * config["per_device_train_batch_size"] * longest, where, dtype)
+    peak, free = sum(parts.values()), plan.free_memory(where)
+    text = _listing(parts, peak, free)
+    if peak > free:
+        text += (
+            "\nThis may not fit: lower per_device_train_batch_size (and raise gradient_accumulation_steps as much) or "
+            "reward_max_length"
         )
     return parts, text
 

@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from phi2_grpo import evaluation, files, report
 from phi2_grpo.chat import render
-from phi2_grpo.progress import log_evaluation
+from phi2_grpo.progress import log_answers
 from phi2_grpo.rollout import complete
 from phi2_grpo.scoring import Scorer
 from phi2_grpo.statistics import interval
@@ -24,7 +24,7 @@ class HeldOut(TrainerCallback):
         scorer: one of its own, for the monitor's keeps the last training batch.
         engine: of the rollouts, which has memory for them already (see rollout.py).
         rows: held-out rows of the data set; none, and nothing is evaluated.
-        track: also log to trackio.
+        track: also show the answers on trackio's page; the numbers go to every tracker.
     """
 
     def __init__(self, trainer, scorer: Scorer, tokenizer, engine, rows: list[dict], config: dict, console, track: bool):
@@ -66,8 +66,10 @@ class HeldOut(TrainerCallback):
         reward = "not scored" if found["eval_reward"] is None else f"{found['eval_reward']:.3f}"
         text = f"{state.global_step:>9}  held out: reward {reward}{spread} on {len(ids)} prompts"
         self.console.print(text, style="cyan")
+        numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
+        self.trainer.callback_handler.on_log(args, state, self.trainer.control, numbers)  # every tracker of --report_to
         if self.track:
-            log_evaluation(row, shown)
+            log_answers(state.global_step, shown)
 
 
 def _mean(values: list) -> float | None:

@@ -1,5 +1,6 @@
 """Talking to the Hub: who we are there, and its refusals in plain words. The token is never printed nor written."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from phi2_grpo import files
 from phi2_grpo.cli import UserError, first_line
 
 # What an adapter folder may hold; nothing else of it is sent anywhere.
@@ -33,6 +35,52 @@ def check_name(name: str) -> str:
     if not re.fullmatch(r"[^/]+/[^/]+", name):
         raise UserError(f"{name!r} is no name on the Hub. Give USER/NAME, with your user or organization before the slash.")
     return name
+
+
+# The settings that name a place on the user's machine.
+PLACES = {"data_dir", "output_dir", "reward_dir", "adapter", "init_adapter", "validation_dir", "merged_from"}
+WITH_TEXTS = "evaluation.jsonl"
+
+
+def public_files(paths: list[Path], with_samples: bool = False) -> tuple[dict[str, Path | bytes], list[str]]:
+    """What of `paths` may leave the machine, by name: a path as it is, or bytes without what is private; and what was left out.
+
+    Paths of this machine become the last part of their name, wherever they stand in the text files. Held-out prompts and their
+    answers go only `with_samples`.
+    """
+    texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.suffix in (".json", ".jsonl", ".md")
+             and path.name != "tokenizer.json"}  # fmt: skip
+    private = _private(*(files.read_json(path) for path in paths if path.name in ("run.json", "adapter_config.json")))
+    left_out, found = [], {path.name: path for path in paths}
+    for name, text in texts.items():
+        if name == WITH_TEXTS and not with_samples:
+            rows = [json.loads(line) for line in text.splitlines()]
+            count = sum(len(row.pop("answers", ())) for row in rows)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            left_out += [f"{name}: {count} held-out prompts with their answers (sent with --with_samples)"] if count else []
+        cleaned = text
+        for path in sorted(private, key=len, reverse=True):
+            cleaned = cleaned.replace(json.dumps(path)[1:-1], private[path]).replace(path, private[path])
+        left_out += [f"{name}: paths of this machine, but for their last part"] if cleaned != text else []
+        if cleaned != texts[name]:
+            found[name] = cleaned.encode()
+    return found, left_out
+
+
+def _private(*values, key: str = "") -> dict[str, str]:
+    """The texts in JSON `values` that say where something is on this machine, and what may be said instead."""
+    found = {}
+    for value in values:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                found |= _private(inner, key=name)
+        elif isinstance(value, list):
+            found |= _private(*value, key=key)
+        elif isinstance(value, str) and key == "vllm_server_base_url":
+            found |= {value: ""} if value else {}
+        elif isinstance(value, str) and re.search(r"[/\\]", value) and (key in PLACES or not is_id(value)):
+            found[value] = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return found
 
 
 def adapter_files(folder: Path) -> list[Path]:

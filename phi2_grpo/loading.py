@@ -70,7 +70,7 @@ def said_where_broken(config: dict) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a dozen kinds: no file, no network, no JSON, a wrong type, cut weights, a division by zero
-        if memory_ran_out(error):
+        if memory_ran_out(error) or isinstance(error, UserError):
             raise
         name, revision = resolve_model(config)
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -94,6 +94,7 @@ def check_weights(config: dict) -> None:
         with said_where_broken(config):
             index = files.read_json(Path(name) / "model.safetensors.index.json").get("weight_map", {})
             for part in sorted(set(index.values())) or ["model.safetensors"]:
+                files.check_no_pointer(Path(name) / part)
                 with safe_open(Path(name) / part, "np"):  # reads the header, and compares it with the file's size
                     pass
 
@@ -145,7 +146,7 @@ def check_adapter(folder: str) -> Path:
             f"Give one of its checkpoints, {folder}/checkpoint-N." if [*path.glob("checkpoint-*")] else "Copy it again whole."
         )
         raise UserError(f"the adapter {folder} is incomplete: {', '.join(missing)} missing or empty. {again}")
-    files.check_no_pointer(*(path / name for name in needed))
+    files.check_no_pointer(path / needed[0])
     named = files.read_json(path / needed[0])
     if not named:
         raise UserError(f"the adapter {folder} is broken: {needed[0]} is not what PEFT writes. Copy it again whole.")
@@ -157,6 +158,7 @@ def check_adapter(folder: str) -> Path:
 
 def check_finite(weights: Path) -> None:
     """Raise UserError where a safetensors file cannot be read, or holds NaN or infinity."""
+    files.check_no_pointer(weights)
     try:
         with safe_open(weights, "pt") as tensors:
             names = list(tensors.keys())

@@ -46,29 +46,36 @@ def memory(
 ) -> dict[str, int]:
     """Bytes by part, at the longest prompt (`longest` tokens) and completions of full length.
 
-    Activations of the update are an estimate: 100 bytes for each token, layer and hidden unit in bfloat16 (for Phi with LoRA
-    under autocast: inputs of the adapters 18, attention 8, the layer norm 4, gelu in float32 56, and some for what is on its
-    way); with checkpointing this for one layer, and each layer's input. The cache takes what is left, up to all completions
-    of a step or an evaluation. `judges`: bytes of reward models.
+    The cache takes what is left by the update, up to all completions of a step or an evaluation. `judges`: bytes of reward
+    models.
     """
-    base = wrapped.config
-    _, trainable, parameters = model.coverage(wrapped)
     length = longest + config["max_completion_length"]
-    tokens = config["per_device_train_batch_size"] * length
-    layer = 50 * dtype.itemsize * tokens * base.hidden_size
-    inputs = dtype.itemsize * tokens * base.hidden_size * base.num_hidden_layers
-    parts = {
-        "CUDA": GB // 2 if device.type == "cuda" else 0,
-        "weights": parameters * dtype.itemsize,
-        "adapter, gradient, Adam": trainable * 4 * 4,
-        "reward model": judges,
-        "update": inputs + layer if config["activation_checkpointing"] else layer * base.num_hidden_layers,
-    }
-    per_row = rounded(length) * model.cache_bytes_per_token(base, dtype)
+    parts = update_memory(config, wrapped, config["per_device_train_batch_size"] * length, device, dtype)
+    parts["reward model"] = judges
+    per_row = rounded(length) * model.cache_bytes_per_token(wrapped.config, dtype)
     left = free - parts["CUDA"] - parts["weights"] - judges
     rows = config["rollout_batch_size"] or rows_in(left, per_row, reserve(parts), device)
     parts["KV cache"] = min(rows, max(completions(config), config["eval_prompts"])) * per_row
     return {name: int(size) for name, size in parts.items() if size}
+
+
+def update_memory(config: dict, wrapped: PeftModel, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes by part of an update over `tokens` in one pass, padding included.
+
+    Activations are an estimate: 100 bytes for each token, layer and hidden unit in bfloat16 (for Phi with LoRA under autocast:
+    inputs of the adapters 18, attention 8, the layer norm 4, gelu in float32 56, and some for what is on its way); with
+    checkpointing this for one layer, and each layer's input.
+    """
+    base = wrapped.config
+    _, trainable, parameters = model.coverage(wrapped)
+    layer = 50 * dtype.itemsize * tokens * base.hidden_size
+    inputs = dtype.itemsize * tokens * base.hidden_size * base.num_hidden_layers
+    return {
+        "CUDA": GB // 2 if device.type == "cuda" else 0,
+        "weights": parameters * dtype.itemsize,
+        "adapter, gradient, Adam": trainable * 4 * 4,
+        "update": inputs + layer if config["activation_checkpointing"] else layer * base.num_hidden_layers,
+    }
 
 
 def reserve(parts: dict[str, int]) -> int:

@@ -52,15 +52,14 @@ def alert(title: str, text: str, serious: bool) -> None:
         trackio.alert(title=title, text=text, level=trackio.AlertLevel.ERROR if serious else trackio.AlertLevel.WARN)
 
 
-def log_evaluation(row: dict, answers: list[dict]) -> None:
-    """An evaluation on trackio's page: its numbers, and a few answers as a table."""
+def log_answers(step: int, answers: list[dict]) -> None:
+    """A few answers of an evaluation on trackio's page, as a table."""
     import pandas
     import trackio
 
-    numbers = {f"eval/{key.removeprefix('eval_')}": value for key, value in row.items() if key != "step" and value is not None}
-    table = trackio.Table(dataframe=pandas.DataFrame([{"step": row["step"], **answer} for answer in answers]))
+    table = trackio.Table(dataframe=pandas.DataFrame([{"step": step, **answer} for answer in answers]))
     with redirect_stdout(io.StringIO()):
-        trackio.log({**numbers, "eval/answers": table}, step=row["step"])
+        trackio.log({"eval/answers": table}, step=step)
 
 
 @contextmanager

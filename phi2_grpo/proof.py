@@ -10,7 +10,7 @@ from rich.text import Text
 from phi2_grpo import files, looks, signs
 from phi2_grpo.cli import UserError
 from phi2_grpo.monitor import COLLAPSE, SINCE_START
-from phi2_grpo.statistics import FEW, interval, paired, word
+from phi2_grpo.statistics import FEW, interval, paired, simultaneous, word
 
 COLORS = {"base": looks.GREY, "tuned": looks.BLUE}
 # What is neither a reward nor good or bad by itself; of the rest more is better, but for the surprise.
@@ -53,17 +53,24 @@ def summarize(
     values |= costs
     # A reward of negative weight is paid for less of it.
     direction = {**DIRECTION, **{reward.name: reward.weight >= 0 for reward in scorer.chosen}}
+    usable = [name for name, sides in values.items() if paired(sides["base"], sides["tuned"])]
+    headline = "total reward" if "total reward" in usable else next((name for name in trained if name in usable), None)
+    by_language = {
+        code: [i for i, row in enumerate(prompts) if row["lang"] == code] for code in {row["lang"] for row in prompts}
+    }
+    judged = {code: [[values[headline][side][i] for i in here] for side in grouped]
+              for code, here in sorted(by_language.items())} if headline else {}  # fmt: skip
+    judged = {code: sides for code, sides in judged.items() if (found := paired(*sides)) and found.prompts >= FEW}
+    # The headline is one question. The other rows are many, and one of them would often seem to differ by chance.
+    level = simultaneous(len(usable) - 1 + len(judged))
     metrics = {}
-    for name, sides in values.items():
-        if found := paired(sides["base"], sides["tuned"]):
-            metrics[name] = {**found.to_json(), "verdict": word(found, direction.get(name, True)), "trained": name in trained}
-    headline = "total reward" if "total reward" in metrics else next((name for name in trained if name in metrics), None)
+    for name in usable:
+        found = paired(values[name]["base"], values[name]["tuned"], 0.95 if name == headline else level)
+        metrics[name] = {**found.to_json(), "verdict": word(found, direction.get(name, True)), "trained": name in trained}
     languages = {}
-    for code in sorted({row["lang"] for row in prompts}):
-        here = [i for i, row in enumerate(prompts) if row["lang"] == code]
-        found = paired(*([values[headline][s][i] for i in here] for s in grouped)) if headline else None
-        if found and found.prompts >= FEW:
-            languages[code] = {**found.to_json(), "verdict": word(found, direction.get(headline, True))}
+    for code, sides in judged.items():
+        found = paired(*sides, level)
+        languages[code] = {**found.to_json(), "verdict": word(found, direction.get(headline, True))}
     signs_of = {side: signs.look([s["answer"] for s in samples if s["side"] == side],
                                  [prompts[s["prompt"]]["lang"] for s in samples if s["side"] == side],
                                  scorer.target_tokens) for side in grouped}  # fmt: skip
@@ -83,6 +90,7 @@ def summarize(
         "reversed": direction.get(headline) is False,
         "metrics": metrics,
         "languages": languages,
+        "level": level,  # of every row but the headline
         "signs": signs_of,
         "alarms": alarms,
         "missing": [name for name in values if name not in metrics],
@@ -146,7 +154,14 @@ def metric_rows(found: dict, most_places: int = 3) -> list[list[str]]:
 
 def metric_table(found: dict) -> list[str]:
     """The lines of that table in Markdown."""
-    return looks.markdown(("mean of", *found["names"], "difference, 95 % interval", "wins", "verdict"), metric_rows(found))
+    return looks.markdown(("mean of", *found["names"], "difference, interval", "wins", "verdict"), metric_rows(found))
+
+
+def levels(found: dict) -> str:
+    """What the intervals of the tables are, in one sentence."""
+    rows = len(found["metrics"]) - 1 + len(found["languages"])
+    others = f"; the other {rows} rows together, each at {found['level']:.2%}" if rows > 0 else ""
+    return f"Intervals, by sign flips over prompts: {found['headline']} at 95 %{others}."
 
 
 def language_rows(found: dict) -> list[list[str]]:
@@ -162,7 +177,7 @@ def _compared(m: dict, places: int) -> list[str]:
 
 def remarks(found: dict) -> list[str]:
     """What is to be said beside the tables."""
-    said = []
+    said = [levels(found)]
     base, tuned = (found.get("perplexity", {}).get(side) for side in ("base", "tuned"))
     if base is not None:
         names = found["names"]
@@ -178,14 +193,14 @@ def show(console, found: dict, samples_per_prompt: int) -> None:
     """The numbers for the terminal."""
     names = found["names"]
     title = f"{found['prompts']} held-out prompts x {samples_per_prompt}, at the training temperature"
-    table = looks.table(title, "mean of", *names, "difference [95 %]", "wins", "", words=(0, 5))
+    table = looks.table(title, "mean of", *names, "difference", "wins", "", words=(0, 5))
     styles = {"better": "green", "worse": "red"}
     for row in metric_rows(found, most_places=2):
         table.add_row(*map(Text, row[:-1]), row[-1].replace("no difference shown", "-"), style=styles.get(row[-1]))
     table.caption, table.caption_justify = "* paid for in the training; -: no difference shown", "left"
     console.print(table)
     if found["languages"]:
-        columns = ("language", "prompts", *names, "difference, 95 % interval", "")
+        columns = ("language", "prompts", *names, "difference, interval", "")
         languages = looks.table(found["headline"], *columns, words=(0, 5))
         for row in language_rows(found):
             languages.add_row(*map(Text, row))
@@ -227,7 +242,9 @@ def draw(found: dict, samples: list[dict], path: Path) -> None:
     if shown:
         languages.axvline(0, color="grey", linestyle="--", linewidth=1)
         languages.set_yticks(range(len(shown)), [f"{code} ({m['prompts']})" for code, m in shown])
-        languages.set(title=f"{headline}: difference by language", ylim=(-0.6, len(shown) - 0.4))
+        languages.set(
+            title=f"{headline}: difference by language, {found['level']:.1%} intervals", ylim=(-0.6, len(shown) - 0.4)
+        )
     else:
         languages.text(0.5, 0.5, f"no language has {FEW} prompts", ha="center", transform=languages.transAxes)
         languages.set_axis_off()
@@ -243,13 +260,13 @@ def _pairs(found: dict, metric: str | None) -> list[tuple[float, float]]:
 def markdown(found: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str], seed: int) -> str:
     """The whole report, complete by itself."""
     lines = ["# Validation", "", f"**{found['line']}**", "", *(f"- {fact}" for fact in facts), "", *metric_table(found)]
-    lines += ["", "\\*: paid for in the training. Intervals: paired bootstrap over prompts. Wins: share of prompts on which "
+    lines += ["", "\\*: paid for in the training. Wins: share of prompts on which "
                   "the second has more, ties half.", ""]  # fmt: skip
     lines += [f"- *{name}*: {text}" for name, text in EXPLAINED.items() if name in found["metrics"]]
     for remark in remarks(found):
         lines += ["", remark]
     if found["languages"]:
-        columns = ("language", "prompts", *found["names"], "difference, 95 % interval", "verdict")
+        columns = ("language", "prompts", *found["names"], "difference, interval", "verdict")
         lines += ["", f"## {found['headline'].capitalize()} by language", "", *looks.markdown(columns, language_rows(found))]
     lines += ["", "![paired differences, lengths, win rates, languages](validation.png)", ""]
     lines += ["## Sample prompts, as a chat", ""]

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from phi2_grpo import files
 from phi2_grpo.chat import prepare_tokenizer
 from phi2_grpo.cli import UserError, first_line
-from phi2_grpo.loading import names_base
+from phi2_grpo.loading import check_finite, names_base
 from phi2_grpo.model import check_all_in_place, context_of, new_head
+from phi2_grpo.rollout import by_length
 
-BATCH = 16  # answers judged at once
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]  # what is taken from the Hub: no pickles, no code
 
 
@@ -70,6 +70,7 @@ class RewardModel:
             weights = self.folder / "adapter_model.safetensors"
             if not weights.is_file() or not weights.stat().st_size:
                 raise UserError(f"the reward model {self.name} is incomplete: {weights.name} is missing or empty.")
+            check_finite(weights)
             config = PeftConfig.from_pretrained(self.folder)
             self.base = (config.base_model_name_or_path, config.revision)
             if not self.base[0]:
@@ -126,7 +127,7 @@ class RewardModel:
                 shared = self.shares_base_of(config)
                 model = self._shared(policy_base) if shared else self._beside(device, dtype)
                 if self.adapter:
-                    model = PeftModel.from_pretrained(model, str(self.folder))
+                    model = PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
                     check_all_in_place(model, self.folder)
             self.tokenizer = self._tokenizer()
         except UserError:
@@ -180,12 +181,11 @@ def judge(model, tokenizer, prompts: list[list[dict]], answers: list[str]) -> li
     `model` is in eval mode, `tokenizer` pads on the right.
     """
     texts = conversations(tokenizer, prompts, answers)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths together: less padding
+    options = {"truncation": True, "max_length": context_of(model), "add_special_tokens": False}
+    texts = tokenizer(texts, **options)["input_ids"]
     scores = [0.0] * len(texts)
-    options = {"padding": True, "truncation": True, "max_length": context_of(model), "add_special_tokens": False}
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
-        inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", **options).to(model.device)
+    for batch in by_length(list(map(len, texts))):  # by tokens: sixteen long texts would take more than a training step
+        inputs = tokenizer.pad({"input_ids": [texts[i] for i in batch]}, return_tensors="pt").to(model.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (B, T)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, 1)
         for i, score in zip(batch, logits[:, 0].tolist(), strict=True):

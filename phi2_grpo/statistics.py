@@ -1,4 +1,4 @@
-"""Is a difference real? Paired bootstrap over prompts, win rates, and the words that intervals fix."""
+"""Is a difference real? Sign-flip intervals over prompts, win rates, and the words that intervals fix."""
 
 from dataclasses import asdict, dataclass
 
@@ -6,6 +6,7 @@ import numpy
 from scipy import stats
 
 RESAMPLES = 4000
+FLIPS = 9999  # random subsets; 1 / (FLIPS + 1) is the least p that they can show
 FEW = 20  # prompts; what rests on fewer is called weak
 
 
@@ -17,8 +18,9 @@ class Paired:
     base: float
     tuned: float
     difference: float  # mean over prompts of tuned less base
-    low: float | None  # 95 % interval of the difference; None for a single prompt
+    low: float | None  # interval of the difference at `level`; None where the prompts are too few for one
     high: float | None
+    level: float  # the share of such intervals that hold the true difference
     win_rate: float  # share of prompts on which tuned has more, ties half
 
     def to_json(self) -> dict:
@@ -44,16 +46,42 @@ def interval(values, seed: int = 0) -> tuple[float, float] | None:
     return float(found.low), float(found.high)
 
 
-def paired(base: list[float | None], tuned: list[float | None]) -> Paired | None:
+def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+    """Interval of the mean of paired differences: every value that a sign-flip permutation test does not refuse.
+
+    Under no effect the sign of each difference is a coin's throw, so the test is right at any number of prompts, also where
+    few of them differ. Flipping a subset's signs changes the mean's sign about c where the subset's own mean is above c: so
+    the ends are quantiles of the means of random subsets (Hartigan, "Using subsample values as typical values", 1969).
+    None where the level asks for more than so few values can show.
+    """
+    values = numpy.asarray(differences, float)
+    chosen = numpy.random.default_rng(seed).random((FLIPS, len(values))) < 0.5  # (FLIPS, N)
+    sizes = chosen.sum(1)
+    means = numpy.round((chosen @ values) / numpy.maximum(sizes, 1), 12)  # or what cancels out leaves a trace
+    place = int((1 - level) / 2 * (FLIPS + 1)) - 1
+    if place < 0:
+        return None
+    # The mean of no value may be anything.
+    low = numpy.sort(numpy.where(sizes, means, -numpy.inf))[place]
+    high = numpy.sort(numpy.where(sizes, means, numpy.inf))[-1 - place]
+    return (float(low), float(high)) if numpy.isfinite([low, high]).all() else None
+
+
+def simultaneous(rows: int) -> float:
+    """The level for each of `rows` intervals at which all hold together in 95 of 100 reports (Bonferroni)."""
+    return 1 - 0.05 / max(1, rows)
+
+
+def paired(base: list[float | None], tuned: list[float | None], level: float = 0.95) -> Paired | None:
     """Compare two models prompt by prompt. Prompts that one of them has no value for are left out; None if all are."""
     both = numpy.array([(b, t) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None], float)
     if not len(both):
         return None
     differences = both[:, 1] - both[:, 0]
     wins = (differences > 0) + 0.5 * (differences == 0)
-    low, high = interval(differences) or (None, None)
+    low, high = sign_flip_interval(differences, level) or (None, None)
     means = (float(both[:, 0].mean()), float(both[:, 1].mean()), float(differences.mean()))
-    return Paired(len(both), *means, low, high, float(wins.mean()))
+    return Paired(len(both), *means, low, high, level, float(wins.mean()))
 
 
 def word(found: Paired, higher_is_better: bool | None = True) -> str:

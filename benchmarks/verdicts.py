@@ -1,0 +1,89 @@
+"""How often does a validation say better or worse where nothing has changed?
+
+  python benchmarks/verdicts.py [--reports 400]
+
+Both models' values are drawn alike, so every better or worse is false. A report is seven metrics, the first its headline,
+and that in four languages; the words are those of validate_model.py. Beside it, what 95 % percentile bootstrap intervals for
+every row, a common choice, would have said.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+METRICS, LANGUAGES = 7, 4
+
+
+def normal(draw, prompts: int) -> numpy.ndarray:
+    """Base and tuned (2, N): the prompt's own level, and a draw each."""
+    return draw.normal(size=prompts) + draw.normal(size=(2, prompts))
+
+
+def skewed(draw, prompts: int) -> numpy.ndarray:
+    return draw.lognormal(sigma=1.5, size=(2, prompts))
+
+
+def ended(draw, prompts: int) -> numpy.ndarray:
+    """0 or 1, as one sample's `ending`."""
+    return (draw.random((2, prompts)) < 0.3).astype(float)
+
+
+def few_differ(draw, prompts: int) -> numpy.ndarray:
+    """One prompt in twenty differs, by as much each."""
+    found = numpy.zeros((2, prompts))
+    which = numpy.flatnonzero(draw.random(prompts) < 0.05)
+    found[draw.integers(0, 2, len(which)), which] = 1.0
+    return found
+
+
+def false_words(values: list[numpy.ndarray], interval: Callable, level: float) -> tuple[bool, bool]:
+    """Of a report: is the headline's word false, and is any other?"""
+    languages = [values[0][:, start::LANGUAGES] for start in range(LANGUAGES)]
+
+    def wrong(sides: numpy.ndarray, level: float) -> bool:
+        found = interval(sides[1] - sides[0], level)
+        return bool(found and not found[0] <= 0 <= found[1])
+
+    return wrong(values[0], 0.95), any(wrong(sides, level) for sides in [*values[1:], *languages])
+
+
+def bootstrap(differences: numpy.ndarray, level: float) -> tuple[float, float]:
+    rows = numpy.random.default_rng(0).integers(0, len(differences), (2000, len(differences)))
+    low, high = numpy.quantile(differences[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return low, high
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reports", type=int, default=400)
+    arguments = parser.parse_args()
+    from benchmarks.results import write_section
+    from phi2_grpo.looks import markdown
+    from phi2_grpo.statistics import sign_flip_interval, simultaneous
+
+    rows = []
+    for kind in (normal, skewed, ended, few_differ):
+        for prompts in (80, 200):
+            draw = numpy.random.default_rng(0)
+            reports = [[kind(draw, prompts) for _ in range(METRICS)] for _ in range(arguments.reports)]
+            level = simultaneous(METRICS - 1 + LANGUAGES)
+            ours = numpy.mean([false_words(values, sign_flip_interval, level) for values in reports], 0)
+            usual = numpy.mean([false_words(values, bootstrap, 0.95) for values in reports], 0)
+            rows.append([kind.__name__.replace("_", " "), str(prompts), *(f"{share:.1%}" for share in (*ours, *usual))])
+    columns = ("values", "prompts", "headline", "any other row", "headline, bootstrap", "any other row, bootstrap at 95 %")
+    body = "\n".join(markdown(columns, rows)) + (
+        f"\n\nShare of {arguments.reports} reports with a false word, no effect in any. A report: {METRICS} metrics, and the "
+        f"headline in {LANGUAGES} languages. Each share is known to about {100 * (0.05 * 0.95 / arguments.reports) ** 0.5:.1f} "
+        "points (standard error at 5 %)."
+    )
+    write_section("False verdicts", f"python benchmarks/verdicts.py --reports {arguments.reports}", body, "numpy", "scipy")
+
+
+if __name__ == "__main__":
+    main()
