@@ -336,12 +336,13 @@ class Engine:
         )
 
     def stream(
-        self, messages: list[dict], model: str = TUNED, settings: Settings | None = None, seconds: float = MAX_SECONDS
+        self, messages: list[dict], model: str = TUNED, settings: Settings | None = None, seconds: float | None = None
     ) -> Iterator[Answer]:
         """Answers the last of `messages` ({"role", "content"}, oldest first); yields the answer as it grows.
 
         Yields at least five times a second, so that whoever listens can leave at once: closing this ends the generation at
-        its next token; so do `seconds`. Where there is no adapter, the base answers. Raises BadInput before the first answer.
+        its next token; so do `seconds` (MAX_SECONDS). Where there is no adapter, the base answers. Raises BadInput before the
+        first answer.
         """
         settings = settings or self.settings()
         if model not in (TUNED, BASE):
@@ -349,7 +350,7 @@ class Engine:
         text, left_out = self.prompt(messages, settings.max_new_tokens)
         seed = settings.seed if settings.seed >= 0 else secrets.randbelow(2**31)
         stop, tokens = threading.Event(), _Tokens()
-        run = self._run = _Run(self, text, model, replace(settings, seed=seed), stop, tokens, seconds)
+        run = self._run = _Run(self, text, model, replace(settings, seed=seed), stop, tokens, seconds or MAX_SECONDS)
         run.start()
         stops = (self.defaults.stop_strings or []) if settings.stop else []
         ids: list[int] = []

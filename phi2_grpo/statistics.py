@@ -1,5 +1,6 @@
 """Is a difference real? Sign-flip intervals over prompts, win rates, and the words that intervals fix."""
 
+import functools
 from dataclasses import asdict, dataclass
 
 import numpy
@@ -55,8 +56,7 @@ def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple
     None where the level asks for more than so few values can show.
     """
     values = numpy.asarray(differences, float)
-    chosen = numpy.random.default_rng(seed).random((FLIPS, len(values))) < 0.5  # (FLIPS, N)
-    sizes = chosen.sum(1)
+    chosen, sizes = _subsets(len(values), seed)
     means = numpy.round((chosen @ values) / numpy.maximum(sizes, 1), 12)  # or what cancels out leaves a trace
     place = int((1 - level) / 2 * (FLIPS + 1)) - 1
     if place < 0:
@@ -65,6 +65,13 @@ def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple
     low = numpy.sort(numpy.where(sizes, means, -numpy.inf))[place]
     high = numpy.sort(numpy.where(sizes, means, numpy.inf))[-1 - place]
     return (float(low), float(high)) if numpy.isfinite([low, high]).all() else None
+
+
+@functools.lru_cache(maxsize=1)  # all metrics of a report have as many prompts
+def _subsets(count: int, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """FLIPS random subsets of `count` values, as rows of 0 and 1 (FLIPS, N), and their sizes."""
+    chosen = numpy.random.default_rng(seed).random((FLIPS, count)) < 0.5
+    return chosen.astype(float), chosen.sum(1)
 
 
 def simultaneous(rows: int) -> float:

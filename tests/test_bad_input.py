@@ -27,11 +27,13 @@ def refused(done, *expected: str) -> None:
     ("content", "flags", "expected"),
     [
         ("", [], "holds no messages"),
-        (lines(MESSAGE, "{broken"), [], "line 2, is not JSON"),
-        (lines(MESSAGE, MESSAGE, "[1, 2]"), [], "line 3, is list"),
-        (lines({"prompt": "x"}), [], "lacks the column 'message_id'"),
+        (lines(MESSAGE, "{broken"), [], "cannot be read"),
+        (lines(MESSAGE, MESSAGE, "[1, 2]"), [], "cannot be read"),
+        (lines({"prompt": "x"}), [], "lacks the columns message_id, text, role, lang; it has prompt"),
         (lines({**MESSAGE, "text": 5}), [], "text is 5"),
         (lines({**MESSAGE, "rank": "best"}), [], "rank is 'best'"),
+        (lines({**MESSAGE, "role": "user"}), [], "role is 'user', but oasst1 has prompter and assistant"),
+        (lines({**MESSAGE, "review_result": 0.5}), [], "review_result is 0.5, but it takes true, false or null"),
         (lines({**MESSAGE, "labels": {"name": ["toxicity"], "value": []}}), ["--max_toxicity", "0.5"], "labels"),
         (lines({**MESSAGE, "deleted": True}), ["--validation_fraction", "0"], "'not deleted' took the last 1"),
         (

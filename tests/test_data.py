@@ -130,6 +130,96 @@ def test_single_source_is_split_by_tree_and_seed():
     assert len(one) == 10 and one == again and one != other
 
 
+def test_follow_ups_of_what_validation_took_leave_train():
+    follow_up = [row("b", "Why?"), row("r", "So.", parent="b"), row("f", "How?", parent="r", role="prompter", tree="b")]
+    assert len(choose(follow_up, max_turns=2)[0]) == 2
+    taken = set()
+    choose([row("a", "Why?")], taken)
+    assert choose(follow_up, taken, max_turns=2)[0] == []
+
+
+LABELS = {"name": ["spam", "toxicity"], "value": [0.0, 0.9], "count": [3, 3]}
+TALK = [row("a", "Why is it so?", labels=LABELS), row("r", "Because.", parent="a", rank=0), row("s", "No.", parent="a", rank=1),
+        row("b", "How, then?", labels={**LABELS, "value": [0.0, 0.1]}, review_result=None)]  # fmt: skip
+
+
+def as_exported(message: dict) -> dict:
+    """As OpenAssistant's own exporter writes it: labels by name, and no nulls."""
+    labels = message.get("labels")
+    labels = labels and {n: {"value": v, "count": 3} for n, v in zip(labels["name"], labels["value"], strict=True)}
+    return {key: value for key, value in {**message, "labels": labels}.items() if value is not None}
+
+
+def as_tree(root: dict, rows: list[dict]) -> dict:
+    def below(message):
+        replies = [below(each) for each in rows if each["parent_id"] == message["message_id"]]
+        inner = {key: value for key, value in as_exported(message).items() if key not in ("parent_id", "message_tree_id")}
+        return {**inner, "replies": replies} if replies else inner
+
+    return {"message_tree_id": root["message_id"], "tree_state": "ready_for_export", "prompt": below(root)}
+
+
+def json_lines(rows: list) -> str:
+    return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows)
+
+
+FORMS = {
+    "hub.jsonl": lambda: json_lines(TALK).encode(),
+    "export.messages.jsonl.gz": lambda: gzip.compress(json_lines(map(as_exported, TALK)).encode()),
+    "export.trees.jsonl.gz": lambda: gzip.compress(json_lines([as_tree(r, TALK) for r in TALK if not r["parent_id"]]).encode()),
+    "array.json": lambda: json.dumps(TALK, indent=1).encode(),
+    "windows.jsonl": lambda: b"\xef\xbb\xbf" + json_lines(TALK).replace("\n", "\r\n").encode(),
+    "pandas.jsonl": lambda: json_lines(
+        [{**r, "deleted": 0.0, "review_result": None if r["review_result"] is None else 1.0,
+          "rank": None if r["rank"] is None else float(r["rank"])} for r in TALK]).encode(),
+    "with [brackets]: and a colon.jsonl": lambda: json_lines(TALK).encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_oasst1_is_passed_on_in(tmp_path, name):
+    """The very messages, labels included, whatever the file looks like."""
+    (tmp_path / name).write_bytes(FORMS[name]())
+    found = reading.read_messages(str(tmp_path / name), "main", with_toxicity=True)[0][""]
+    assert sorted(found) == sorted(reading._message(each, "row") for each in TALK)
+
+
+def test_columns_that_begin_far_into_a_file(tmp_path):
+    """Past the first ten megabytes, which is where datasets stops looking by itself."""
+    early = [as_exported(row(f"a{i}", "Why? " * 2000)) for i in range(1100)]
+    late = {**as_exported(TALK[0]), "message_id": "late"}
+    (tmp_path / "m.jsonl").write_text(json_lines([*early, late]))
+    *_, last = reading.read_messages(str(tmp_path / "m.jsonl"), "main", with_toxicity=True)[0][""]
+    assert (last.id, last.toxicity) == ("late", 0.9)
+
+
+def test_a_folder_as_the_hub_has_it(tmp_path):
+    """Splits by the files' names; the exports beside them are the same messages once more."""
+    (tmp_path / "data").mkdir()
+    for split, rows in (("train", TALK[:3]), ("validation", TALK[3:])):
+        plain = [{**each, "labels": LABELS} for each in rows]
+        datasets.Dataset.from_list(plain).to_parquet(str(tmp_path / "data" / f"{split}-00000-of-00001-b42a775f.parquet"))
+    (tmp_path / "2023.messages.jsonl.gz").write_bytes(FORMS["export.messages.jsonl.gz"]())
+    found = reading.read_messages(str(tmp_path), "main", with_toxicity=False)[0]
+    assert {split: [m.id for m in messages] for split, messages in found.items()} == {
+        "train": ["a", "r", "s"],
+        "validation": ["b"],
+    }
+    (tmp_path / "data" / "train-00000-of-00001-b42a775f.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(UserError, match="Git LFS pointer"):
+        reading.read_messages(str(tmp_path), "main", with_toxicity=False)
+
+
+def test_a_pinned_commit_without_network(monkeypatch):
+    table = datasets.Dataset.from_list(TALK[1:3])
+    table.info.download_checksums = {f"hf://datasets/a/b@{'b' * 40}/train.parquet": {}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=table))
+    for good in ("main", "b" * 40, "bbbbbbb"):
+        assert reading.read_messages("a/b", good, False)[1] == "b" * 40
+    with pytest.raises(UserError, match=f"is not what is in the cache.*at commit {'b' * 40}"):
+        reading.read_messages("a/b", "a" * 40, False)
+
+
 def test_chunks_hold_whole_trees_in_the_sources_order(tmp_path):
     """Interleaved trees too; and what is read back is what was written."""
     messages = [

@@ -117,14 +117,14 @@ def test_adapters_that_do_not_fit(micro, trained, tmp_path):
             model.load_adapter(base, str(folder))
 
     refused(tmp_path / "none", match="no adapter at")
-    for name in ("adapter_model.safetensors", "adapter_config.json", "generation_config.json", "tokenizer.json"):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
         partial = shutil.copytree(final, tmp_path / name)
         (partial / name).unlink()
         refused(partial, match=f"{name} missing")
     truncated = shutil.copytree(final, tmp_path / "truncated")
     weights = truncated / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    refused(truncated, match="cannot be put on")
+    refused(truncated, match="is broken")
     garbled = shutil.copytree(final, tmp_path / "garbled")
     (garbled / "adapter_config.json").write_text("{")
     refused(garbled, match="is not what PEFT writes")

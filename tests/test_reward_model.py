@@ -353,7 +353,7 @@ def test_a_shallower_base_is_another_base(judged, config, tmp_path):
     folder = shutil.copytree(judged[0], tmp_path / "judge")
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(shallow)}))
-    with pytest.raises(UserError, match="weights for 12 modules, but .* has 6 of them"):
+    with pytest.raises(UserError, match="do not fit .* have no place there"):
         loaded(folder, config)
 
 

@@ -359,7 +359,7 @@ def test_a_setting_that_the_engine_does_not_know_goes_to_generate(policy):
     with pytest.raises(ValueError, match="repetition_penalty"):
         sampling.Sampling.of(how)
     assert rollout.Graph(policy)(prompts, how) == rollout.Generate(policy)(prompts, how)
-    usual = model.generation_config(type("T", (), {"eos_token_id": 0, "pad_token_id": 0}), CONFIG)
+    usual = model.generation_config(type("T", (), {"eos_token_id": 0, "pad_token_id": 0}), CONFIG, 2048)
     assert sampling.Sampling.of(usual) == sampling.Sampling(False, CONFIG["chat_temperature"], 50, CONFIG["chat_top_p"], (0,))
 
 

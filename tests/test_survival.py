@@ -46,6 +46,46 @@ def test_killed_three_times_it_ends_the_same(call, quick, tmp_path):
     )
 
 
+def test_killed_past_its_first_epochs(call, quick, micro, tmp_path):
+    """Eight prompts, two a step: three epochs of four steps, each in an order of its own, that a resumed run finds again."""
+    rows = [json.loads(line) for line in (ROOT / "tiny" / "messages.jsonl").read_text(encoding="utf-8").splitlines()]
+    roots = [row for row in rows if row["parent_id"] is None and len(row["text"]) < 90]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in roots[:8]), encoding="utf-8")
+    how = ("--preset", "tiny", "--model", micro, "--dataset", tmp_path / "few.jsonl", "--validation_fraction", 0)
+    assert call("prepare_data", *how, "--data_dir", tmp_path / "d").code == 0
+    flags = (12, *quick, "--data_dir", tmp_path / "d", "--eval_prompts", 0)
+    assert call("train_grpo", *kills.command(flags, tmp_path / "whole")[2:]).code == 0
+    output = tmp_path / "killed"
+    for steps in (5, 9):  # as a kill leaves it, in the second epoch and in the third
+        assert call("train_grpo", *kills.command((steps, *flags[1:]), output, "--resume")[2:]).code == 0
+    assert call("train_grpo", *kills.command(flags, output, "--resume")[2:]).code == 0
+    assert kills.same(tmp_path / "whole-final", tmp_path / "killed-final")
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    from phi2_grpo.trainer import EpochSampler
+
+    sampler, orders = EpochSampler(range(8), 2, batch_size=2, seed=3), []
+    for epoch in (0, 1, 2, 1):
+        sampler.epoch = epoch
+        orders.append(list(sampler))
+    assert orders[1] == orders[3] and len({*map(tuple, orders)}) == 3
+    assert all(sorted(order) == sorted([*range(8)] * 2) for order in orders)
+
+
+def test_a_reward_of_another_content_is_another_run(call, quick, tmp_path):
+    reward, moved = tmp_path / "mine.py", tmp_path / "elsewhere.py"
+    reward.write_text("def mine(answers, **_):\n    return [float(len(a)) for a in answers]\n")
+    own = (*quick, "--eval_prompts", 0, "--save_steps", 1, "--output_dir", tmp_path / "o")
+    assert call("train_grpo", 1, *own, "--rewards", f"{reward}:mine").code == 0
+    shutil.copyfile(reward, moved)
+    check = ("train_grpo", 2, *own, "--resume", "--check")
+    assert call(*check, "--rewards", f"{moved}:mine").code == 0, "the same file by another path"
+    reward.write_text("def mine(answers, **_):\n    return [-float(len(a)) for a in answers]\n")
+    done = call(*check, "--rewards", f"{reward}:mine")
+    assert done.code == 2 and "the reward mine x 1 has another content now" in done.err, done.err
+
+
 def test_a_killed_prepare_leaves_old_or_new_data_or_says_so(micro, prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "d")
     tokenizer = load_tokenizer({"model": str(micro), "model_revision": "main"})
@@ -312,7 +352,7 @@ def test_what_may_change_and_what_may_not(call, quick, run, tmp_path):
         "learning_rate was 0.001, is 1e-05",
         "seed was 0, is 7",
         "lora_r was 16, is 8",
-        "rewards was ['length:1.0'], is ['ending']",
+        "rewards were length x 1, are ending x 1",
     ):
         assert part in done.err, done.err
     done = call(*resume, "--per_device_train_batch_size", 16)
@@ -331,7 +371,12 @@ def test_a_schedule_that_ends_may_not_be_made_longer():
     assert checkpoints.differences(then, {"max_steps": 20, "lr_scheduler_type": "linear"}, 1) == ["max_steps was 10, is 20"]
     then["config"]["lr_scheduler_type"] = "constant"
     assert checkpoints.differences(then, {"max_steps": 20, "lr_scheduler_type": "constant"}, 1) == []
-    assert checkpoints.differences({"config": {"rewards": ["length:1.0"]}}, {"rewards": ["length"]}, 1) == []
+    then = {"rewards": [{"name": "length", "weight": 1.0, "digest": None}], "dtype": "float32", "model_commit": "a"}
+    now = {**then, "rewards": [{"name": "length", "weight": 1.0}]}
+    assert checkpoints.differences(then, {}, 1, now) == []
+    assert checkpoints.differences(then, {}, 1, {**now, "dtype": "bfloat16", "model_commit": "b"}) == [
+        "dtype was float32, is bfloat16", "model_commit was a, is b"
+    ]  # fmt: skip
     assert checkpoints.differences({"config": {"model": "."}}, {"model": str(Path.cwd())}, 1) == [], "the same folder"
 
 
