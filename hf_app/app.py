@@ -73,6 +73,7 @@ try:
     import spaces  # ZeroGPU's, only there; it must come before torch
 except ImportError:
     spaces = None
+ZERO_GPU = spaces is not None and spaces.config.Config.zero_gpu  # elsewhere the package does nothing
 
 import gradio as gr
 import transformers
@@ -116,7 +117,7 @@ def gpu_seconds(messages: list[dict], model: str, settings: Settings) -> int:
 
 def answer_seconds(settings: Settings) -> float:
     """How long an answer may take: on ZeroGPU within what is reserved."""
-    return gpu_seconds([], TUNED, settings) - GPU_START // 2 if spaces else MAX_SECONDS
+    return gpu_seconds([], TUNED, settings) - GPU_START // 2 if ZERO_GPU else MAX_SECONDS
 
 
 def generate(messages: list[dict], model: str, settings: Settings) -> Iterator[Answer]:

@@ -67,7 +67,10 @@ class HeldOut(TrainerCallback):
         text = f"{state.global_step:>9}  held out: reward {reward}{spread} on {len(ids)} prompts"
         self.console.print(text, style="cyan")
         numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
-        self.trainer.callback_handler.on_log(args, state, self.trainer.control, numbers)  # every tracker of --report_to
+        control = self.trainer.control
+        asked = control.should_log  # which the handler takes as done
+        self.trainer.callback_handler.on_log(args, state, control, numbers)  # every tracker of --report_to
+        control.should_log = asked
         if self.track:
             log_answers(state.global_step, shown)
 

@@ -48,10 +48,14 @@ def _toxicity(row: dict) -> float | None:
     """
     labels = row.get("labels") or {}
     if "toxicity" in (labels.get("name") or ()):
-        return float(labels["value"][labels["name"].index("toxicity")])
-    found = labels.get("toxicity") or {}
-    found = found.get("value") if found else (row.get("detoxify") or {}).get("toxicity")
-    return None if found is None else float(found)
+        found = labels["value"][labels["name"].index("toxicity")]
+    elif labels.get("toxicity"):
+        found = labels["toxicity"].get("value")
+    else:
+        found = (row.get("detoxify") or {}).get("toxicity")
+    if not (found is None or isinstance(found, (int, float))):
+        raise ValueError(f"the toxicity is {found!r}, but it takes a number")
+    return None if _null(found) else float(found)
 
 
 def _null(value) -> bool:
@@ -84,9 +88,10 @@ def _message(row, where: str) -> Message:
             if texts["parent_id"] is not None:
                 raise ValueError("message_tree_id is missing, and only a root can do without")
             texts["message_tree_id"] = texts["message_id"]
-        rank = None if _null(row.get("rank")) else int(row["rank"])
-        if rank is not None and not 0 <= rank < 1_000_000:
-            raise ValueError(f"rank is {rank}, but it takes 0 to 999,999")
+        rank = None if _null(row.get("rank")) else row["rank"]
+        if rank is not None and not (isinstance(rank, (int, float)) and 0 <= rank < 1_000_000):
+            raise ValueError(f"rank is {rank!r}, but it takes 0 to 999,999")
+        rank = rank if rank is None else int(rank)
         deleted, reviewed, toxicity = _boolean(row, "deleted"), _boolean(row, "review_result"), _toxicity(row)
     except ValueError as error:
         raise UserError(f"{where}: {error}, which is not what oasst1 has there.") from None
@@ -112,29 +117,34 @@ def _of_tree(row: dict) -> Iterator[dict]:
 
 def _messages(table, name: str, with_toxicity: bool) -> Iterator[Message]:
     """Messages of a `Dataset` or `IterableDataset`. Raises UserError where its columns, or a row, are not oasst1's."""
-    columns = list(table.column_names or ())
+    rows, number = iter(table), 0
+    columns = table.column_names
+    if columns is None:  # not known before a row is read
+        first = _next(rows, name, number)
+        columns, rows = list(first or ()), itertools.chain([first] if first else (), rows)
     trees = set(TREE) <= set(columns)
-    if not trees:
+    if not trees and columns:
         if missing := [column for column in NEEDED if column not in columns]:
             raise UserError(
                 f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(columns) or 'none'}. Needed are oasst1's: "
                 f"{', '.join(COLUMNS)}; null ones may be left out."
             )
-        wanted = (*COLUMNS, *(TOXICITY_COLUMNS if with_toxicity else ()))
-        table = table.select_columns([column for column in wanted if column in columns])
-    number = 0
-    rows = iter(table)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # pyarrow, datasets and the file system each have their own
-            raise UserError(f"{name} cannot be read past row {number}: {_reason(error)}.") from None
+        if table.column_names:
+            wanted = (*COLUMNS, *(TOXICITY_COLUMNS if with_toxicity else ()))
+            rows = iter(table.select_columns([column for column in wanted if column in columns]))
+    while (row := _next(rows, name, number)) is not None:
         number += 1
         where = f"{name}, row {number}"
         for message in _of_tree(row) if trees else (row,):
             yield _message(message, where)
+
+
+def _next(rows: Iterator[dict], name: str, number: int) -> dict | None:
+    """The row after the first `number`, or None. Raises UserError where it cannot be read."""
+    try:
+        return next(rows, None)
+    except Exception as error:  # pyarrow, datasets and the file system each have their own
+        raise UserError(f"{name} cannot be read past row {number}: {_reason(error)}.") from None
 
 
 def _reason(error: BaseException) -> str:
@@ -199,6 +209,8 @@ def _local(path: Path) -> dict:
     found = [path] if path.is_file() else sorted([*path.rglob(f"*{kind}"), *path.rglob(f"*{kind}.gz")]) if kind else []
     if not found:
         raise UserError(f"--dataset {path} holds no .parquet or .jsonl file, and is no save_to_disk folder.")
+    if not any(file.stat().st_size for file in found):
+        raise UserError(f"--dataset {path} holds no messages: it is empty.")
     files.check_no_pointer(*found)
     by_split: dict[str, list[str]] = defaultdict(list)
     for file in found:

@@ -37,7 +37,10 @@ def train(trainer, config: dict, output: Path, whole: list[Path], steps: int) ->
         with asked.listening():
             trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
     except BadReward as error:
-        raise UserError(f"{error}\n  {_save_now(trainer, output)} Mend the reward first.") from None
+        raise UserError(
+            f"{error}\n  {_save_now(trainer, output)}\n  A mended reward is another run: start it from those weights, "
+            "--init_adapter CHECKPOINT and another --output_dir."
+        ) from None
     except Exception as error:
         if memory_ran_out(error):
             part = trainer.failed_in or "update"

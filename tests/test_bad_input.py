@@ -73,7 +73,9 @@ def test_sources_that_are_no_source(call, micro, tmp_path):
 
 def test_hub_out_of_reach(call, micro, tmp_path):
     """Said at once, without a minute of retries (the tests run with HF_HUB_OFFLINE)."""
-    refused(call("prepare_data", "--data_dir", tmp_path / "d"), "microsoft/phi-2", "cannot be loaded", "--preset tiny")
+    (tmp_path / "m.jsonl").write_text(lines(MESSAGE))
+    options = ("--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d")
+    refused(call("prepare_data", *options), "microsoft/phi-2", "cannot be loaded", "--preset tiny")
     options = ("--model", micro, "--data_dir", tmp_path / "d")
     refused(call("prepare_data", *options), "OpenAssistant/oasst1", "cannot be reached", "--preset tiny")
 

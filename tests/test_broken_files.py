@@ -126,7 +126,7 @@ def test_a_link_in_the_place_of_prepared_data(call, micro, tmp_path):
 def test_rows(call, micro, tmp_path, row, flags):
     (tmp_path / "m.jsonl").write_text(lines({**MESSAGE, **row}))
     done = call("prepare_data", "--model", micro, "--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d", *flags)
-    refused(done, "line 1", "not what oasst1 has")
+    refused(done, "row 1", "not what oasst1 has")
 
 
 @pytest.mark.parametrize("text", ["---\na: [\n---\n# x", "---\nlicense: {}\nbase_model: 3\n---\n", b"\xff\xfe"])

@@ -55,7 +55,7 @@ def test_a_space_gets_exactly_its_files(run, hub, adapter):
     assert done.code == 0, done.err
     sent = hub.repos[("spaces", "me/demo")]
     assert set(sent) == APP | {f"model_adapters/{name}" for name in OWN}
-    for name in OWN:
+    for name in OWN - {"run.json", "evaluation.jsonl", "README.md"}:
         assert sent[f"model_adapters/{name}"] == (adapter / name).read_bytes()
     for name in APP - {"README.md"}:
         assert sent[name] == (ROOT / "hf_app" / name).read_bytes()
@@ -64,6 +64,72 @@ def test_a_space_gets_exactly_its_files(run, hub, adapter):
     assert {"key": "GRADIO_SSR_MODE", "value": "false"} in created["variables"]
     assert "spaces/me/demo" in done.out and "hf spaces logs me/demo" in done.out
     assert TOKEN not in done.out + done.err and not any(TOKEN.encode() in data for data in sent.values())
+
+
+MARK = "qqsecretqq"
+
+
+@pytest.fixture(scope="module")
+def private(micro, tmp_path_factory):
+    """A run whose every path holds a marker word, on prompts that hold one, too; and its base."""
+    from conftest import script
+
+    home = tmp_path_factory.mktemp("home") / f"{MARK} of: mine"
+    home.mkdir()
+    base = shutil.copytree(micro, home / f"base-{MARK}")
+    (home / f"{MARK}.py").write_text("def mine(answers, **_):\n    return [float(len(a)) for a in answers]\n")
+    text = (ROOT / "tiny" / "messages.jsonl").read_text(encoding="utf-8").replace("?", f" {MARK}?")
+    (home / f"{MARK}.jsonl").write_text(text, encoding="utf-8")
+    own = ("--preset", "tiny", "--model", base, "--data_dir", home / "data")
+    done = script("prepare_data", *own, "--dataset", home / f"{MARK}.jsonl")
+    assert done.code == 0, done.err
+    more = ("--max_completion_length", 12, "--target_tokens", 6, "--per_device_train_batch_size", 8, "--report_to", "none")
+    done = script("train_grpo", 1, *own, *more, "--rewards", f"{home}/{MARK}.py:mine", "--output_dir", home / "run")
+    assert done.code == 0, done.err
+    return home / "run-final", base
+
+
+def marked(sent: dict[str, bytes]) -> list[str]:
+    return [name for name, content in sent.items() if MARK.encode() in content]
+
+
+def names_only(sent: dict[str, bytes], home: bytes) -> bool:
+    """Whether no file has more of a path than its last part."""
+    return not any(home in content or b"of: mine" in content for content in sent.values())
+
+
+def test_what_is_published_says_nothing_of_the_machine_or_the_data(run, hub, private, tmp_path):
+    final, base = private
+    home = str(final.parent.parent).encode()
+    assert MARK in (final / "evaluation.jsonl").read_text() and MARK in (final / "run.json").read_text(), (
+        "there is something to hide"
+    )
+    done = run("export_model", "--adapter", final, "--model", base, "--push_to_hub", "me/adapter", "--private", hub=hub)
+    assert done.code == 0 and "left out: run.json: paths of this machine" in done.out, done.err
+    assert "held-out prompts with their answers (sent with --with_samples)" in " ".join(done.out.split())
+    merged = ("--out", tmp_path / "merged", "--merged", "--push_to_hub", "me/merged")
+    assert run("export_model", "--adapter", final, "--model", base, *merged, hub=hub).code == 0
+    remote = shutil.copytree(final, tmp_path / "remote")
+    config = json.loads((remote / "adapter_config.json").read_text())
+    (remote / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "microsoft/phi-2"}))
+    dry = run("deploy_space", "me/space", "--adapter", remote, "--dry_run", hub=hub)
+    assert "left out: evaluation.jsonl" in dry.out and ("spaces", "me/space") not in hub.repos
+    assert run("deploy_space", "me/space", "--adapter", remote, hub=hub).code == 0
+    for repo in (("models", "me/adapter"), ("models", "me/merged"), ("spaces", "me/space")):
+        sent = hub.repos[repo]
+        assert names_only(sent, home), repo
+        assert not [name for name in marked(sent) if name.endswith("evaluation.jsonl")], "no text of the data"
+    kept = json.loads(hub.repos[("models", "me/adapter")]["evaluation.jsonl"].splitlines()[0])
+    assert kept["step"] == 0 and "eval_reward" in kept, "the curve's numbers stay"
+    assert json.loads(hub.repos[("models", "me/adapter")]["run.json"])["config"]["data_dir"] == "data"
+    done = run("export_model", "--adapter", final, "--model", base, "--push_to_hub", "me/adapter", "--with_samples", hub=hub)
+    assert done.code == 0 and MARK.encode() in hub.repos[("models", "me/adapter")]["evaluation.jsonl"]
+
+
+def test_the_local_card_names_a_local_base_by_its_folder(private):
+    final, base = private
+    card = (final / "README.md").read_text()
+    assert f"LoRA adapter for {base.name}" in card and str(base.parent) not in card
 
 
 def test_again_only_with_update(run, hub, adapter):
@@ -100,7 +166,7 @@ def _spoil(adapter, name, change):
         (lambda a: _spoil(a, "adapter_config.json", lambda c: c.update(base_model_name_or_path="nobody/nothing")), "nobody/nothing is not on the Hub"),
         (lambda a: _spoil(a, "run.json", lambda r: r["versions"].update(peft="0.1.0")), "trained with peft 0.1.0"),
         (lambda a: (a / "adapter_model.safetensors").unlink(), "adapter_model.safetensors missing"),
-        (lambda a: (a / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1"), "cannot be read"),
+        (lambda a: (a / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1"), "is a Git LFS pointer"),
     ],
 )  # fmt: skip
 def test_what_would_not_run_there_is_not_sent(run, hub, adapter, spoil, expected):

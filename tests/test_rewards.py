@@ -428,9 +428,53 @@ def test_a_value_that_is_no_number_stops_the_run_after_saving(call, quick, tmp_p
     assert not (tmp_path / "o-final").exists()
     (tmp_path / "late.py").write_text("def late(answers, **_):\n    return [float(len(answer)) for answer in answers]\n")
     resumed = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late", "--resume")
-    assert resumed.code == 0, resumed.err
+    assert resumed.code == 2 and "another content now" in resumed.err, "a mended reward is another run"
+    own = (*quick, "--output_dir", tmp_path / "n", "--rewards", f"{tmp_path}/late.py:late")
+    anew = call("train_grpo", 3, *own, "--init_adapter", tmp_path / "o" / "checkpoint-3")
+    assert anew.code == 0, anew.err
+
+
+def test_rewards_as_trl_documents_them(call, quick, tmp_path):
+    """With the trainer's state, as a tensor, and async; on the human replies, in training, held out and in validation."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def curriculum(completions, trainer_state, log_metric, log_extra, **_):\n"
+        "    log_metric('part', 0.5)\n"
+        "    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]\n"
+        "def tensor(completions, **_):\n"
+        "    return torch.tensor([float(len(c[0]['content'])) for c in completions], dtype=torch.bfloat16)\n"
+        "async def later(answers, **_):\n"
+        "    return [torch.tensor(float(len(answer))) for answer in answers]\n"
+    )
+    names = ("curriculum", "tensor", "later")
+    own = (*quick, "--rewards", ",".join(f"{tmp_path}/mine.py:{name}" for name in names))
+    done = call("train_grpo", 2, *own, "--eval_prompts", 4, "--output_dir", tmp_path / "o")
+    assert done.code == 0, done.err
     rows = [json.loads(line) for line in (tmp_path / "o-final" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["rewards/curriculum/mean"] for row in rows] == [0.0, 0.5], "the state of the step, as TRL gives it"
+    held = [json.loads(line) for line in (tmp_path / "o-final" / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["eval_rewards/curriculum"] for row in held] == [0.0, 1.0]
+    checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 3)
+    done = call("validate_model", *checked, "--rewards", own[-1])
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
+    assert metrics["curriculum"]["base"] == 1.0, "after its end"
+
+
+def test_what_is_not_scored_is_not_zero(tokenizer):
+    """TRL's rule: None leaves the sum, and where no reward scores there is no score."""
+
+    def even(answers, **_):
+        return [1.0 if len(answer) % 2 == 0 else None for answer in answers]
+
+    def short(answers, **_):
+        return [0.5 if len(answer) < 3 else None for answer in answers]
+
+    chosen = [scoring.Reward("even", 1.0, even), scoring.Reward("short", 2.0, short)]
+    rows = [{"prompt": [{"role": "user", "content": "Why?"}]}] * 4
+    ids = [tokenizer(text)["input_ids"] for text in ("ab", "a", "abcd", "abc")]
+    scored = scoring.Scorer(tokenizer, 6, chosen).score(rows, ids)
+    assert [row["score"] for row in scored] == [2.0, 1.0, 1.0, None]
 
 
 def test_several_rewards_train_and_are_described(call, quick, tmp_path):
@@ -469,5 +513,5 @@ def test_weights_are_trl_s(tokenizer):
 
 def test_the_module_of_choices_describes(tokenizer):
     assert scoring.describe(choose_rewards(["ending:3"])) == [
-        {"name": "ending", "weight": 3.0, "pays_for": "Pays for ending by itself. 0 or 1."}
+        {"name": "ending", "weight": 3.0, "pays_for": "Pays for ending by itself. 0 or 1.", "digest": None}
     ]

@@ -131,7 +131,7 @@ def test_damaged_adapters(call, options, final, tmp_path, name, text, expected):
     assert done.code == 2 and expected in done.err and "Traceback" not in done.err, done.err
     if name.endswith("safetensors"):
         done = call("validate_model", *options, "--against", folder)
-        assert done.code == 2 and "cannot be put on" in done.err
+        assert done.code == 2 and "is broken" in done.err
 
 
 def test_rewards_that_cannot_be_computed_are_left_out_and_said(call, micro, final, tmp_path):
@@ -235,7 +235,7 @@ def test_intervals_cover_the_truth(draw, monkeypatch):
 def test_paired_numbers():
     found = statistics.paired([0.0, 0.0, 1.0, None], [1.0, 0.0, 0.5, 7.0])
     assert (found.prompts, found.base, found.tuned) == (3, pytest.approx(1 / 3), pytest.approx(0.5))
-    assert found.difference == pytest.approx(1 / 6) and found.win_rate == pytest.approx(0.5) and found.low <= found.high
+    assert found.difference == pytest.approx(1 / 6) and found.win_rate == pytest.approx(0.5)
     assert statistics.paired([None], [1.0]) is None
     for prompts in (1, 5):
         few = statistics.paired([0.0] * prompts, [1.0] * prompts)
