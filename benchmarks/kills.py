@@ -2,7 +2,7 @@
 
   python benchmarks/kills.py [--kills 30]
 
-Preset tiny, on the CPU, a checkpoint after each step; kill -9 each time. The adapter of a run that was never killed is the
+Preset tiny, on the CPU, three epochs of 40 steps, a checkpoint after each step; kill -9 each time. The adapter of a run that was never killed is the
 measure, bit for bit; metrics.jsonl and evaluation.jsonl must have every step once.
 """
 
@@ -80,8 +80,7 @@ def main() -> None:
     from benchmarks.results import write_section
 
     prepared()
-    flags = (3 * arguments.kills, "--preset", "tiny", "--max_completion_length", 16, "--target_tokens", 8, "--eval_prompts", 4,
-             "--per_device_train_batch_size", 8)  # fmt: skip
+    flags = (120, "--preset", "tiny", "--max_completion_length", 16, "--target_tokens", 8, "--eval_prompts", 4)
     with tempfile.TemporaryDirectory() as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
         subprocess.run(command(flags, whole), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -90,7 +89,8 @@ def main() -> None:
     body = (
         f"{found['kills']} kills (kill -9), {found['in a save']} of them in a save; after the last resume the adapter is "
         f"{'the same, bit for bit, as' if equal else 'NOT that of'} the run that was never killed; its metrics and "
-        f"evaluations {'have every step once' if equal else 'differ'}.\n\nPreset tiny, {flags[0]} steps, each saved."
+        f"evaluations {'have every step once' if equal else 'differ'}.\n\nPreset tiny, {flags[0]} steps, each saved: "
+        f"three epochs, killed at the steps {', '.join(map(str, found['steps']))}."
     )
     write_section(
         "Killed and resumed", f"python benchmarks/kills.py --kills {arguments.kills}", body, "torch", "transformers", "trl"
