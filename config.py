@@ -18,7 +18,7 @@ CONFIG = {
     "lora_target_modules": ["Wqkv", "out_proj", "fc1", "fc2"],  # Phi's names, old or new; or all-linear
     "init_adapter": "",  # adapter folder to start from instead of a fresh adapter (the KL is still to the base)
     # --- data
-    "dataset": "OpenAssistant/oasst1",  # Hub id, .jsonl, .jsonl.gz, .parquet or save_to_disk folder of messages
+    "dataset": "OpenAssistant/oasst1",  # Hub id, or .jsonl, .json, .gz, .parquet, folder of them
     "dataset_revision": "main",  # branch, tag or commit of a Hub data set
     "data_dir": "./data",  # folder of oasst1_prompts, oasst1_preferences and funnel.json
     "languages": "all",  # oasst1's language codes (en,es,pt-BR), or all

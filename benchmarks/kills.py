@@ -2,8 +2,8 @@
 
   python benchmarks/kills.py [--kills 30]
 
-Preset tiny, on the CPU, three epochs of 40 steps, a checkpoint after each step; kill -9 each time. The adapter of a run that was never killed is the
-measure, bit for bit; metrics.jsonl and evaluation.jsonl must have every step once.
+Preset tiny, on the CPU, three epochs of 40 steps, a checkpoint after each step; kill -9 each time. The adapter of a run that
+was never killed is the measure, bit for bit; metrics.jsonl and evaluation.jsonl must have every step once.
 """
 
 import argparse

@@ -7,11 +7,16 @@ all its tokens pays for exactly that, so everything here looks at the trimmed an
 from dataclasses import dataclass
 from itertools import takewhile
 
-from phi2_grpo.chat import end_tokens
+from phi2_grpo.chat import CHAT_TEMPLATE, end_tokens
 
 # Where Phi-2 runs on (https://huggingface.co/microsoft/phi-2 shows the prompt format). Exercises carry their number, so
 # that a line like "Exercise helps" is no stop. They are written to each adapter's generation_config.json for its readers.
 STOP_STRINGS = ["\nInstruct:", "\nOutput:", "\nUser:", "\nHuman:", "\nExercise:", *(f"\nExercise {n}" for n in range(1, 10))]
+
+
+def stop_strings(tokenizer) -> list[str]:
+    """STOP_STRINGS under Phi-2's prompt format; none where a model has a template of its own, and ends its turns by a token."""
+    return STOP_STRINGS if getattr(tokenizer, "chat_template", CHAT_TEMPLATE) == CHAT_TEMPLATE else []
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:
     cut = [list(takewhile(lambda token: token not in ends, ids)) for ids in completion_ids]
     has_end = [len(kept) < len(ids) for kept, ids in zip(cut, completion_ids, strict=True)]
     raw = tokenizer.batch_decode(cut, skip_special_tokens=True)
-    stops = [min(((i, s) for s in STOP_STRINGS if (i := text.find(s)) >= 0), default=None) for text in raw]
+    known = stop_strings(tokenizer)
+    stops = [min(((i, s) for s in known if (i := text.find(s)) >= 0), default=None) for text in raw]
     texts = [text[: stop[0]].rstrip() if stop else text.rstrip() for text, stop in zip(raw, stops, strict=True)]
     kept = tokenizer(texts, add_special_tokens=False)["input_ids"]
     answers = []

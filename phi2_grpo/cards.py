@@ -6,7 +6,6 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from phi2_grpo import accuracy, files, hub, looks
-from phi2_grpo.answers import STOP_STRINGS
 from phi2_grpo.cli import UserError, disk_is_full, first_line
 
 USE_ADAPTER = """\
@@ -160,12 +159,14 @@ def of_merged(adapter: Path, dtype: str) -> str:
         "# A LoRA adapter for", "# Merged: a LoRA adapter for"
     )
     made = after.partition(MADE)[1:]
+    stops = files.read_json(adapter / "generation_config.json").get("stop_strings") or []
+    cut = f", for plain `generate` refuses them: cut an answer before the first of {', '.join(map(json.dumps, stops))}"
+    left_out = f"\n\nStop strings are left out{cut}." if stops else ""
     return f"""---
 {card.data.to_yaml()}
 ---
 {before}{USE}
-Merged in float32, written in {dtype}: plain weights, which transformers, vLLM and llama.cpp's converter read. Stop strings are
-left out, for plain `generate` refuses them: cut an answer before the first of {", ".join(map(json.dumps, STOP_STRINGS))}.
+Merged in float32, written in {dtype}: plain weights, which transformers, vLLM and llama.cpp's converter read.{left_out}
 
 ```python
 {USE_MERGED}```

@@ -15,7 +15,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from phi2_grpo.answers import STOP_STRINGS
+from phi2_grpo.answers import stop_strings
 from phi2_grpo.chat import end_tokens
 from phi2_grpo.cli import UserError, first_line
 from phi2_grpo.loading import base_of, check_adapter, check_weights, load_pretrained, resolve_model, said_where_broken
@@ -178,7 +178,7 @@ def generation_config(tokenizer, config: dict, context: int) -> GenerationConfig
         do_sample=True,
         temperature=config["chat_temperature"],
         top_p=config["chat_top_p"],
-        stop_strings=STOP_STRINGS,
+        stop_strings=stop_strings(tokenizer) or None,
     )
 
 

@@ -51,7 +51,7 @@ def test_readme_names_real_files_and_flags():
 
     own = {"against", "preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt"}
     own |= {"dry_run", "out", "push_to_hub", "merged", "host", "share"}
-    own |= {"torch-backend", "extra-index-url", "outfile"}  # uv's, pip's and llama.cpp's
+    own |= {"torch-backend", "extra-index-url", "with_samples", "outfile"}  # uv's, pip's and llama.cpp's
     own |= {"judge"}  # a benchmark's
     own |= {"multi_gpu", "num_processes", "nproc_per_node"}  # accelerate's and torchrun's
     for flag in re.findall(r"(?<!-)--([a-z][a-z_-]*)", readme):
