@@ -32,13 +32,14 @@ def kill_and_resume(kills: int, output: Path, flags: tuple, seed: int) -> dict[s
     Raises AssertionError where a resume fails.
     """
     draw, done, saving, steps = random.Random(seed), 0, 0, []
+    farthest = max(1, 2 * flags[0] // kills - 1)  # so that the kills are spread over the whole run
     while done < kills:
         process = subprocess.Popen(
             command(flags, output, "--resume"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         in_a_save = done % 3 == 1
-        before = newest(output)
-        while process.poll() is None and newest(output) == before:  # it is on its way
+        wanted = newest(output) + draw.randint(1, farthest)
+        while process.poll() is None and newest(output) < wanted:  # it is on its way
             time.sleep(0.005)
         if in_a_save:
             while process.poll() is None and not (output / ".incoming").exists():
