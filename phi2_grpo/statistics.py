@@ -67,7 +67,7 @@ def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple
     return (float(low), float(high)) if numpy.isfinite([low, high]).all() else None
 
 
-@functools.lru_cache(maxsize=1)  # all metrics of a report have as many prompts
+@functools.lru_cache(maxsize=2)  # the metrics of a report have as many prompts, and its languages fewer
 def _subsets(count: int, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     """FLIPS random subsets of `count` values, as rows of 0 and 1 (FLIPS, N), and their sizes."""
     chosen = numpy.random.default_rng(seed).random((FLIPS, count)) < 0.5
