@@ -85,7 +85,7 @@ def main() -> None:
     body = "\n".join(markdown(columns, rows)) + (
         f"\n\nShare of {arguments.reports} reports with a false word, no effect in any. A report: {METRICS} metrics, and the "
         f"headline in {LANGUAGES} languages. Each metric was taken for the headline in turn. Standard errors at 5 %: "
-        f"{error(arguments.reports * METRICS):.2f} points of a headline's share, {error(arguments.reports):.2f} of another row's."
+        f"{error(arguments.reports * METRICS):.2f} points of a headline's share, {error(arguments.reports):.2f} of the rest."
     )
     write_section("False verdicts", f"python benchmarks/verdicts.py --reports {arguments.reports}", body, "numpy", "scipy")
 
