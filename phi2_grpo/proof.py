@@ -160,7 +160,7 @@ def metric_table(found: dict) -> list[str]:
 def levels(found: dict) -> str:
     """What the intervals of the tables are, in one sentence."""
     rows = len(found["metrics"]) - 1 + len(found["languages"])
-    others = f"; the other {rows} rows together, each at {found['level']:.2%}" if rows > 0 else ""
+    others = f"; the other {rows} rows together at 95 %, so each at {100 * found['level']:.2f} %" if rows > 0 else ""
     return f"Intervals, by sign flips over prompts: {found['headline']} at 95 %{others}."
 
 

@@ -58,7 +58,9 @@ def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple
     values = numpy.asarray(differences, float)
     chosen, sizes = _subsets(len(values), seed)
     means = numpy.round((chosen @ values) / numpy.maximum(sizes, 1), 12)  # or what cancels out leaves a trace
-    place = int((1 - level) / 2 * (FLIPS + 1)) - 1
+    tail = (1 - level) / 2
+    # Less one standard error, for the subsets are drawn: so the level is at least what it says.
+    place = int(tail * (FLIPS + 1) - (FLIPS * tail * (1 - tail)) ** 0.5) - 1
     if place < 0:
         return None
     # The mean of no value may be anything.
