@@ -98,7 +98,7 @@ def test_text_is_shown_exactly_and_does_nothing(visit, said, text):
         ).count()
         == 0
     )
-    assert page.title() == "Phi-2 GRPO"
+    assert page.title() == "base GRPO", "the base's name, whatever it is"
     page.get_by_role("tab", name="Compare").click()
     page.wait_for_timeout(300)  # the tab is filled when it is first seen
     page.get_by_label("One question to both").fill(f"say {said}")
