@@ -97,6 +97,11 @@ def test_readme_s_sentences_are_the_measured_ones():
                     r"\d+ kills \(kill -9\), \d+ of them in a save"):  # fmt: skip
         found = re.findall(pattern, results)
         assert found and all(sentence in readme for sentence in found), pattern
+    table = re.search(r"\| values \| prompts \|.+?Share of 2000", results)[0]
+    shares = [list(map(float, re.findall(r"([\d.]+)%", row))) for row in table.split("| |")]
+    headline, others, _, usual = (max(column) for column in zip(*filter(None, shares), strict=True))
+    assert f"at most {headline} % had a false headline and {others} % any other false word" in readme
+    assert headline <= 5 and others <= 5 and f"in up to {usual:.0f} %" in readme
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ def run(trained, tmp_path) -> Path:
 # --- killed
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_the_same(call, quick, tmp_path):
     """Once in a save at least. (Thirty times: benchmarks/kills.py.)"""
     flags = (14, *quick, "--eval_prompts", 3)
