@@ -21,6 +21,7 @@ from benchmarks import kills
 from phi2_grpo import checkpoints, data, files, interruption
 from phi2_grpo.cli import Terminated, UserError
 from phi2_grpo.loading import load_tokenizer
+from phi2_grpo.trainer import EpochSampler
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_killed_three_times_it_ends_the_same(call, quick, tmp_path):
     )
 
 
-def test_killed_past_its_first_epochs(call, quick, micro, tmp_path):
+def test_killed_past_its_first_epochs(call, quick, micro, tmp_path, monkeypatch):
     """Eight prompts, two a step: three epochs of four steps, each in an order of its own, that a resumed run finds again."""
     rows = [json.loads(line) for line in (ROOT / "tiny" / "messages.jsonl").read_text(encoding="utf-8").splitlines()]
     roots = [row for row in rows if row["parent_id"] is None and len(row["text"]) < 90]
@@ -55,17 +56,18 @@ def test_killed_past_its_first_epochs(call, quick, micro, tmp_path):
     how = ("--preset", "tiny", "--model", micro, "--dataset", tmp_path / "few.jsonl", "--validation_fraction", 0)
     assert call("prepare_data", *how, "--data_dir", tmp_path / "d").code == 0
     flags = (12, *quick, "--data_dir", tmp_path / "d", "--eval_prompts", 0)
+    epochs, plain = [], EpochSampler.__iter__
+    monkeypatch.setattr(EpochSampler, "__iter__", lambda self: epochs.append(self.epoch) or plain(self))
     assert call("train_grpo", *kills.command(flags, tmp_path / "whole")[2:]).code == 0
     output = tmp_path / "killed"
     for steps in (5, 9):  # as a kill leaves it, in the second epoch and in the third
         assert call("train_grpo", *kills.command((steps, *flags[1:]), output, "--resume")[2:]).code == 0
     assert call("train_grpo", *kills.command(flags, output, "--resume")[2:]).code == 0
+    assert epochs == [0, 1, 2, 0, 1, 1, 2, 2], "the whole run, then its three parts"
     assert kills.same(tmp_path / "whole-final", tmp_path / "killed-final")
 
 
 def test_each_epoch_has_an_order_of_its_own():
-    from phi2_grpo.trainer import EpochSampler
-
     sampler, orders = EpochSampler(range(8), 2, batch_size=2, seed=3), []
     for epoch in (0, 1, 2, 1):
         sampler.epoch = epoch
