@@ -30,7 +30,7 @@ results/tiny-grpo-final/run.json:
 
 # The tiny base first, by itself: while it is built it needs both cores, and so would the two workers.
 test: .venv/ready-dev
-	$(BIN)/python -c "from phi2_grpo import environment; environment.prepare('tiny'); from phi2_grpo import tiny; tiny.tiny_base()"
+	$(BIN)/python -c "from phi2_grpo.common import setup; setup.prepare('tiny'); from phi2_grpo.data import oasst; from phi2_grpo.models import embedded; embedded.prepare('tiny', oasst.sample_dialogues)"
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready-dev

@@ -29,8 +29,8 @@ CONFIG = {
     "num_proc": 1,  # processes that prepare_data.py works with
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
-    "rollout": "auto",  # auto (graph where it can), graph (ours, for Phi), generate (transformers' own)
-    "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With graph the training does not depend on it
+    "rollout": "auto",  # auto (fast where it can), fast (ours, for Phi), generate (transformers' own)
+    "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With fast the training does not depend on it
     "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts (launch/README.md)
     "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
     "vllm_server_base_url": "",  # of that server, http://HOST:8000
@@ -92,11 +92,11 @@ PRESETS = {
         "gradient_accumulation_steps": 16,
         "activation_checkpointing": False,
     },
-    # A laptop's CPU, no Hub, no account: a 2M-parameter Phi made on the spot, the sample data in tiny/.
+    # A laptop's CPU, no Hub, no account: a 2M-parameter Phi made on the spot, the sample data in sample/.
     "tiny": {
         "model": "tiny",
         "device": "cpu",
-        "dataset": "./tiny/messages.jsonl",
+        "dataset": "./sample/tiny.jsonl",
         "data_dir": "./data/tiny",
         "max_prompt_tokens": 128,
         "validation_fraction": 0.3,
@@ -128,7 +128,7 @@ LIMITS = {
     "max_turns": (1, 100),
     "max_toxicity": (0.0, 1.0),
     "validation_fraction": (0.0, 0.9),
-    "rollout": {"auto", "graph", "generate"},
+    "rollout": {"auto", "fast", "generate"},
     "rollout_batch_size": (0, 65536),
     "vllm_mode": {"colocate", "server"},
     "vllm_gpu_memory_utilization": (0.05, 0.95),

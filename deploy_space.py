@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from phi2_grpo import cli, environment, files
+from phi2_grpo.common import cli, files, setup
 
 KEYS = ("adapter",)
 
@@ -32,18 +32,19 @@ def main() -> None:
     parser.add_argument("--with_samples", action="store_true", help="held-out prompts and their answers are sent, too")
     parser.add_argument("--dry_run", action="store_true", help="send nothing: list the files and what would stop a deployment")
     config, arguments = cli.parse(parser)
-    environment.prepare()
+    setup.prepare()
 
     from rich.filesize import decimal
 
-    from phi2_grpo import hub, looks
+    from phi2_grpo.common import hub
+    from phi2_grpo.common.console import Console, make_table
 
-    console = looks.Console()
+    console = Console()
     name = hub.check_name(arguments.name)
     adapter = Path(config["adapter"])
     with tempfile.TemporaryDirectory(prefix="space-") as folder:
         left_out = stage(Path(folder), adapter, arguments.with_samples)
-        table = looks.table(f"What the Space {name} gets", "file", "size")
+        table = make_table(f"What the Space {name} gets", "file", "size")
         sent = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         for path in sent:
             table.add_row(str(path.relative_to(folder)), decimal(path.stat().st_size))
@@ -71,7 +72,8 @@ def stage(folder: Path, adapter: Path, with_samples: bool = False) -> list[str]:
     """Copy exactly what the Space needs into an empty folder; returns what was left out. The header names the base."""
     from huggingface_hub import RepoCard
 
-    from phi2_grpo import hub, loading
+    from phi2_grpo.common import hub
+    from phi2_grpo.models.base import base_of_adapter
 
     for name in APP_FILES:
         shutil.copyfile(APP / name, folder / name)
@@ -79,7 +81,7 @@ def stage(folder: Path, adapter: Path, with_samples: bool = False) -> list[str]:
     sent, left_out = hub.public_files(hub.adapter_files(adapter), with_samples)
     for file, content in sent.items():
         (folder / "model_adapters" / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    if hub.is_id(base := loading.base_of(adapter)[0]):
+    if hub.is_id(base := base_of_adapter(adapter)[0]):
         card = RepoCard.load(folder / "README.md")
         card.data["models"] = card.data["preload_from_hub"] = [base]
         card.data["title"] = f"{base.split('/')[-1]} GRPO"
@@ -91,10 +93,12 @@ def check_adapter(adapter: Path) -> list[str]:
     """What is wrong with the adapter: incomplete, unreadable, or of a base that no Space can load."""
     from safetensors import SafetensorError, safe_open
 
-    from phi2_grpo import hub, loading
+    from phi2_grpo.common import hub
+    from phi2_grpo.models.base import base_of_adapter
+    from phi2_grpo.models.lora import check_adapter
 
     try:
-        loading.check_adapter(str(adapter))
+        check_adapter(str(adapter))
         with safe_open(adapter / "adapter_model.safetensors", "np") as weights:
             if not any("lora_A" in key for key in weights.keys()):  # noqa: SIM118, it is no dict
                 return ["adapter: adapter_model.safetensors holds no LoRA weights. Copy it again whole."]
@@ -102,7 +106,7 @@ def check_adapter(adapter: Path) -> list[str]:
         return [f"adapter: {error}"]
     except (SafetensorError, OSError) as error:
         return [f"adapter: adapter_model.safetensors cannot be read: {error}. Copy it again whole."]
-    if not hub.is_id(base := loading.base_of(adapter)[0]):
+    if not hub.is_id(base := base_of_adapter(adapter)[0]):
         return [
             f"base: the adapter was trained on the folder {base}, and a Space loads its base from the Hub. Train on one there."
         ]
@@ -141,18 +145,19 @@ def check_hub(name: str, adapter: Path, update: bool) -> list[str]:
     """What the Hub says against it: no token or a wrong one, the name in use, the base unknown."""
     from huggingface_hub import HfApi
 
-    from phi2_grpo import hub, loading
+    from phi2_grpo.common import hub
+    from phi2_grpo.models.base import base_of_adapter
 
     try:
         hub.check_account(name)
-        with hub.plain_errors(name):
+        with hub.clear_errors(name):
             there = HfApi().repo_exists(name, repo_type="space")
         if there and not update:
             return [f"name: the Space {name} exists. --update replaces its files; or choose another name."]
         if update and not there:
             return [f"name: there is no Space {name} to update. Leave --update out."]
-        if hub.is_id(base := loading.base_of(adapter)[0]):
-            with hub.plain_errors(base):
+        if hub.is_id(base := base_of_adapter(adapter)[0]):
+            with hub.clear_errors(base):
                 if not HfApi().repo_exists(base):
                     return [f"base: {base} is not on the Hub, or your token may not see it."]
     except cli.UserError as error:
@@ -164,9 +169,9 @@ def deploy(name: str, folder: str, arguments) -> None:
     """Create the Space unless it is there, then send everything in one commit."""
     from huggingface_hub import HfApi
 
-    from phi2_grpo import hub
+    from phi2_grpo.common import hub
 
-    with hub.plain_errors(name):
+    with hub.clear_errors(name):
         if not arguments.update:
             HfApi().create_repo(
                 name,
@@ -177,7 +182,7 @@ def deploy(name: str, folder: str, arguments) -> None:
                 private=arguments.private,
             )
     try:
-        with hub.plain_errors(name):
+        with hub.clear_errors(name):
             HfApi().upload_folder(
                 repo_id=name,
                 repo_type="space",

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from config import CONFIG
-from phi2_grpo import cli, environment, files
+from phi2_grpo.common import cli, files, setup
 
 KEYS = ("model", "model_revision", "dtype", "adapter")
 
@@ -30,18 +30,24 @@ def main() -> None:
         raise cli.UserError("nothing to do. Give --out DIR to merge, or --push_to_hub USER/NAME to send the adapter.")
     if arguments.merged and not (arguments.out and arguments.push_to_hub):
         raise cli.UserError("--merged sends a merged model: give --out DIR and --push_to_hub USER/NAME with it.")
-    environment.prepare(config["model"])
+    setup.prepare(config["model"])
 
-    from phi2_grpo import hub, loading, looks
+    from phi2_grpo.common import hub
+    from phi2_grpo.common.console import Console
+    from phi2_grpo.data import oasst
+    from phi2_grpo.models import embedded
+    from phi2_grpo.models.base import use_adapter_base
+    from phi2_grpo.models.lora import check_adapter
 
-    console = looks.Console()
-    adapter = loading.check_adapter(config["adapter"])
-    loading.use_base_of(adapter, config)
+    console = Console()
+    embedded.prepare(config["model"], oasst.sample_dialogues)
+    adapter = check_adapter(config["adapter"])
+    use_adapter_base(adapter, config)
     console.print(f"export_model: {cli.differences(config, KEYS)}")
     if arguments.push_to_hub:
         hub.check_account(hub.check_name(arguments.push_to_hub))
     if arguments.out:
-        with files.alone_in(Path(arguments.out)):
+        with files.lock_folder(Path(arguments.out)):
             merge(console, config, adapter, Path(arguments.out), arguments.overwrite)
     if arguments.push_to_hub:
         folder = Path(arguments.out) if arguments.merged else adapter
@@ -58,18 +64,21 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
     import torch
     from transformers import AutoModelForCausalLM
 
-    from phi2_grpo import cards, chat, model
-    from phi2_grpo.loading import load_tokenizer
+    from phi2_grpo.models.answers import saved_generation_config
+    from phi2_grpo.models.base import context_length, load_base, meta_model
+    from phi2_grpo.models.lora import load_adapter
+    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, load_tokenizer
+    from phi2_grpo.training import model_card
 
     tokenizer = load_tokenizer(config)
-    empty = model.empty_base(config)
+    empty = meta_model(config)
     # The adapter's own file says how to chat; but stop strings would make plain `generate(**inputs)` and pipelines fail.
-    generation = model.saved_generation_config(adapter, tokenizer, chat_settings(adapter), model.context_of(empty))
+    generation = saved_generation_config(adapter, tokenizer, chat_settings(adapter), context_length(empty))
     generation.stop_strings = None
     stored = empty.config.dtype or torch.float32
     dtype = getattr(torch, config["dtype"]) if config["dtype"] != "auto" else _export_dtype(stored)
     name = str(dtype).removeprefix("torch.")
-    card = cards.of_merged(adapter, name)
+    card = model_card.merged_card(adapter, name)
     needed = empty.num_parameters() * dtype.itemsize
     free = shutil.disk_usage(files.nearest_existing(out)).free
     if free < 1.05 * needed:
@@ -77,14 +86,14 @@ def merge(console, config: dict, adapter: Path, out: Path, overwrite: bool) -> N
 
     with console.status("merging in float32"):
         cpu = torch.device("cpu")  # once, and exactly: there is no hurry, and a card may be too small for float32
-        tuned = model.load_adapter(model.load_base(config, cpu, torch.float32), str(adapter)).eval()
-        expected = [greedy(tuned, tokenizer, question) for question in chat.SAMPLE_PROMPTS]
+        tuned = load_adapter(load_base(config, cpu, torch.float32), str(adapter)).eval()
+        expected = [greedy(tuned, tokenizer, question) for question in SAMPLE_PROMPTS]
         merged = merge_untied(tuned)
         refuse_if_other(largest_difference(merged, tokenizer, expected), "merged in float32")
         merged = merged.to(dtype)
         rounded = [(prompt, ids, log_probs(merged, tokenizer, prompt, ids)) for prompt, ids, _ in expected]
         merged.generation_config = generation
-    with files.whole_folder(out) as folder:
+    with files.atomic_folder(out) as folder:
         with console.status("writing"):
             merged.save_pretrained(folder, max_shard_size="5GB")
             tokenizer.save_pretrained(folder)
@@ -167,12 +176,12 @@ def _export_dtype(stored):
 
 def greedy(language_model, tokenizer, question: str) -> tuple[str, list[int], list[float]]:
     """The likeliest answer to a question: the prompt, token ids, and the log-prob of each."""
-    from phi2_grpo.chat import end_tokens, render
+    from phi2_grpo.models.tokenizer import eos_token_ids, render
 
     prompt = render(tokenizer, [[{"role": "user", "content": question}]])[0]
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     options = {"max_new_tokens": 64, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    ends = {"eos_token_id": end_tokens(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    ends = {"eos_token_id": eos_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     output = language_model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **options, **ends)
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     return prompt, ids, log_probs(language_model, tokenizer, prompt, ids)
@@ -193,11 +202,12 @@ def compare(console, written, tokenizer, expected: list[tuple[str, list[int], li
     """What was written against the adapter on its float32 base: the greedy answers, and the log-probs of the adapter's."""
     from rich.text import Text
 
-    from phi2_grpo import chat, looks
+    from phi2_grpo.common.console import make_table
+    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
 
     columns = ("sample prompt", "greedy answers", "largest log-prob difference")
-    table = looks.table("Merged against adapter", *columns, words=(0, 1))
-    for question, (prompt, ids, wanted) in zip(chat.SAMPLE_PROMPTS, expected, strict=True):
+    table = make_table("Merged against adapter", *columns, words=(0, 1))
+    for question, (prompt, ids, wanted) in zip(SAMPLE_PROMPTS, expected, strict=True):
         same = len(os.path.commonprefix([ids, greedy(written, tokenizer, question)[1]]))
         found = log_probs(written, tokenizer, prompt, ids)
         largest = max((abs(a - b) for a, b in zip(found, wanted, strict=True)), default=0.0)
@@ -210,11 +220,11 @@ def send(console, name: str, paths: list[Path], private: bool, with_samples: boo
     """Upload files in one commit, without what is private; makes the repository at the first time."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from phi2_grpo import hub
+    from phi2_grpo.common import hub
 
     found, left_out = hub.public_files(paths, with_samples)
     operations = [CommitOperationAdd(file, content) for file, content in found.items()]
-    with hub.plain_errors(name):
+    with hub.clear_errors(name):
         HfApi().create_repo(name, private=private, exist_ok=True)
         HfApi().create_commit(name, operations, commit_message="Upload")
     for each in left_out:

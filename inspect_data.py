@@ -10,7 +10,7 @@ Samples are shown exactly as the model will see them: special and white-space ch
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from phi2_grpo import cli, environment
+from phi2_grpo.common import cli, setup
 
 KEYS = ("model", "model_revision", "data_dir")
 
@@ -23,15 +23,17 @@ def main() -> None:
     config, arguments = cli.parse(parser)
     if not arguments.samples.isdecimal():
         raise cli.UserError(f"--samples is {arguments.samples!r}, but it takes a whole number, 0 or more.")
-    environment.prepare(config["model"])
+    setup.prepare(config["model"])
 
-    from phi2_grpo import data, looks
-    from phi2_grpo.chat import count_tokens, render
-    from phi2_grpo.loading import load_tokenizer
+    from phi2_grpo.common.console import Console
+    from phi2_grpo.data import oasst, store
+    from phi2_grpo.models import embedded
+    from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer, render
 
-    console = looks.Console()
+    console = Console()
+    embedded.prepare(config["model"], oasst.sample_dialogues)
     tokenizer = load_tokenizer(config)
-    prompts, funnel, notes = data.load_prompts(config, tokenizer)
+    prompts, funnel, notes = store.load_prompts(config, tokenizer)
     for note in notes:
         console.print(f"note: {note}", style="yellow")
     console.print(
@@ -67,13 +69,13 @@ def show_tables(console, rows: list[dict], lengths: list[int]) -> None:
     """Per language: how many, how long, how many with a human reply."""
     import numpy
 
-    from phi2_grpo import looks
+    from phi2_grpo.common.console import make_table
 
     by_language = defaultdict(list)
     for row, length in zip(rows, lengths, strict=True):
         by_language[row["lang"]].append((row, length))
     columns = ("language", "train", "validation", "median", "95 %", "longest", "with a reply")
-    table = looks.table("Prompts (lengths in tokens, chat template included)", *columns)
+    table = make_table("Prompts (lengths in tokens, chat template included)", *columns)
     groups = sorted(by_language.items(), key=lambda item: -len(item[1]))
     if len(groups) > 1:
         groups.append(("all", list(zip(rows, lengths, strict=True))))
@@ -108,21 +110,21 @@ def show_samples(console, rows: list[dict], texts: list[str], lengths: list[int]
 
 def draw(rows: list[dict], lengths: list[int], path: Path) -> None:
     """Histogram of token lengths, and prompts per language."""
-    from phi2_grpo import looks
+    from phi2_grpo.common.console import BLUE, ORANGE, make_figure, save_figure
 
-    figure, (left, right) = looks.figure(1, 2, 11, 4)
+    figure, (left, right) = make_figure(1, 2, 11, 4)
     width = 1 + (max(lengths) - min(lengths)) // 40  # whole tokens, or the bars would have gaps
-    left.hist(lengths, bins=range(min(lengths), max(lengths) + width + 1, width), color=looks.BLUE)
+    left.hist(lengths, bins=range(min(lengths), max(lengths) + width + 1, width), color=BLUE)
     left.set(xlabel="prompt length (tokens, chat template included)", ylabel="prompts", title=f"{len(rows):,} prompts")
     counts = {split: Counter(row["lang"] for row in rows if row["split"] == split) for split in ("train", "validation")}
     languages = [language for language, _ in Counter(row["lang"] for row in rows).most_common(20)]
     train = [counts["train"][language] for language in languages]
-    right.bar(languages, train, label="train", color=looks.BLUE)
+    right.bar(languages, train, label="train", color=BLUE)
     held_out = [counts["validation"][language] for language in languages]
-    right.bar(languages, held_out, bottom=train, label="validation", color=looks.ORANGE)
+    right.bar(languages, held_out, bottom=train, label="validation", color=ORANGE)
     right.set(ylabel="prompts", title="languages" + (" (the 20 most frequent)" if len(languages) == 20 else ""))
     right.legend(frameon=False)
-    looks.save(figure, path)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

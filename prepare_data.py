@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from phi2_grpo import cli, environment
+from phi2_grpo.common import cli, setup
 
 KEYS = cli.PREPARE_KEYS
 
@@ -30,56 +30,60 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace data prepared earlier")
     config, arguments = cli.parse(parser)
 
-    environment.prepare(config["model"], config["dataset"])
+    setup.prepare(config["model"], config["dataset"])
 
-    from phi2_grpo import data, files, looks, oasst, reading
+    from phi2_grpo.common import files
+    from phi2_grpo.common.console import Console
+    from phi2_grpo.data import oasst, sources, store
 
-    console = looks.Console()
+    console = Console()
     console.print(f"prepare_data: {cli.differences(config, KEYS)}")
     data_dir = Path(config["data_dir"])
     files.check_writable(data_dir)
-    if data.there(data_dir) and not arguments.overwrite:
+    if store.exists(data_dir) and not arguments.overwrite:
         raise cli.UserError(f"{data_dir} holds prepared data. Replace it: --overwrite, or choose another --data_dir.")
 
-    from phi2_grpo.loading import load_tokenizer
+    from phi2_grpo.models import embedded
+    from phi2_grpo.models.tokenizer import load_tokenizer
 
     with console.status("looking at the messages"):
-        source, commit = reading.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
+        source, commit = sources.read_messages(config["dataset"], config["dataset_revision"], config["max_toxicity"] < 1)
+    embedded.prepare(config["model"], oasst.sample_dialogues)
     tokenizer = load_tokenizer(config)
-    with files.alone_in(data_dir), scratch_in(data_dir) as scratch:
+    with files.lock_folder(data_dir), scratch_in(data_dir) as scratch:
         with console.status("reading messages"):
-            chunks = {split: reading.Chunks(scratch / (split or "all"), messages) for split, messages in source.items()}
+            chunks = {split: sources.Chunks(scratch / (split or "all"), messages) for split, messages in source.items()}
         found = sum((part.languages for part in chunks.values()), Counter())
         if not found:
             raise cli.UserError(f"--dataset {config['dataset']} holds no messages.")
         languages = oasst.check_languages(config["languages"], found)
         trees = None  # to be held out, where the source has no validation split
         if "" in chunks:
-            trees = oasst.held_out_trees(chunks[""].numbers, config["validation_fraction"], config["split_seed"])
+            trees = oasst.validation_trees(chunks[""].numbers, config["validation_fraction"], config["split_seed"])
 
-        prepared, funnels, taken = data.Prepared(scratch), {}, set()
+        prepared, funnels, taken = store.Prepared(scratch), {}, set()
         for split in ("validation", "train"):  # validation first: what stands there leaves train
             part = chunks.get("", chunks.get(split))  # one part for both, or one each, or none
             paths = part.paths if part else []
-            funnel, seen, kept = Counter(oasst.candidates([], lambda _: [], *limits(config, languages))[1]), set(), 0
+            funnel, seen, kept = Counter(oasst.filter_prompts([], lambda _: [], *limits(config, languages))[1]), set(), 0
             for rows, counts in each(config, [(path, trees, split == "validation", languages) for path in paths], tokenizer):
-                prompts, pairs = oasst.distinct(rows, seen, taken)
-                prepared.add(data.PROMPTS, split, prompts)
-                prepared.add(data.PREFERENCES, split, pairs)
+                prompts, pairs = oasst.deduplicate(rows, seen, taken)
+                prepared.add(store.PROMPTS, split, prompts)
+                prepared.add(store.PREFERENCES, split, pairs)
                 kept += len(prompts)
                 for step, count in counts.items():
                     funnel[step] += count
             funnels[split] = {**funnel, "distinct": len(seen), "kept": kept}
             taken |= seen
         if not funnels["train"]["kept"]:
-            raise cli.UserError(f"no train prompt is left: {oasst.blame(funnels['train'])}.")
+            raise cli.UserError(f"no train prompt is left: {oasst.explain_empty(funnels['train'])}.")
         prompts = prepared.finish(
             data_dir,
             {
                 "dataset_commit": commit,
                 "settings": {key: config[key] for key in KEYS},
                 "model": config["model"],
-                "tokenizer": data.tokenizer_fingerprint(tokenizer),
+                "tokenizer": store.tokenizer_fingerprint(tokenizer),
                 "funnel": {split: funnels[split] for split in ("train", "validation")},
             },
         )
@@ -107,11 +111,11 @@ def limits(config: dict, languages: set[str] | None) -> tuple:
 
 def choose(config: dict, tokenizer, path: Path, trees: set[str] | None, inside: bool, languages: set[str] | None) -> tuple:
     """The candidates of one chunk, as `oasst.candidates` returns them."""
-    from phi2_grpo import oasst, reading
-    from phi2_grpo.chat import count_tokens
+    from phi2_grpo.data import oasst, sources
+    from phi2_grpo.models.tokenizer import count_tokens
 
-    messages = reading.read_chunk(path, trees, inside)
-    return oasst.candidates(messages, lambda talks: count_tokens(tokenizer, talks), *limits(config, languages))
+    messages = sources.read_chunk(path, trees, inside)
+    return oasst.filter_prompts(messages, lambda talks: count_tokens(tokenizer, talks), *limits(config, languages))
 
 
 def each(config: dict, chunks: list[tuple], tokenizer) -> Iterator[tuple]:
@@ -142,9 +146,9 @@ _worker: dict = {}
 def _start(config: dict) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches all of them; the first process ends the others
-    from phi2_grpo.loading import load_tokenizer
+    from phi2_grpo.models.tokenizer import load_tokenizer
 
-    environment.prepare(config["model"])
+    setup.prepare(config["model"])
     _worker.update(config=config, tokenizer=load_tokenizer(config))
 
 
@@ -156,16 +160,16 @@ def show(console, funnels: dict, prepared, data_dir: Path) -> None:
     """The funnel and the languages, as tables."""
     from datasets import load_from_disk
 
-    from phi2_grpo import looks
+    from phi2_grpo.common.console import make_table
 
-    funnel = looks.table("What was kept", "step", "train", "validation")
+    funnel = make_table("What was kept", "step", "train", "validation")
     for step in funnels["train"]:
         style = "bold" if step == "kept" else None
         funnel.add_row(step, f"{funnels['train'][step]:,}", f"{funnels['validation'][step]:,}", style=style)
     console.print(funnel)
 
     counts = {split: Counter(table["lang"]) for split, table in prepared.items()}
-    languages = looks.table("Prompts by language", "language", "train", "validation")
+    languages = make_table("Prompts by language", "language", "train", "validation")
     for language, _ in sum(counts.values(), Counter()).most_common():
         languages.add_row(language, f"{counts['train'][language]:,}", f"{counts['validation'][language]:,}")
     console.print(languages)

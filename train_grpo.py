@@ -16,7 +16,7 @@ import math
 import shlex
 from pathlib import Path
 
-from phi2_grpo import cli, environment
+from phi2_grpo.common import cli, setup
 
 KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
         "init_adapter", "data_dir", "rollout", "rollout_batch_size", "use_vllm", "vllm_mode", "vllm_server_base_url",
@@ -39,20 +39,25 @@ def main() -> None:
         if arguments.max_steps not in (None, arguments.steps):
             raise cli.UserError(f"MAX_STEPS is {arguments.steps} and --max_steps {arguments.max_steps}. Give one of them.")
         config["max_steps"] = cli.parse_value("max_steps", arguments.steps)
-    environment.prepare(config["model"], *cli.reward_models(config["rewards"]))
+    setup.prepare(config["model"], *cli.reward_model_names(config["rewards"]))
 
-    from phi2_grpo import checks, files, looks, running
+    from phi2_grpo.common import files
+    from phi2_grpo.common.console import Console
+    from phi2_grpo.data import oasst
+    from phi2_grpo.models import embedded
+    from phi2_grpo.training import preflight, running
 
-    console = looks.Console(quiet=cli.process() > 0)
+    console = Console(quiet=cli.process_index() > 0)
     console.print(f"train_grpo: {cli.differences(config, KEYS)}")
-    checklist, found = checks.preflight(config, arguments.resume, arguments.overwrite)
+    embedded.prepare(config["model"], oasst.sample_dialogues)
+    checklist, found = preflight.preflight(config, arguments.resume, arguments.overwrite)
     console.print(checklist.table())
     checklist.complain()
     if arguments.check:
-        console.print(checks.expectation(config, found))
+        console.print(preflight.expectation(config, found))
         console.print("All is ready. Without --check, training starts here.")
         return
-    with files.alone_in(Path(config["output_dir"])), running.advice_when_interrupted(Path(config["output_dir"])):
+    with files.lock_folder(Path(config["output_dir"])), running.advice_when_interrupted(Path(config["output_dir"])):
         train(config, arguments, console, found)
 
 
@@ -63,32 +68,38 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from transformers import set_seed
     from trl import GRPOConfig
 
-    from phi2_grpo import checkpoints, checks, evaluation, files, looks, model, plan, report, rewards, rollout, running, scoring
-    from phi2_grpo.held_out import HeldOut
-    from phi2_grpo.loading import resolve_model
-    from phi2_grpo.monitor import Monitor
-    from phi2_grpo.trainer import Trainer, training_arguments
+    from phi2_grpo.common import files
+    from phi2_grpo.common.console import format_duration
+    from phi2_grpo.data import store
+    from phi2_grpo.models.base import context_length, is_sharded, load_base, resolve_model
+    from phi2_grpo.models.lora import lora_config, lora_summary
+    from phi2_grpo.rewards.functions import untrusted_rewards
+    from phi2_grpo.rewards.scorer import Scorer, describe_rewards, try_rewards
+    from phi2_grpo.rollout.engine import make_engine
+    from phi2_grpo.training import checkpoints, memory, outputs, running
+    from phi2_grpo.training.callbacks import EvaluationCallback, LogCallback
+    from phi2_grpo.training.trainer import Trainer, training_arguments
 
     device, dtype = found["device"]
     tokenizer, scorer = found["tokenizer"], found["scorer"]
     output, final = Path(config["output_dir"]), checkpoints.final_folder(config)
-    whole = checkpoints.whole_checkpoints(output) if arguments.resume else []
+    whole = checkpoints.complete_checkpoints(output) if arguments.resume else []
     read = {key: config[key] for key in KEYS}
     if whole and checkpoints.step_of(whole[-1]) >= config["max_steps"] and checkpoints.is_result_of(final, whole[-1]):
         console.print(f"Nothing is left to train, and {final} is its result: it stays as it is.")
         return
 
     set_seed(config["seed"])
-    base = model.load_base(config, device, dtype)
+    base = load_base(config, device, dtype)
     for judge in scorer.models:
         judge.load(config, base, device, dtype)
     if scorer.models:
-        scoring.try_rewards(scorer, checks.real_rows(found["prompts"]))
+        try_rewards(scorer, store.first_rows(found["prompts"]))
     if config["init_adapter"]:
         lora = LoraConfig.from_pretrained(config["init_adapter"])
         lora.inference_mode, lora.revision = False, resolve_model(config)[1]
     else:
-        lora = model.lora_config(config, base)
+        lora = lora_config(config, base)
     own = {
         "project": "phi2-grpo",
         "reward_weights": [reward.weight for reward in scorer.chosen],
@@ -115,46 +126,46 @@ def train(config: dict, arguments, console, found: dict) -> None:
         set_peft_model_state_dict(trainer.model, weights)
     # TRL's own path serves vLLM; for the rest an engine, which the held-out evaluations share.
     engine = None
-    if not model.spread():
+    if not is_sharded():
         speaker = trainer.accelerator.unwrap_model(trainer.model)
-        engine = rollout.make_engine(config["rollout"], speaker, config["rollout_batch_size"], plan.reserve(found["plan"]))
+        engine = make_engine(config["rollout"], speaker, config["rollout_batch_size"], memory.reserved_bytes(found["plan"]))
     trainer.engine = None if config["use_vllm"] else engine
-    adapted = model.describe_coverage(trainer.model)
-    facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
-    facts |= {"rewards": scoring.describe(scorer.chosen), "context": model.context_of(base)}
-    track = config["report_to"] == "trackio" and not cli.process()  # transformers opens it in the first process alone
-    before = checkpoints.seconds_of(whole)
-    watch = Monitor(scorer, tokenizer, facts, config["sample_steps"], before, config["stop_on_collapse"], track)
-    trainer.watched_by(watch)
-    rows = evaluation.held_out_rows(found["prompts"]["validation"], config["eval_prompts"], seed=0)
-    judges = scoring.Scorer(tokenizer, config["target_tokens"], scorer.chosen)
-    trainer.add_callback(HeldOut(trainer, judges, tokenizer, engine, rows, config, watch.console, track))
+    adapted = lora_summary(trainer.model)
+    facts = outputs.run_metadata(read, arguments.preset, device, dtype, found["funnel"], adapted)
+    facts |= {"rewards": describe_rewards(scorer.chosen), "context": context_length(base)}
+    track = config["report_to"] == "trackio" and not cli.process_index()  # transformers opens it in the first process alone
+    before = checkpoints.elapsed_seconds(whole)
+    watch = LogCallback(scorer, tokenizer, facts, config["sample_steps"], before, config["stop_on_collapse"], track)
+    trainer.add_run_callback(watch)
+    rows = store.select_rows(found["prompts"]["validation"], config["eval_prompts"], seed=0)
+    judges = Scorer(tokenizer, config["target_tokens"], scorer.chosen)
+    trainer.add_callback(EvaluationCallback(trainer, judges, tokenizer, engine, rows, config, watch.console, track))
     running.train(trainer, config, output, whole, config["max_steps"])
 
     history = trainer.state.log_history
     kept = running.take_last_good(trainer, output, watch.collapsed_at) if watch.collapsed_at else None
     if kept:
         console.print(f"Stopped at step {watch.collapsed_at}. The result is checkpoint-{kept}.", style="bold red")
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if model.spread() else None  # by all processes together
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded() else None  # by all processes together
     if not trainer.accelerator.is_main_process:
         return
-    with files.whole_folder(final) as folder:
+    with files.atomic_folder(final) as folder:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-        report.describe_folder(folder, tokenizer, facts, history, watch.seconds(), finished=True, kept=kept)
-    rows = [row for row in report.rows_with(history, "reward") if kept is None or row["step"] <= kept]
+        outputs.write_adapter_files(folder, tokenizer, facts, history, watch.seconds(), finished=True, kept=kept)
+    rows = [row for row in outputs.log_rows(history, "reward") if kept is None or row["step"] <= kept]
     unlike = (
         "model",
         "model_revision",
         "data_dir",
         "device",
         "dtype",
-        *(["rewards"] if rewards.not_run_unasked(config["rewards"]) else []),
+        *(["rewards"] if untrusted_rewards(config["rewards"]) else []),
     )
     named = cli.flags(config, arguments.preset, *unlike)
-    first, last = report.window(rows, "reward") or (math.nan, math.nan)
+    first, last = outputs.first_and_last(rows, "reward") or (math.nan, math.nan)
     console.print(
-        f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {looks.duration(watch.seconds())}.\n"
+        f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {format_duration(watch.seconds())}.\n"
         f"Adapter: {final}   curve: {final / 'reward.png'}\n"
         "Is it better on prompts it has not seen?\n"
         f"  python validate_model.py --preset {arguments.preset} --adapter {shlex.quote(str(final))}{named}",

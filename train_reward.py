@@ -15,7 +15,7 @@ import contextlib
 import shlex
 from pathlib import Path
 
-from phi2_grpo import cli, environment
+from phi2_grpo.common import cli, setup
 
 KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "data_dir",
         "reward_dir", "reward_learning_rate", "reward_epochs", "reward_max_length", "lr_scheduler_type", "warmup_steps",
@@ -29,19 +29,24 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in <reward_dir>-run")
     parser.add_argument("--overwrite", action="store_true", help="replace the reward model in reward_dir")
     config, arguments = cli.parse(parser)
-    environment.prepare(config["model"])
+    setup.prepare(config["model"])
 
-    from phi2_grpo import checkpoints, checks, files, looks, running
+    from phi2_grpo.common import files
+    from phi2_grpo.common.console import Console
+    from phi2_grpo.data import oasst
+    from phi2_grpo.models import embedded
+    from phi2_grpo.training import checkpoints, preflight, running
 
-    console = looks.Console()
+    console = Console()
     console.print(f"train_reward: {cli.differences(config, KEYS)}")
-    checklist, found = checks.preflight_reward(config, arguments.resume, arguments.overwrite)
+    embedded.prepare(config["model"], oasst.sample_dialogues)
+    checklist, found = preflight.preflight_reward(config, arguments.resume, arguments.overwrite)
     console.print(checklist.table())
     checklist.complain()
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    with files.alone_in(Path(config["reward_dir"])), running.advice_when_interrupted(checkpoints.reward_run_folder(config)):
+    with files.lock_folder(Path(config["reward_dir"])), running.advice_when_interrupted(checkpoints.reward_run_folder(config)):
         train(config, arguments, console, found)
 
 
@@ -50,19 +55,25 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from transformers import set_seed
     from trl import RewardConfig
 
-    from phi2_grpo import accuracy, checkpoints, files, looks, model, monitor, progress, report, running
-    from phi2_grpo.reward_model import judge
-    from phi2_grpo.trainer import JudgeTrainer, training_arguments
+    from phi2_grpo.common import files, progress
+    from phi2_grpo.common.console import format_duration
+    from phi2_grpo.evaluation import reward_accuracy
+    from phi2_grpo.models.base import load_reward_base
+    from phi2_grpo.models.lora import lora_config, lora_summary
+    from phi2_grpo.rewards.reward_model import score_answers
+    from phi2_grpo.training import checkpoints, outputs, running
+    from phi2_grpo.training.callbacks import RewardLogCallback
+    from phi2_grpo.training.trainer import RewardModelTrainer, training_arguments
 
     device, dtype = found["device"]
     tokenizer = found["tokenizer"]
     tokenizer.padding_side = "right"  # the head reads the last token
     run_folder, reward_dir = checkpoints.reward_run_folder(config), Path(config["reward_dir"])
-    whole = checkpoints.whole_checkpoints(run_folder) if arguments.resume else []
+    whole = checkpoints.complete_checkpoints(run_folder) if arguments.resume else []
     read = {key: config[key] for key in KEYS}
 
     set_seed(config["seed"])
-    base = model.load_judge(config, device, dtype)
+    base = load_reward_base(config, device, dtype)
     own = {
         "output_dir": str(run_folder),
         "run_name": reward_dir.name,
@@ -71,43 +82,45 @@ def train(config: dict, arguments, console, found: dict) -> None:
         "max_steps": found["steps"],
         "max_length": None,  # too long pairs are left out before, and counted
     }
-    trainer = JudgeTrainer(
+    trainer = RewardModelTrainer(
         model=base,
         args=training_arguments(RewardConfig, read, device, dtype, **own),
         train_dataset=found["pairs"]["train"],
         processing_class=tokenizer,
-        peft_config=model.lora_config(config, base, "SEQ_CLS"),
+        peft_config=lora_config(config, base, "SEQ_CLS"),
     )
-    adapted = model.describe_coverage(trainer.model)
-    facts = report.run_facts(read, arguments.preset, device, dtype, found["funnel"], adapted)
-    watch = monitor.RewardMonitor(facts, checkpoints.seconds_of(whole))
-    trainer.watched_by(watch)
+    adapted = lora_summary(trainer.model)
+    facts = outputs.run_metadata(read, arguments.preset, device, dtype, found["funnel"], adapted)
+    watch = RewardLogCallback(facts, checkpoints.elapsed_seconds(whole))
+    trainer.add_run_callback(watch)
     running.train(trainer, config, run_folder, whole, found["steps"])
 
     held_out = found["pairs"]["validation"].to_list()
     trained = trainer.accelerator.unwrap_model(trainer.model).eval()
-    with progress.counting(console, "judging held-out replies", 2 * len(held_out)) as advance:
-        chosen, rejected = accuracy.judge_pairs(
-            lambda prompts, replies: judge(trained, tokenizer, prompts, replies), held_out, advance
+    with progress.progress_bar(console, "judging held-out replies", 2 * len(held_out)) as advance:
+        chosen, rejected = reward_accuracy.score_pairs(
+            lambda prompts, replies: score_answers(trained, tokenizer, prompts, replies), held_out, advance
         )
-    scale = accuracy.scale(chosen, rejected)
-    measured = accuracy.accuracies(held_out, chosen, rejected)
-    with files.whole_folder(reward_dir) as folder:
+    scale = reward_accuracy.scale(chosen, rejected)
+    measured = reward_accuracy.measure_accuracy(held_out, chosen, rejected)
+    with files.atomic_folder(reward_dir) as folder:
         trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         standard = [[(score - scale["mean"]) / scale["std"] for score in scores] for scores in (chosen, rejected)]
-        accuracy.draw(measured, *standard, folder / "scores.png")
-        rows = report.rows_with(trainer.state.log_history, "loss")
-        report.describe_reward_folder(folder, facts, rows, watch.seconds(), scale, measured, found["left_out"])
+        reward_accuracy.draw(measured, *standard, folder / "scores.png")
+        rows = outputs.log_rows(trainer.state.log_history, "loss")
+        outputs.write_reward_model_files(
+            folder, facts, rows, watch.seconds(), scale, measured, reward_accuracy.markdown(measured), found["left_out"]
+        )
     checkpoints.remove_run(run_folder)  # its checkpoints have served
     with contextlib.suppress(OSError):  # not empty: the rest is somebody's
         run_folder.rmdir()
     shared = ("model", "model_revision", "data_dir", "device", "dtype")
-    console.print(accuracy.table(measured))
-    console.print(accuracy.verdict(measured), style="bold")
+    console.print(reward_accuracy.table(measured))
+    console.print(reward_accuracy.verdict(measured), style="bold")
     console.print(
         f"{measured['ties']} ties, counted half. Rank correlation of score and length: {measured['rank_correlation']:.2f}.\n"
-        f"Reward model: {reward_dir}, in {looks.duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
+        f"Reward model: {reward_dir}, in {format_duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
         "To train on it:\n"
         f"  python train_grpo.py --preset {arguments.preset} --rewards {shlex.quote(config['reward_dir'] + ',ending')} "
         f"--output_dir results/on-reward-model{cli.flags(config, arguments.preset, *shared)}",

@@ -14,7 +14,7 @@ import shlex
 from contextlib import contextmanager
 from pathlib import Path
 
-from phi2_grpo import cli, environment, files
+from phi2_grpo.common import cli, files, setup
 
 KEYS = ("model", "model_revision", "device", "dtype", "data_dir", "adapter", "max_completion_length", "temperature", "top_p",
         "top_k", "rewards", "target_tokens", "max_prompts", "samples_per_prompt", "rollout", "rollout_batch_size", "seed",
@@ -32,47 +32,53 @@ def main() -> None:
     config, arguments = cli.parse(parser)
     if any(not prompt.strip() for prompt in arguments.prompt or []):
         raise cli.UserError("--prompt is empty. Give it a question.")
-    if cli.processes() > 1:
+    if cli.num_processes() > 1:
         raise cli.UserError(
             "validate_model.py runs in one process: start it with python, not with accelerate launch or torchrun."
         )
     trained = take_settings_of(Path(config["adapter"]), config, arguments)
-    environment.prepare(config["model"], *cli.reward_models(config["rewards"]))
-    with files.alone_in(Path(config["validation_dir"])):
+    setup.prepare(config["model"], *cli.reward_model_names(config["rewards"]))
+    from phi2_grpo.data import oasst
+    from phi2_grpo.models import embedded
+
+    embedded.prepare(config["model"], oasst.sample_dialogues)
+    with files.lock_folder(Path(config["validation_dir"])):
         validate(config, arguments, trained)
 
 
 def validate(config: dict, arguments, trained: dict) -> None:
     """Draw, measure, report. `trained` is the adapter's run.json."""
-    from phi2_grpo import (
-        cards,
-        chat,
-        checks,
-        data,
-        evaluation,
-        journal,
-        looks,
-        model,
-        plan,
-        progress,
-        proof,
-        rollout,
-        scoring,
-        statistics,
+    from phi2_grpo.common import progress, stats
+    from phi2_grpo.common.console import Console
+    from phi2_grpo.data import store
+    from phi2_grpo.evaluation import journal, measure, report
+    from phi2_grpo.models import base
+    from phi2_grpo.models.answers import saved_generation_config
+    from phi2_grpo.models.base import choose_device, context_length, load_base, meta_model, use_adapter_base
+    from phi2_grpo.models.lora import check_adapter, check_same_base, load_adapter
+    from phi2_grpo.models.tokenizer import (
+        SAMPLE_PROMPTS,
+        check_context,
+        check_vocabulary,
+        load_tokenizer,
+        render,
     )
-    from phi2_grpo.loading import load_tokenizer, use_base_of
+    from phi2_grpo.rewards.scorer import Scorer, choose_rewards, try_rewards, with_all_built_in
+    from phi2_grpo.rollout.cache import rows_that_fit
+    from phi2_grpo.rollout.engine import make_engine
+    from phi2_grpo.training import model_card
 
-    console = looks.Console()
+    console = Console()
     console.print(f"validate_model: {cli.differences(config, KEYS)}")
     folder = Path(config["validation_dir"])
-    adapters = [Path(model.check_adapter(path)) for path in (config["adapter"], arguments.against) if path is not None]
-    use_base_of(adapters[0], config)
-    checks.same_base(adapters, None if arguments.model else config)
+    adapters = [check_adapter(path) for path in (config["adapter"], arguments.against) if path is not None]
+    use_adapter_base(adapters[0], config)
+    check_same_base(adapters, None if arguments.model else config)
     files.check_writable(folder)
-    proof.check_replaceable(folder)
-    device, dtype = model.choose_device(config)
+    report.check_replaceable(folder)
+    device, dtype = choose_device(config)
     tokenizer = load_tokenizer(config)
-    tables, funnel, _ = data.load_prompts(config, tokenizer)
+    tables, funnel, _ = store.load_prompts(config, tokenizer)
     if trained.get("data", {}).get("fingerprint", funnel["fingerprint"]) != funnel["fingerprint"]:
         text = (
             f"{config['adapter']} was trained on other data than {config['data_dir']}: it may have seen what is held out here."
@@ -80,10 +86,8 @@ def validate(config: dict, arguments, trained: dict) -> None:
         console.print(text, style="yellow")
     if not len(tables["validation"]):
         raise cli.UserError(f"{config['data_dir']} has no validation prompt. Prepare it with a larger --validation_fraction.")
-    prompts = evaluation.held_out_rows(tables["validation"], config["max_prompts"], config["seed"])
-    scorer = scoring.Scorer(
-        tokenizer, config["target_tokens"], scoring.with_all_built_in(scoring.choose_rewards(config["rewards"]))
-    )
+    prompts = store.select_rows(tables["validation"], config["max_prompts"], config["seed"])
+    scorer = Scorer(tokenizer, config["target_tokens"], with_all_built_in(choose_rewards(config["rewards"])))
     drawing = ("temperature", "top_p", "top_k", "max_completion_length", "samples_per_prompt", "seed", "max_prompts")
     run = {
         "adapters": [files.digest(path / "adapter_model.safetensors") for path in adapters],
@@ -91,25 +95,25 @@ def validate(config: dict, arguments, trained: dict) -> None:
         "model": [config["model"], config["model_revision"], device.type, str(dtype)],
         **{key: config[key] for key in drawing},
     }
-    scoring.try_rewards(scorer, tables["validation"].select(range(min(8, len(tables["validation"])))).to_list())
-    empty = model.empty_base(config)
-    checks.same_vocabulary(tokenizer, empty)
+    try_rewards(scorer, tables["validation"].select(range(min(8, len(tables["validation"])))).to_list())
+    empty = meta_model(config)
+    check_vocabulary(tokenizer, empty)
     drawn = journal.Journal(folder / "unfinished" / "journal.jsonl", run, arguments.overwrite)
-    context = model.context_of(empty)
-    generation = model.saved_generation_config(adapters[0], tokenizer, config, context)  # how to chat
+    context = context_length(empty)
+    generation = saved_generation_config(adapters[0], tokenizer, config, context)  # how to chat
     generation.max_new_tokens = min(generation.max_new_tokens or 256, context // 2)
-    length = checks.fits_context([row["prompt"] for row in prompts], tokenizer, config, context)
+    length = check_context([row["prompt"] for row in prompts], tokenizer, config, context)
     length += config["max_completion_length"]
     with console.status("loading the model"):
-        base = model.load_base(config, device, dtype)
+        base = load_base(config, device, dtype)
         for judge in scorer.models:
             judge.load(config, base, device, dtype)
-        policy = model.load_adapter(base, config["adapter"])
+        policy = load_adapter(base, config["adapter"])
         if arguments.against:
-            model.load_adapter(policy, arguments.against, "against")
+            load_adapter(policy, arguments.against, "against")
     sides = {"base": ("against" if arguments.against else None), "tuned": "default"}
-    engine = rollout.make_engine(config["rollout"], policy, config["rollout_batch_size"], evaluation.held_bytes(policy))
-    batch = config["rollout_batch_size"] or plan.rows_that_fit(policy, length, evaluation.held_bytes(policy))
+    engine = make_engine(config["rollout"], policy, config["rollout_batch_size"], measure.reserved_bytes(policy))
+    batch = config["rollout_batch_size"] or rows_that_fit(policy, length, measure.reserved_bytes(policy))
     drawn.open(batch)
     names = ("base", "tuned")
     if arguments.against:
@@ -128,16 +132,16 @@ def validate(config: dict, arguments, trained: dict) -> None:
             policy.set_adapter("default")
 
     shown = show_samples(
-        console, engine, tokenizer, voice, names, generation, config["seed"], arguments.prompt or chat.SAMPLE_PROMPTS
+        console, engine, tokenizer, voice, names, generation, config["seed"], arguments.prompt or SAMPLE_PROMPTS
     )
-    texts = chat.render(tokenizer, [row["prompt"] for row in prompts for _ in range(config["samples_per_prompt"])])
-    with progress.counting(console, "held-out prompts", 2 * len(texts)) as advance:
+    texts = render(tokenizer, [row["prompt"] for row in prompts for _ in range(config["samples_per_prompt"])])
+    with progress.progress_bar(console, "held-out prompts", 2 * len(texts)) as advance:
         for side in sides:
             with voice(side):
-                evaluation.answer(engine, tokenizer, texts, config, side, drawn, advance)
+                measure.complete_prompts(engine, tokenizer, texts, config, side, drawn, advance)
     samples, costs, perplexity = [], {"KL from base": {}, "reply surprise": {}}, {}
     repeated = [row for row in prompts for _ in range(config["samples_per_prompt"])]
-    with progress.counting(console, "what it cost", 2 * (len(repeated) + len(prompts))) as advance:
+    with progress.progress_bar(console, "what it cost", 2 * (len(repeated) + len(prompts))) as advance:
         for side in sides:
             ids = [drawn.found[side, i] for i in range(len(repeated))]
             for i, row in enumerate(scorer.score(repeated, ids)):
@@ -146,13 +150,13 @@ def validate(config: dict, arguments, trained: dict) -> None:
                 if sides[side] is None:
                     kl = [0.0] * len(repeated)
                 else:
-                    kl = evaluation.divergence(policy, policy.disable_adapter, tokenizer, repeated, ids, advance)
-                costs["KL from base"][side] = evaluation.mean_per_prompt(kl, config["samples_per_prompt"])
-                surprise = evaluation.surprise(policy, tokenizer, prompts, advance)
+                    kl = measure.kl_to_base(policy, policy.disable_adapter, tokenizer, repeated, ids, advance)
+                costs["KL from base"][side] = measure.mean_per_prompt(kl, config["samples_per_prompt"])
+                surprise = measure.reference_nll(policy, tokenizer, prompts, advance)
                 costs["reply surprise"][side] = [value and value[0] / value[1] for value in surprise]
-                perplexity[side] = evaluation.perplexity(surprise)
-    found = {**proof.summarize(samples, prompts, costs, scorer, names), "perplexity": perplexity}
-    proof.show(console, found, config["samples_per_prompt"])
+                perplexity[side] = measure.perplexity(surprise)
+    found = {**report.summarize(samples, prompts, costs, scorer, names), "perplexity": perplexity}
+    report.show(console, found, config["samples_per_prompt"])
     facts = [
         f"{config['adapter']} against {arguments.against or 'its base'}, {config['model']}",
         f"{len(prompts)} held-out prompts of {funnel['settings']['dataset']}, {config['samples_per_prompt']} samples each, "
@@ -161,10 +165,10 @@ def validate(config: dict, arguments, trained: dict) -> None:
         f"{config['target_tokens']} tokens",
     ]
     with drawn.finished_in(folder) as new:
-        proof.write(new, found, samples, prompts, shown, facts, {**config, "against": arguments.against})
+        report.write(new, found, samples, prompts, shown, facts, {**config, "against": arguments.against})
     as_trained = all(config[key] == trained.get("config", {}).get(key) for key in TRAINED_WITH)
-    if not arguments.against and as_trained and len(prompts) >= statistics.FEW:
-        cards.add_validation(adapters[0], found["line"], [*proof.metric_table(found), "", proof.levels(found)])
+    if not arguments.against and as_trained and len(prompts) >= stats.FEW:
+        model_card.add_validation(adapters[0], found["line"], [*report.metric_table(found), "", report.levels(found)])
     else:
         console.print("The model card is left as it is: that takes the settings of the training, the base, and 20 prompts.")
     console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", soft_wrap=True)
@@ -175,7 +179,7 @@ def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
 
     Raises UserError for rewards that are code, or models from elsewhere: they are not run unasked.
     """
-    from phi2_grpo.rewards import not_run_unasked
+    from phi2_grpo.rewards.functions import untrusted_rewards
 
     run = files.read_run(adapter)
     saved = run.get("config", {})
@@ -186,7 +190,7 @@ def take_settings_of(adapter: Path, config: dict, arguments) -> dict:
                 config[key] = cli.parse_value(key, text)
     except (cli.UserError, TypeError) as error:
         raise cli.UserError(f"{adapter / 'run.json'} is not what a training wrote: {error}") from None
-    if not arguments.rewards and (unasked := not_run_unasked(config["rewards"])):
+    if not arguments.rewards and (unasked := untrusted_rewards(config["rewards"])):
         raise cli.UserError(
             f"{adapter} was trained with {', '.join(unasked)}, which is not on this machine, or is code, and that runs only "
             f"when you name it:\n  --rewards {shlex.quote(','.join(config['rewards']))}   (or other rewards)"
@@ -200,10 +204,10 @@ def show_samples(
     """The questions answered by both as a chat, as `generation` has it, side by side, trimmed."""
     from rich.text import Text
 
-    from phi2_grpo import looks
-    from phi2_grpo.answers import trim
-    from phi2_grpo.chat import render
-    from phi2_grpo.rollout import complete
+    from phi2_grpo.common.console import make_table
+    from phi2_grpo.models.answers import trim
+    from phi2_grpo.models.tokenizer import render
+    from phi2_grpo.rollout.engine import complete
 
     texts = render(tokenizer, [[{"role": "user", "content": question}] for question in questions])
     answers = {}
@@ -213,7 +217,7 @@ def show_samples(
             answers[side] = trim(ids, tokenizer)
     samples = []
     for i, question in enumerate(questions):
-        table = looks.table(Text(question), *names, words=(0, 1), expand=True, show_lines=True)
+        table = make_table(Text(question), *names, words=(0, 1), expand=True, show_lines=True)
         pair = [answers["base"][i], answers["tuned"][i]]
         table.columns[0].ratio = table.columns[1].ratio = 1
         table.add_row(*(Text(answer.text) for answer in pair))

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7979)
     arguments = parser.parse_args()
     from benchmarks.results import write_section
-    from phi2_grpo.looks import markdown
+    from phi2_grpo.common.console import markdown_table
 
     adapter = ("--adapter", "results/tiny-grpo-final", "--base", "results/tiny-base", "--port", str(arguments.port))
     server = subprocess.Popen([sys.executable, "hf_app/app.py", *adapter], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -109,7 +109,7 @@ def main() -> None:
     took = f"{statistics.median(waits):.1f}, {waits[int(0.95 * len(waits))]:.1f}"
     row = [*(found[kind] for kind in ("right", "refused", "mixed", "failed")), took,
            f"{found['early']:.0f} MB, {found['late']:.0f} MB"]  # fmt: skip
-    body = "\n".join(markdown(columns, [row])) + (
+    body = "\n".join(markdown_table(columns, [row])) + (
         f"\n\n{arguments.callers} callers for {arguments.seconds:.0f} s, tiny model, 32 tokens an answer, tuned and base in "
         "turn; the callers share the two cores with the server."
     )

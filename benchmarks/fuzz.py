@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     cases = parser.parse_args().cases
     from benchmarks.results import write_section
-    from phi2_grpo.looks import markdown
+    from phi2_grpo.common.console import markdown_table
 
     command = [sys.executable, "-m", "pytest", "tests/test_fuzz.py", "-v", "--disable-warnings"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "FUZZ_CASES": str(cases)}, capture_output=True, text=True)
@@ -28,7 +28,7 @@ def main() -> None:
         raise SystemExit(done.stdout + done.stderr)
     rows = [(name.removeprefix("test_").replace("_", " "), f"{cases:,}", "none" if end == "PASSED" else "YES, see the test")
             for name, end in found]  # fmt: skip
-    lines = markdown(("what was made up", "cases", "traceback or hang"), rows)
+    lines = markdown_table(("what was made up", "cases", "traceback or hang"), rows)
     write_section("Fuzzed", f"python benchmarks/fuzz.py --cases {cases}", "\n".join(lines), "hypothesis")
     if done.returncode:
         raise SystemExit(done.stdout)

@@ -10,9 +10,9 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from config import CONFIG, PRESETS
-from phi2_grpo import model
-from phi2_grpo.loading import load_tokenizer
-from phi2_grpo.tiny import tiny_base
+from phi2_grpo.models.base import TINY_FOLDER, load_base
+from phi2_grpo.models.lora import lora_config
+from phi2_grpo.models.tokenizer import load_tokenizer
 
 # microsoft/phi-2's config.json, as far as it differs from PhiConfig's defaults or decides about size: with it, tests and
 # benchmarks build the full-size model without a download.
@@ -55,9 +55,9 @@ def device_of(name: str) -> tuple[torch.device, torch.dtype]:
 def base_of(name: str):
     """The base without an adapter, and a tokenizer: the tiny one for both, as no text of the full-size model is read."""
     device, dtype = device_of(name)
-    tokenizer = load_tokenizer({**setting("tiny"), "model": str(tiny_base())})
+    tokenizer = load_tokenizer({**setting("tiny"), "model": str(TINY_FOLDER)})
     if name == "tiny":
-        return model.load_base(setting("tiny"), device, dtype), tokenizer
+        return load_base(setting("tiny"), device, dtype), tokenizer
     torch.manual_seed(0)
     with device:
         base = full_size_phi2(dtype)
@@ -78,7 +78,7 @@ def prepared() -> None:
 def policy_of(name: str) -> PeftModel:
     """The base with a LoRA that has a say (B is zero at the start of a training)."""
     base, _ = base_of(name)
-    policy = get_peft_model(base, model.lora_config(setting(name), base))
+    policy = get_peft_model(base, lora_config(setting(name), base))
     for key, parameter in policy.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.01)

@@ -2,7 +2,7 @@
 
   python benchmarks/prepare.py
 
-The rows are made from tiny/messages.jsonl: the same trees again with new ids and a counter in each text, so that nothing
+The rows are made from sample/tiny.jsonl: the same trees again with new ids and a counter in each text, so that nothing
 is a duplicate. Whole processes, imports included; memory is the largest of the process (ru_maxrss).
 """
 
@@ -48,7 +48,7 @@ def measure(source: Path, folder: Path) -> tuple[float, float]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from benchmarks.results import write_section
-    from phi2_grpo.looks import markdown
+    from phi2_grpo.common.console import markdown_table
 
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,7 +59,7 @@ def main() -> None:
             seconds, memory = zip(*found, strict=True)
             size, spread = f"{source.stat().st_size / 1e6:.0f} MB", f"{min(seconds):.1f} to {max(seconds):.1f}"
             lines.append((f"{rows:,}", size, runs, spread, f"{max(memory):.2f} GB"))
-    table = markdown(("rows", "file", "runs", "seconds, lowest to highest", "peak memory"), lines)
+    table = markdown_table(("rows", "file", "runs", "seconds, lowest to highest", "peak memory"), lines)
     write_section("prepare_data", "python benchmarks/prepare.py", "\n".join(table), "datasets", "tokenizers")
 
 

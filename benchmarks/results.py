@@ -8,8 +8,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from phi2_grpo.files import write_text
-from phi2_grpo.report import git_commit
+from phi2_grpo.common.files import write_text
+from phi2_grpo.training.outputs import git_commit
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = "# Measured\n\nEach section was written by the script it names. Nothing here is an estimate.\n"

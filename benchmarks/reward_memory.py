@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from phi2_grpo import environment  # noqa: E402, it stands in the folder above
+from phi2_grpo.common import setup  # noqa: E402, it stands in the folder above
 
 VARIANTS = ("policy alone", "judge on its weights", "judge beside it")
 
@@ -29,17 +29,19 @@ def make(folder: Path, size: str) -> None:
 
     from benchmarks import models
     from config import CONFIG
-    from phi2_grpo import model, tiny
+    from phi2_grpo.models import embedded
+    from phi2_grpo.models.base import TINY_FOLDER, new_reward_head
+    from phi2_grpo.models.lora import lora_config
 
     base = folder / "base"
     if size == "full":
         models.full_size_phi2(torch.bfloat16).save_pretrained(base)
-        tiny._tokenizer(tiny.SAMPLE.read_text(encoding="utf-8").splitlines()[:50]).save_pretrained(base)
+        embedded.train_tokenizer(embedded.TINY_SAMPLE.read_text(encoding="utf-8").splitlines()[:50]).save_pretrained(base)
     else:
-        base.symlink_to(tiny.tiny_base())
+        base.symlink_to(TINY_FOLDER)
     config = {**CONFIG, "model": str(base)}
-    judge = model.new_head(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="auto"))
-    judge = get_peft_model(judge, model.lora_config(config, judge, "SEQ_CLS"))
+    judge = new_reward_head(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="auto"))
+    judge = get_peft_model(judge, lora_config(config, judge, "SEQ_CLS"))
     judge.save_pretrained(folder / "judge")
 
 
@@ -49,13 +51,13 @@ def measure(folder: Path, variant: str) -> None:
 
     from benchmarks.models import peak_bytes
     from config import CONFIG
-    from phi2_grpo import model
-    from phi2_grpo.reward_model import RewardModel
+    from phi2_grpo.models.base import load_base
+    from phi2_grpo.rewards.reward_model import RewardModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if (folder / "base" / "model.safetensors").stat().st_size > 1e9 else torch.float32
     config = {**CONFIG, "model": str(folder / "base")}
-    base = model.load_base(config, device, dtype)
+    base = load_base(config, device, dtype)
     with torch.no_grad():
         base(torch.arange(64, device=device)[None])
     if variant != "policy alone":
@@ -76,14 +78,14 @@ def main() -> None:
     parser.add_argument("--model", choices=("full", "tiny"), default="full")
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "VARIANT"), help="for the processes that this one starts")
     arguments = parser.parse_args()
-    environment.prepare()
+    setup.prepare()
     if arguments.measure:
         measure(Path(arguments.measure[0]), arguments.measure[1])
         return
     import torch
 
     from benchmarks.results import write_section
-    from phi2_grpo.looks import markdown
+    from phi2_grpo.common.console import markdown_table
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +99,7 @@ def main() -> None:
     rows = [
         (variant, *(f"{size / 1e9:.2f} GB" for size in (held, held - alone, peak))) for variant, (held, peak) in found.items()
     ]
-    lines = markdown(("", "held", "more than the policy alone", "peak, loading included"), rows)
+    lines = markdown_table(("", "held", "more than the policy alone", "peak, loading included"), rows)
     size = "Phi-2's size, random weights in bfloat16" if arguments.model == "full" else "the tiny model"
     body = "\n".join(lines) + f"\n\n{size}; {where}; LoRA r 16 in float32 and a head as the judge."
     title = "A reward model's memory" + ("" if arguments.model == "full" else ", tiny")

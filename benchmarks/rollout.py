@@ -48,28 +48,29 @@ def main() -> None:
     parser.add_argument("--lengths", default="128,256,512")
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
-    from phi2_grpo import environment
+    from phi2_grpo.common import setup
 
-    environment.prepare("tiny")
+    setup.prepare("tiny")
     import torch
 
     from benchmarks import models
     from benchmarks.results import write_section
-    from phi2_grpo import plan, rollout
-    from phi2_grpo.looks import markdown
-    from phi2_grpo.model import cache_bytes_per_token
-    from phi2_grpo.report import hardware
+    from phi2_grpo.common.console import markdown_table
+    from phi2_grpo.rollout.cache import cache_bytes_per_token
+    from phi2_grpo.rollout.engine import FastEngine, GenerateEngine
+    from phi2_grpo.training import memory
+    from phi2_grpo.training.outputs import hardware_name
 
     device, dtype = models.device_of(arguments.model)
     policy = models.policy_of(arguments.model)
     policy.generation_config.eos_token_id = policy.get_base_model().generation_config.eos_token_id = None
     weights = sum(p.nbytes for name, p in policy.named_parameters() if "lora_" not in name)
-    bandwidth, _ = plan.speed(device, dtype)
+    bandwidth, _ = memory.speed(device, dtype)
     rows = []
     for batch in map(int, arguments.batches.split(",")):
         for new in map(int, arguments.lengths.split(",")):
             prompts = prompts_of(batch, policy.config.vocab_size)
-            engines = {"graph": rollout.Graph(policy), "generate": rollout.Generate(policy, rows=batch)}
+            engines = {"fast": FastEngine(policy), "generate": GenerateEngine(policy, rows=batch)}
             peak = {}
             for name, engine in engines.items():
                 if device.type == "cuda":
@@ -80,18 +81,18 @@ def main() -> None:
             for _ in range(arguments.turns):
                 for name, engine in engines.items():
                     found[name].append(timed(engine, prompts, new, device))
-            ratios = [slow / fast for fast, slow in zip(found["graph"], found["generate"], strict=True)]
-            step = min(found["graph"]) / new
+            ratios = [slow / fast for fast, slow in zip(found["fast"], found["generate"], strict=True)]
+            step = min(found["fast"]) / new
             live = batch * (PROMPT + new / 2) * cache_bytes_per_token(policy.config, dtype)
-            share = plan.decode_seconds(weights, live, bandwidth) / step
+            share = memory.decode_seconds(weights, live, bandwidth) / step
             peaks = f"{peak['graph'] / 1e9:.2f}" if device.type == "cuda" else ""
             speeds = [f"{batch * new / min(found[name]):,.4g}" for name in engines]
             rows.append((batch, new, *speeds, models.middle(ratios), f"{1000 * step:.2f}", f"{share:.0%}", peaks))
             print(*rows[-1], sep="  ", flush=True)
     columns = ("batch", "tokens", "graph, tokens/s", "generate, tokens/s", "times", "graph, ms a step", "of the limit",
                "peak, GB")  # fmt: skip
-    body = "\n".join(markdown(columns, rows)) + (
-        f"\n\n{hardware(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
+    body = "\n".join(markdown_table(columns, rows)) + (
+        f"\n\n{hardware_name(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
         f"Tokens/s and ms of the fastest of {arguments.turns} turns, the prompts' filling in included; times: median [lowest, "
         "highest] of the turns' ratios. A cache that the processor holds near itself can pass the limit of a copy."
     )

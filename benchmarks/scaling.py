@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from benchmarks.models import middle, prepared
     from benchmarks.results import write_section
-    from phi2_grpo.looks import markdown
+    from phi2_grpo.common.console import markdown_table
 
     prepared()
     found = {1: [], 2: []}
@@ -48,7 +48,7 @@ def main() -> None:
                 speeds.append(samples_a_second(processes, arguments.steps, Path(scratch) / f"{turn}-{processes}"))
                 print(f"turn {turn + 1}, {processes}: {speeds[-1]:.1f} samples/s", flush=True)
     rows = [(processes, middle(speeds, 1)) for processes, speeds in found.items()]
-    lines = markdown(("processes", "samples/s, median [lowest, highest]"), rows)
+    lines = markdown_table(("processes", "samples/s, median [lowest, highest]"), rows)
     ratios = [two / one for one, two in zip(*found.values(), strict=True)]
     body = (
         "\n".join(lines)

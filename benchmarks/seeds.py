@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true", help="GRPO on a reward model learnt from the sample's rankings")
     arguments = parser.parse_args()
     from benchmarks.results import write_section
-    from phi2_grpo.looks import markdown
+    from phi2_grpo.common.console import markdown_table
 
     run("prepare_data.py", "--overwrite")
     judges, gains = [], []
@@ -70,12 +70,12 @@ def main() -> None:
             gains.append(gain(seed, metrics["length"], metrics["ending"]))
     what = "judge's score" if arguments.judge else "reward"
     columns = ("seed", f"{what}, base", f"{what}, tuned", "difference, 95 % interval", "ended, base", "ended, tuned")
-    lines = markdown(columns, gains)
+    lines = markdown_table(columns, gains)
     note = f"Preset tiny, {arguments.steps} steps, held-out prompts at the training temperature."
     title, command = "The tiny run, over seeds", "python benchmarks/seeds.py"
     if arguments.judge:
         columns = ("seed", "held-out pairs", "reward model right", "the longer reply wins", "correlation of score and length")
-        lines = [*markdown(columns, judges), "", *lines]
+        lines = [*markdown_table(columns, judges), "", *lines]
         note += " The judge's score is 0 for the mean human reply and 1 a standard deviation above; GRPO on it and on ending."
         title, command = "The tiny reward model, over seeds", f"{command} --judge"
     write_section(title, command, "\n".join([*lines, "", note]), "torch", "transformers", "trl", "peft")

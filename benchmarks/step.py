@@ -25,18 +25,22 @@ WARM = 2
 
 def work(side: str, name: str, steps: int) -> dict:
     """Train `steps` steps as `side` does; seconds by part and samples a second of those after the first two."""
-    from phi2_grpo import environment
+    from phi2_grpo.common import setup
 
-    environment.prepare("tiny")
+    setup.prepare("tiny")
     import torch
     from datasets import load_from_disk
     from transformers import TrainerCallback
     from trl import GRPOConfig
 
     from benchmarks import models
-    from phi2_grpo import model, plan, progress, rollout
-    from phi2_grpo.report import hardware
-    from phi2_grpo.trainer import Trainer, training_arguments
+    from phi2_grpo.common import progress
+    from phi2_grpo.models.lora import lora_config
+    from phi2_grpo.rollout.cache import free_memory
+    from phi2_grpo.rollout.engine import make_engine
+    from phi2_grpo.training import memory
+    from phi2_grpo.training.outputs import hardware_name
+    from phi2_grpo.training.trainer import Trainer, training_arguments
 
     config, (device, dtype) = models.setting(name), models.device_of(name)
     base, tokenizer = models.base_of(name)
@@ -64,14 +68,14 @@ def work(side: str, name: str, steps: int) -> dict:
             args=training_arguments(GRPOConfig, settings, device, dtype, output_dir=scratch, disable_dropout=True),
             train_dataset=load_from_disk(str(ROOT / "data" / "tiny" / "oasst1_prompts"))["train"],
             processing_class=tokenizer,
-            peft_config=model.lora_config(config, base),
+            peft_config=lora_config(config, base),
             callbacks=[Clock()],
         )  # fmt: skip
-        progress.quiet(trainer)
+        progress.silence_printing(trainer)
         if side == "ours":
             wrapped = trainer.accelerator.unwrap_model(trainer.model)
-            parts = plan.memory(config, wrapped, 64, device, dtype, plan.free_memory(device))
-            trainer.engine = rollout.make_engine("auto", wrapped, reserve=plan.reserve(parts))
+            parts = memory.estimate(config, wrapped, 64, device, dtype, free_memory(device))
+            trainer.engine = make_engine("auto", wrapped, reserve=memory.reserved_bytes(parts))
         trainer.train()
     rows = [row for row in trainer.state.log_history if "reward" in row][WARM:]
     seconds = (times[-1] - times[WARM - 1]) / (steps - WARM)
@@ -81,7 +85,7 @@ def work(side: str, name: str, steps: int) -> dict:
         "samples": count / seconds,
         "peak": models.peak_bytes(device),
         "tokens": sum(row["completions/mean_length"] for row in rows) / len(rows),
-        "machine": f"{hardware(device)}, {str(dtype).removeprefix('torch.')}",
+        "machine": f"{hardware_name(device)}, {str(dtype).removeprefix('torch.')}",
         **{part: sum(row[f"seconds/{part}"] for row in rows if f"seconds/{part}" in row) / len(rows) for part in PARTS},
     }
 
@@ -98,7 +102,7 @@ def main() -> None:
         return
     from benchmarks.models import middle, prepared
     from benchmarks.results import write_section
-    from phi2_grpo.looks import markdown
+    from phi2_grpo.common.console import markdown_table
 
     prepared()
     found = {side: [] for side in SIDES}
@@ -116,7 +120,7 @@ def main() -> None:
         parts = [f"{sum(of[part]) / len(runs):.3f}" for part in PARTS]
         tokens, peak = f"{sum(of['tokens']) / len(runs):.1f}", f"{max(of['peak']) / 1e9:.2f}"
         rows.append((side, middle(of["samples"]), middle(of["step"]), *parts, tokens, peak))
-    lines = markdown(("", "samples/s", "s a step", *PARTS, "tokens a completion", "peak, GB"), rows)
+    lines = markdown_table(("", "samples/s", "s a step", *PARTS, "tokens a completion", "peak, GB"), rows)
     pairs = list(zip(*found.values(), strict=True))
     ratios = {
         "step {} times stock TRL": [ours["samples"] / stock["samples"] for ours, stock, _ in pairs],

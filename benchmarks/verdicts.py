@@ -69,8 +69,8 @@ def main() -> None:
     parser.add_argument("--reports", type=int, default=2000)
     arguments = parser.parse_args()
     from benchmarks.results import write_section
-    from phi2_grpo.looks import markdown
-    from phi2_grpo.statistics import sign_flip_interval, simultaneous
+    from phi2_grpo.common.console import markdown_table
+    from phi2_grpo.common.stats import sign_flip_interval, simultaneous
 
     rows = []
     for kind in (normal, skewed, ended, few_differ):
@@ -82,7 +82,7 @@ def main() -> None:
             usual = numpy.mean([false_words(values, bootstrap, 0.95) for values in reports], 0)
             rows.append([kind.__name__.replace("_", " "), str(prompts), *(f"{share:.1%}" for share in (*ours, *usual))])
     columns = ("values", "prompts", "headline", "any other row", "headline, bootstrap", "any other row, bootstrap at 95 %")
-    body = "\n".join(markdown(columns, rows)) + (
+    body = "\n".join(markdown_table(columns, rows)) + (
         f"\n\nShare of {arguments.reports} reports with a false word, no effect in any. A report: {METRICS} metrics, and the "
         f"headline in {LANGUAGES} languages. Each metric was taken for the headline in turn. Standard errors at 5 %: "
         f"{error(arguments.reports * METRICS):.2f} points of a headline's share, {error(arguments.reports):.2f} of the rest."

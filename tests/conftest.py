@@ -32,7 +32,7 @@ def call(monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
 
     def run(name: str, *arguments) -> SimpleNamespace:
-        from phi2_grpo import cli
+        from phi2_grpo.common import cli
 
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         code = 0
@@ -51,10 +51,10 @@ def make_micro(folder: Path, seed: int = 0, texts: list[str] | None = None, **sh
     import torch
     from transformers import PhiConfig, PhiForCausalLM
 
-    from phi2_grpo import tiny
+    from phi2_grpo.models import embedded
 
     torch.manual_seed(seed)
-    tokenizer = tiny._tokenizer(texts or ["How do I keep a plant alive? Water it once a week. ¿Por qué? 为什么"])
+    tokenizer = embedded.train_tokenizer(texts or ["How do I keep a plant alive? Water it once a week. ¿Por qué? 为什么"])
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     end = tokenizer.eos_token_id
     model = PhiForCausalLM(

@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from phi2_grpo import cli, environment
+from phi2_grpo.common import cli, setup
+from phi2_grpo.rollout import engine
 
-environment.prepare("tiny")
+setup.prepare("tiny")
 
 import train_grpo  # noqa: E402
-from phi2_grpo import rollout  # noqa: E402
 
 
 class Fixed:
@@ -33,7 +33,7 @@ class Fixed:
         return made
 
 
-rollout.make_engine = lambda name, *arguments: Fixed(*arguments)
+engine.make_engine = lambda name, *arguments: Fixed(*arguments)
 
 if __name__ == "__main__":
     cli.run(train_grpo.main)

@@ -12,9 +12,13 @@ from test_bad_input import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from config import CONFIG
-from phi2_grpo import evaluation, loading, model
-from phi2_grpo.answers import trim
-from phi2_grpo.cli import UserError
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.models.answers import chat_generation_config, trim
+from phi2_grpo.models.base import is_path, load_base, resolve_model
+from phi2_grpo.models.lora import load_adapter
+from phi2_grpo.models.tokenizer import load_tokenizer
+from phi2_grpo.rollout.cache import cache_bytes_per_token
+from phi2_grpo.rollout.sampling import rollout_generation_config
 
 CPU = torch.device("cpu")
 WEIGHTS = "adapter_model.safetensors"
@@ -107,8 +111,8 @@ def test_what_peft_alone_saves_is_a_whole_adapter(call, quick, micro, tmp_path, 
 
     adapter = made_elsewhere(micro, tmp_path / "sft", **options)
     assert not (adapter / "tokenizer.json").exists()
-    base = model.load_base({**CONFIG, "model": str(micro)}, CPU, torch.float32)
-    ours = model.load_adapter(base, str(adapter)).eval()
+    base = load_base({**CONFIG, "model": str(micro)}, CPU, torch.float32)
+    ours = load_adapter(base, str(adapter)).eval()
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(micro), adapter).eval()
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -221,28 +225,26 @@ def chatty(tmp_path_factory):
 def test_every_end_token_ends_an_answer(chatty):
     folder, end = chatty
     config = {**CONFIG, "model": str(folder)}
-    tokenizer = loading.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     ends = [tokenizer.eos_token_id, end]
     assert tokenizer.end_token_ids == ends
     word = tokenizer("a plant")["input_ids"]
     answers = trim([[*word, each, *word] for each in ends], tokenizer)
     assert [(answer.text, answer.ended) for answer in answers] == [("a plant", True)] * 2
-    assert evaluation.sampling(config, tokenizer).eos_token_id == ends
-    assert model.generation_config(tokenizer, config, 512).eos_token_id == ends
+    assert rollout_generation_config(config, tokenizer).eos_token_id == ends
+    assert chat_generation_config(tokenizer, config, 512).eos_token_id == ends
 
 
-@pytest.mark.parametrize("engine", ["graph", "generate"])
+@pytest.mark.parametrize("engine", ["fast", "generate"])
 def test_sampling_is_the_rollout_s_whatever_the_base_asks_for(chatty, engine):
     """Its top_k of 1 would make all completions of a prompt the same, and its repetition penalty others."""
-    from phi2_grpo import rollout
+    from phi2_grpo.rollout.engine import complete, make_engine
 
     folder, end = chatty
     config = {**CONFIG, "model": str(folder), "max_completion_length": 20}
-    tokenizer = loading.load_tokenizer(config)
-    base = model.load_base(config, CPU, torch.float32)
-    drawn = rollout.complete(
-        rollout.make_engine(engine, base), tokenizer, ["Why?"] * 40, evaluation.sampling(config, tokenizer), 0
-    )
+    tokenizer = load_tokenizer(config)
+    base = load_base(config, CPU, torch.float32)
+    drawn = complete(make_engine(engine, base), tokenizer, ["Why?"] * 40, rollout_generation_config(config, tokenizer), 0)
     ends = set(tokenizer.end_token_ids)
     assert len({ids[0] for ids in drawn}) > 5
     assert any(end in ids for ids in drawn) and all(not ends & set(ids[:-1]) for ids in drawn), "nothing goes on behind an end"
@@ -267,11 +269,11 @@ def test_old_heads_that_are_wider_than_hidden_by_heads():
     from transformers import Qwen3Config
 
     config = Qwen3Config(hidden_size=1024, num_attention_heads=16, num_key_value_heads=8, head_dim=128, num_hidden_layers=28)
-    assert model.cache_bytes_per_token(config, torch.bfloat16) == 2 * 28 * 8 * 128 * 2
+    assert cache_bytes_per_token(config, torch.bfloat16) == 2 * 28 * 8 * 128 * 2
 
 
 def test_a_name_that_can_only_be_a_path():
-    assert all(map(loading.is_a_path, ("/data/phi", "./phi", "../phi", "~/phi", "a/b/c", "C:\\models\\phi", "My Drive/phi")))
-    assert not any(map(loading.is_a_path, ("microsoft/phi-2", "gpt2", "tiny")))
+    assert all(map(is_path, ("/data/phi", "./phi", "../phi", "~/phi", "a/b/c", "C:\\models\\phi", "My Drive/phi")))
+    assert not any(map(is_path, ("microsoft/phi-2", "gpt2", "tiny")))
     with pytest.raises(UserError, match="is gone"):
-        loading.resolve_model({"model": "/data/phi", "model_revision": "main"})
+        resolve_model({"model": "/data/phi", "model_revision": "main"})

@@ -2,8 +2,8 @@
 
 import pytest
 
-from phi2_grpo import answers
-from phi2_grpo.loading import load_tokenizer
+from phi2_grpo.models.answers import trim
+from phi2_grpo.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +34,16 @@ END = "<|endoftext|>"
     ],
 )
 def test_trim(tokenizer, completion, text, ended, why):
-    (answer,) = answers.trim([ids(tokenizer, completion)], tokenizer)
+    (answer,) = trim([ids(tokenizer, completion)], tokenizer)
     assert (answer.text, answer.ended) == (text, ended) and why in answer.why
 
 
 def test_tokens_are_those_of_the_answer(tokenizer):
     plain = " Water it once a week."
-    counted = answers.trim(
+    counted = trim(
         [ids(tokenizer, text) for text in (plain + END, plain + "\n\n   " + END, plain + "\nExercise 2: x")], tokenizer
     )
     assert [answer.tokens for answer in counted] == [len(ids(tokenizer, plain))] * 3, (
         "neither white space nor what follows a stop"
     )
-    assert answers.trim([], tokenizer) == []
+    assert trim([], tokenizer) == []

@@ -40,12 +40,13 @@ def test_what_stands_alone_says_the_same_as_the_project():
     import engine as app_engine
 
     from config import LIMITS
-    from phi2_grpo import answers, chat
+    from phi2_grpo.models.answers import STOP_STRINGS
+    from phi2_grpo.models.tokenizer import CHAT_TEMPLATE, SAMPLE_PROMPTS
 
-    assert app_engine.CHAT_TEMPLATE == chat.CHAT_TEMPLATE and app_engine.STOP_STRINGS == answers.STOP_STRINGS
+    assert app_engine.CHAT_TEMPLATE == CHAT_TEMPLATE and app_engine.STOP_STRINGS == STOP_STRINGS
     assert (LIMITS["chat_temperature"], LIMITS["chat_top_p"]) == (app_engine.TEMPERATURE, app_engine.TOP_P)
     source = (ROOT / "hf_app" / "app.py").read_text()
-    assert all(repr(prompt).strip("'") in source for prompt in chat.SAMPLE_PROMPTS)
+    assert all(repr(prompt).strip("'") in source for prompt in SAMPLE_PROMPTS)
     for file in (ROOT / "hf_app").glob("*.py"):
         assert not re.search(r"^\s*(from|import) (phi2_grpo|config)\b", file.read_text(), re.MULTILINE), file
 
@@ -103,11 +104,11 @@ def test_trimming_holds_back_what_may_become_a_stop(text, finished, expected):
 
 def test_trimmed_as_the_validation_trims(engine):
     """The same text, count and reason to end as phi2_grpo.answers gives the very same tokens."""
-    from phi2_grpo import answers
+    from phi2_grpo.models.answers import trim
 
     for said in ("plain", "stop", "near", "code"):
         ids = engine.tokenizer(" " + SAYS[said][0], add_special_tokens=False)["input_ids"] + [engine.tokenizer.eos_token_id]
-        ours = answers.trim([ids], engine.tokenizer)[0]
+        ours = trim([ids], engine.tokenizer)[0]
         from engine import trim
 
         text, _ = trim(engine.tokenizer.decode(ids, skip_special_tokens=True), engine.defaults.stop_strings, True)

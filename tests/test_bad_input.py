@@ -83,17 +83,17 @@ def test_hub_out_of_reach(call, micro, tmp_path):
 def test_offline_is_noticed(monkeypatch):
     import os
 
-    from phi2_grpo import environment
+    from phi2_grpo.common import setup
 
     def unreachable(*_, **__):
         raise socket.gaierror
 
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(environment.socket, "create_connection", unreachable)
-    environment.prepare("tiny", ".")
+    monkeypatch.setattr(setup.socket, "create_connection", unreachable)
+    setup.prepare("tiny", ".")
     assert "HF_HUB_OFFLINE" not in os.environ, "local names need no Hub"
-    environment.prepare("some/model")
+    setup.prepare("some/model")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # what the other tests expect
 
@@ -223,12 +223,11 @@ def test_inspection(call, micro, prepared, flags, expected):
 
 @pytest.mark.parametrize("name", ["prepare_data", "inspect_data", "validate_model"])
 def test_ctrl_c(call, micro, monkeypatch, name):
-    from phi2_grpo import loading, model
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "load_tokenizer", interrupt)
-    monkeypatch.setattr(model, "check_adapter", interrupt)
+    monkeypatch.setattr("phi2_grpo.models.tokenizer.load_tokenizer", interrupt)
+    monkeypatch.setattr("phi2_grpo.models.lora.check_adapter", interrupt)
     done = call(name, "--preset", "tiny", "--model", micro, "--data_dir", "nowhere")
     assert done.code == 130 and "interrupted" in done.err and "Traceback" not in done.err

@@ -14,7 +14,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_bad_input import MESSAGE, lines, refused
 
-from phi2_grpo import checkpoints
+from phi2_grpo.training import checkpoints
 
 
 def cut(path: Path) -> None:
@@ -226,7 +226,7 @@ def test_weights_that_are_no_numbers(call, quick, micro, tmp_path):
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     done = call("train_grpo", 2, *quick, "--model", base, "--eval_prompts", 0, "--output_dir", tmp_path / "o")
     refused(done, "the gradient of step 1 is not finite")
-    assert not (tmp_path / "o-final").exists() and not checkpoints.whole_checkpoints(tmp_path / "o")
+    assert not (tmp_path / "o-final").exists() and not checkpoints.complete_checkpoints(tmp_path / "o")
 
 
 def test_what_is_no_base_and_no_adapter(call, quick, trained, final, tmp_path):

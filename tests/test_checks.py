@@ -11,8 +11,8 @@ from conftest import ROOT
 from test_bad_input import refused
 
 from config import CONFIG, PRESETS
-from phi2_grpo import checks, plan
-from phi2_grpo.cli import UserError
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.training import memory, preflight
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def test_a_folder_called_like_a_tracker_is_no_package(monkeypatch, tmp_path):
     (tmp_path / "wandb").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    assert not checks.installed("wandb") and checks.installed("trackio")
+    assert not preflight.is_installed("wandb") and preflight.is_installed("trackio")
 
 
 def test_a_batch_of_one(call, quick, tmp_path):
@@ -36,30 +36,30 @@ def test_a_launcher_s_mixed_precision(monkeypatch, asked, good):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     config = {**CONFIG, **PRESETS["tiny"]}
     if good:
-        assert checks._device(config)[0] == (CPU, torch.float32)
+        assert preflight._device(config)[0] == (CPU, torch.float32)
     else:
         with pytest.raises(UserError, match=f"asks for mixed precision {asked}.*trains with no"):
-            checks._device(config)
+            preflight._device(config)
 
 
 def test_what_triton_needs_is_looked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "cc")
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
-    assert checks._compiler()[0]
+    assert preflight._compiler()[0]
     (tmp_path / "Python.h").unlink()
     with pytest.raises(UserError, match="needs .*Python.h"):
-        checks._compiler()
+        preflight._compiler()
     monkeypatch.delenv("CC")
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(UserError, match="needs a C compiler and .*Python.h"):
-        checks._compiler()
+        preflight._compiler()
 
 
 def test_a_wrong_file_is_seen_before_the_tiny_model_is_built(call, tmp_path, monkeypatch):
-    from phi2_grpo import loading
+    from phi2_grpo.models import embedded
 
-    monkeypatch.setattr(loading, "tiny_base", lambda: pytest.fail("built"))
+    monkeypatch.setattr(embedded, "prepare", lambda *_: pytest.fail("built"))
     (tmp_path / "m.jsonl").write_text(json.dumps({"question": "Why?"}))
     done = call("prepare_data", "--preset", "tiny", "--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d")
     refused(done, "lacks the columns message_id, text, role, lang; it has question")
@@ -75,17 +75,17 @@ def test_scripts_start_where_there_is_no_sighup(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
     assert stop.value.code == 0 and "--preset" in capsys.readouterr().out
-    from phi2_grpo.interruption import Interruption
+    from phi2_grpo.training.callbacks import GracefulStop
 
-    assert Interruption._heard() == [signal.SIGINT, signal.SIGTERM]
+    assert GracefulStop._heard() == [signal.SIGINT, signal.SIGTERM]
 
 
 def test_a_reward_model_s_training_says_what_memory_it_takes(call, quick, tmp_path):
     done = call("train_reward", *quick[:6], "--reward_dir", tmp_path / "r", "--report_to", "none", "--check")
     assert done.code == 0 and "memory" in done.out and "GB free" in " ".join(done.out.split()), done.err
-    wrapped = checks.model.wrap_empty({**CONFIG, "model": str(quick[3])})
+    wrapped = preflight.model.wrap_empty({**CONFIG, "model": str(quick[3])})
     config = {"activation_checkpointing": False}
-    parts = plan.update_memory(config, wrapped, 100, CPU, torch.float32)
+    parts = memory.update_estimate(config, wrapped, 100, CPU, torch.float32)
     assert parts["update"] == 50 * 4 * 100 * 32 * 2, "bytes x tokens x hidden x layers"
 
 
@@ -93,9 +93,8 @@ def test_texts_are_judged_by_their_tokens(monkeypatch, micro):
     """Never more in one pass than a forward pass may hold, padding included; and each score is that of the text alone."""
     from transformers import AutoModelForSequenceClassification
 
-    from phi2_grpo import reward_model
-    from phi2_grpo.loading import load_tokenizer
-    from phi2_grpo.rollout import FORWARD_TOKENS
+    from phi2_grpo.models.tokenizer import FORWARD_TOKENS, load_tokenizer
+    from phi2_grpo.rewards.reward_model import score_answers
 
     tokenizer = load_tokenizer({**CONFIG, "model": str(micro)})
     tokenizer.padding_side = "right"
@@ -111,7 +110,7 @@ def test_texts_are_judged_by_their_tokens(monkeypatch, micro):
     monkeypatch.setattr(judge, "forward", watched)
     prompts = [[{"role": "user", "content": "Why?"}]] * 24
     answers = ["plant " * (3 * i) for i in range(24)]
-    together = reward_model.judge(judge, tokenizer, prompts, answers)
+    together = score_answers(judge, tokenizer, prompts, answers)
     assert max(sizes) <= FORWARD_TOKENS and 1 < len(sizes) < 24
-    alone = [reward_model.judge(judge, tokenizer, prompts[:1], [answer])[0] for answer in answers]
+    alone = [score_answers(judge, tokenizer, prompts[:1], [answer])[0] for answer in answers]
     assert together == pytest.approx(alone, abs=1e-4)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, make_micro
 
 from config import CONFIG, PRESETS
-from phi2_grpo import cli
+from phi2_grpo.common import cli
 
 
 @pytest.fixture(scope="module")

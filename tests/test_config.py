@@ -15,7 +15,7 @@ import prepare_data
 import train_grpo
 import train_reward
 import validate_model
-from phi2_grpo import cli
+from phi2_grpo.common import cli
 
 SCRIPTS = {
     "prepare_data": prepare_data,

@@ -10,9 +10,9 @@ from conftest import ROOT, SHARED
 
 import inspect_data
 from config import CONFIG, PRESETS
-from phi2_grpo import data, oasst, reading
-from phi2_grpo.cli import UserError
-from phi2_grpo.loading import load_tokenizer
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.data import oasst, sources, store
+from phi2_grpo.models.tokenizer import load_tokenizer
 
 
 def row(id: str, text: str, parent: str | None = None, **other) -> dict:
@@ -24,11 +24,11 @@ def row(id: str, text: str, parent: str | None = None, **other) -> dict:
 
 def choose(rows: list[dict], taken: set | None = None, **options):
     settings = {"languages": None, "max_prompt_tokens": 50, "max_turns": 1, "max_toxicity": 1.0, **options}
-    messages = [reading._message(each, "row") for each in rows]
+    messages = [sources._message(each, "row") for each in rows]
     words = lambda talks: [sum(len(turn["content"].split()) for turn in talk) for talk in talks]  # noqa: E731
-    rows, funnel = oasst.candidates(messages, words, **settings)
+    rows, funnel = oasst.filter_prompts(messages, words, **settings)
     taken, seen = set() if taken is None else taken, set()
-    prompts, pairs = oasst.distinct(rows, seen, taken)
+    prompts, pairs = oasst.deduplicate(rows, seen, taken)
     taken |= seen
     return prompts, pairs, {**funnel, "kept": len(prompts)}
 
@@ -126,7 +126,7 @@ def test_what_stands_in_validation_leaves_train():
 
 def test_single_source_is_split_by_tree_and_seed():
     trees = {str(tree): tree for tree in range(40)}
-    one, again, other = (oasst.held_out_trees(trees, 0.25, seed) for seed in (0, 0, 1))
+    one, again, other = (oasst.validation_trees(trees, 0.25, seed) for seed in (0, 0, 1))
     assert len(one) == 10 and one == again and one != other
 
 
@@ -180,8 +180,8 @@ FORMS = {
 def test_forms_that_oasst1_is_passed_on_in(tmp_path, name):
     """The very messages, labels included, whatever the file looks like."""
     (tmp_path / name).write_bytes(FORMS[name]())
-    found = reading.read_messages(str(tmp_path / name), "main", with_toxicity=True)[0][""]
-    assert sorted(found) == sorted(reading._message(each, "row") for each in TALK)
+    found = sources.read_messages(str(tmp_path / name), "main", with_toxicity=True)[0][""]
+    assert sorted(found) == sorted(sources._message(each, "row") for each in TALK)
 
 
 def test_columns_that_begin_far_into_a_file(tmp_path):
@@ -189,7 +189,7 @@ def test_columns_that_begin_far_into_a_file(tmp_path):
     early = [as_exported(row(f"a{i}", "Why? " * 2000)) for i in range(1100)]
     late = {**as_exported(TALK[0]), "message_id": "late"}
     (tmp_path / "m.jsonl").write_text(json_lines([*early, late]))
-    *_, last = reading.read_messages(str(tmp_path / "m.jsonl"), "main", with_toxicity=True)[0][""]
+    *_, last = sources.read_messages(str(tmp_path / "m.jsonl"), "main", with_toxicity=True)[0][""]
     assert (last.id, last.toxicity) == ("late", 0.9)
 
 
@@ -200,14 +200,14 @@ def test_a_folder_as_the_hub_has_it(tmp_path):
         plain = [{**each, "labels": LABELS} for each in rows]
         datasets.Dataset.from_list(plain).to_parquet(str(tmp_path / "data" / f"{split}-00000-of-00001-b42a775f.parquet"))
     (tmp_path / "2023.messages.jsonl.gz").write_bytes(FORMS["export.messages.jsonl.gz"]())
-    found = reading.read_messages(str(tmp_path), "main", with_toxicity=False)[0]
+    found = sources.read_messages(str(tmp_path), "main", with_toxicity=False)[0]
     assert {split: [m.id for m in messages] for split, messages in found.items()} == {
         "train": ["a", "r", "s"],
         "validation": ["b"],
     }
     (tmp_path / "data" / "train-00000-of-00001-b42a775f.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid")
     with pytest.raises(UserError, match="Git LFS pointer"):
-        reading.read_messages(str(tmp_path), "main", with_toxicity=False)
+        sources.read_messages(str(tmp_path), "main", with_toxicity=False)
 
 
 def test_a_pinned_commit_without_network(monkeypatch):
@@ -215,54 +215,54 @@ def test_a_pinned_commit_without_network(monkeypatch):
     table.info.download_checksums = {f"hf://datasets/a/b@{'b' * 40}/train.parquet": {}}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=table))
     for good in ("main", "b" * 40, "bbbbbbb"):
-        assert reading.read_messages("a/b", good, False)[1] == "b" * 40
+        assert sources.read_messages("a/b", good, False)[1] == "b" * 40
     with pytest.raises(UserError, match=f"is not what is in the cache.*at commit {'b' * 40}"):
-        reading.read_messages("a/b", "a" * 40, False)
+        sources.read_messages("a/b", "a" * 40, False)
 
 
 def test_chunks_hold_whole_trees_in_the_sources_order(tmp_path):
     """Interleaved trees too; and what is read back is what was written."""
     messages = [
-        reading._message(row(f"{tree}-{i}", "x\n\u2028y", tree=str(tree)), "row") for i in range(3) for tree in range(7)
+        sources._message(row(f"{tree}-{i}", "x\n\u2028y", tree=str(tree)), "row") for i in range(3) for tree in range(7)
     ]
-    chunks = reading.Chunks(tmp_path / "c", messages, trees_per_chunk=3)
-    parts = [reading.read_chunk(path) for path in chunks.paths]
+    chunks = sources.Chunks(tmp_path / "c", messages, trees_per_chunk=3)
+    parts = [sources.read_chunk(path) for path in chunks.paths]
     assert [{m.tree for m in part} for part in parts] == [{"0", "1", "2"}, {"3", "4", "5"}, {"6"}]
     assert sorted(sum(parts, [])) == sorted(messages) and chunks.languages["en"] == 21
-    assert {m.tree for m in reading.read_chunk(chunks.paths[0], {"1", "6"})} == {"1"}
-    assert {m.tree for m in reading.read_chunk(chunks.paths[0], {"1", "6"}, inside=False)} == {"0", "2"}
+    assert {m.tree for m in sources.read_chunk(chunks.paths[0], {"1", "6"})} == {"1"}
+    assert {m.tree for m in sources.read_chunk(chunks.paths[0], {"1", "6"}, inside=False)} == {"0", "2"}
 
 
 def test_chunks_and_processes_change_nothing(call, micro, prepared, tmp_path, monkeypatch):
     """The sample in chunks of seven trees, by two processes: the very data that one chunk gives."""
-    plain = reading.Chunks.__init__
-    monkeypatch.setattr(reading.Chunks, "__init__", lambda self, folder, messages: plain(self, folder, messages, 7))
+    plain = sources.Chunks.__init__
+    monkeypatch.setattr(sources.Chunks, "__init__", lambda self, folder, messages: plain(self, folder, messages, 7))
     how = ("--preset", "tiny", "--model", micro, "--max_prompt_tokens", 100, "--num_proc", 2)
     done = call("prepare_data", *how, "--data_dir", tmp_path / "d")
     assert done.code == 0, done.err
-    for name in (data.PROMPTS, data.PREFERENCES):
+    for name in (store.PROMPTS, store.PREFERENCES):
         ours, theirs = (datasets.load_from_disk(str(folder / name)) for folder in (tmp_path / "d", prepared))
         assert {split: table.to_list() for split, table in ours.items()} == {s: t.to_list() for s, t in theirs.items()}
     assert (
         json.loads((tmp_path / "d" / "funnel.json").read_text())["funnel"]
         == json.loads((prepared / "funnel.json").read_text())["funnel"]
     )
-    assert {path.name for path in (tmp_path / "d").iterdir()} == {data.PROMPTS, data.PREFERENCES, data.FUNNEL}
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {store.PROMPTS, store.PREFERENCES, store.FUNNEL}
 
 
 def test_the_sample_has_what_it_should():
     rows = [json.loads(line) for line in (ROOT / "tiny" / "messages.jsonl").read_text(encoding="utf-8").splitlines()]
     config = {**CONFIG, **PRESETS["tiny"]}
-    messages = [reading._message(each, "row") for each in rows]
-    trees = oasst.held_out_trees({m.tree for m in messages}, config["validation_fraction"], config["split_seed"])
+    messages = [sources._message(each, "row") for each in rows]
+    trees = oasst.validation_trees({m.tree for m in messages}, config["validation_fraction"], config["split_seed"])
     roots = {split: [m for m in messages if m.parent is None and (m.tree in trees) == (split == "validation")]
              for split in ("train", "validation")}  # fmt: skip
     assert len(roots["train"]) + len(roots["validation"]) >= 200 and len(roots["validation"]) >= 40
     assert len({m.lang for m in roots["train"]}) >= 5
     ranked = Counter(r["parent_id"] for r in rows if r["rank"] is not None)
     assert sum(2 <= count <= 4 for count in ranked.values()) >= 100
-    both = {oasst.fold([{"content": m.text}]) for m in roots["train"]} & {
-        oasst.fold([{"content": m.text}]) for m in roots["validation"]
+    both = {oasst.normalize([{"content": m.text}]) for m in roots["train"]} & {
+        oasst.normalize([{"content": m.text}]) for m in roots["validation"]
     }
     ids = {r["message_id"] for r in rows}
     traps = {
@@ -271,16 +271,16 @@ def test_the_sample_has_what_it_should():
         "review null": any(r["review_result"] is None for r in rows),
         "null labels": any(r["labels"] is None for r in rows),
         "orphan": any(r["parent_id"] is not None and r["parent_id"] not in ids for r in rows),
-        "duplicate root": len({oasst.fold([{"content": m.text}]) for m in roots["train"]}) < len(roots["train"]),
+        "duplicate root": len({oasst.normalize([{"content": m.text}]) for m in roots["train"]}) < len(roots["train"]),
         "over-long": any(len(m.text.split()) > 128 for m in roots["train"] + roots["validation"]),
         "root in both splits": bool(both),
         "follow-up turns": any(r["role"] == "prompter" and r["parent_id"] in ids for r in rows),
     }
     assert all(traps.values()), traps
-    from phi2_grpo import chat
+    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
 
-    folded = {oasst.fold([{"content": r["text"]}]) for r in rows}
-    assert not folded & {oasst.fold([{"content": prompt}]) for prompt in chat.SAMPLE_PROMPTS}
+    folded = {oasst.normalize([{"content": r["text"]}]) for r in rows}
+    assert not folded & {oasst.normalize([{"content": prompt}]) for prompt in SAMPLE_PROMPTS}
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real rows are not beside this checkout")
@@ -321,13 +321,13 @@ def test_a_source_with_splits_keeps_them(call, micro, tmp_path):
 
 def test_prepared_data_on_disk(prepared, micro):
     prompts = datasets.load_from_disk(str(prepared / "oasst1_prompts"))
-    assert set(prompts) == {"train", "validation"} and prompts["train"].features == data.FEATURES["oasst1_prompts"]
+    assert set(prompts) == {"train", "validation"} and prompts["train"].features == store.FEATURES["oasst1_prompts"]
     assert all(prompt[-1]["role"] == "user" for prompt in prompts["train"]["prompt"])
     pairs = datasets.load_from_disk(str(prepared / "oasst1_preferences"))
     assert {"prompt", "chosen", "rejected", "lang", "message_id"} <= set(pairs["train"].column_names)
     assert len(pairs["train"]) > 200 and len(pairs["validation"]) > 50
     config = {**CONFIG, "model": str(micro), "data_dir": str(prepared)}
-    _, funnel, notes = data.load_prompts(config, load_tokenizer(config))
+    _, funnel, notes = store.load_prompts(config, load_tokenizer(config))
     assert funnel["funnel"]["train"]["kept"] == len(prompts["train"])
     assert any("max_prompt_tokens was 100" in note for note in notes), "another limit than ours is said"
 
@@ -360,7 +360,7 @@ def test_real_rows_with_the_real_tokenizer(call, tmp_path):
     assert funnel["train"]["rows"] + funnel["validation"]["rows"] == 1050
     tokenizer = load_tokenizer({"model": str(model), "model_revision": "main"})
     roots = [json.loads(line)["prompt"] for line in (SHARED / "oasst1" / "root_prompts.jsonl").open(encoding="utf-8")]
-    from phi2_grpo.chat import count_tokens
+    from phi2_grpo.models.tokenizer import count_tokens
 
     lengths = sorted(count_tokens(tokenizer, [[{"role": "user", "content": text}] for text in roots]))
     assert 20 < lengths[len(lengths) // 2] < 40, "the median oasst1 root has about 26 tokens, and the template adds a few"
@@ -373,4 +373,4 @@ def test_a_half_written_folder_is_recognised(micro, prepared, tmp_path):
     (tmp_path / "d" / "funnel.json").unlink()
     config = {**CONFIG, "model": str(micro), "data_dir": str(tmp_path / "d")}
     with pytest.raises(UserError, match="half-written"):
-        data.load_prompts(config, load_tokenizer(config))
+        store.load_prompts(config, load_tokenizer(config))

@@ -57,7 +57,7 @@ def test_readme_names_real_files_and_flags():
     for flag in re.findall(r"(?<!-)--([a-z][a-z_-]*)", readme):
         assert flag in CONFIG or flag in own, f"README names --{flag}"
     assert "make demo" in readme and "make test" in readme
-    listed = readme.partition("phi2_grpo/           how")[2].partition("tiny/messages.jsonl")[0]
+    listed = readme.partition("phi2_grpo/           how")[2].partition("sample/tiny.jsonl")[0]
     assert set(re.findall(r"\w+\.py", listed)) == {path.name for path in (ROOT / "phi2_grpo").glob("[a-z]*.py")}
 
 

@@ -229,7 +229,8 @@ def test_merged_weights_answer_as_the_adapter_does(run, final, micro, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from phi2_grpo import model
+    from phi2_grpo.models.base import load_base
+    from phi2_grpo.models.lora import load_adapter
 
     out = tmp_path / "merged"
     done = run("export_model", "--model", micro, "--adapter", final, "--out", out)
@@ -237,11 +238,11 @@ def test_merged_weights_answer_as_the_adapter_does(run, final, micro, tmp_path):
     assert done.out.count("the same") == 4 and "Merged model" in done.out
     merged, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     config = {"model": str(micro), "model_revision": "main"}
-    base = model.load_base(config, torch.device("cpu"), torch.float32).eval()
+    base = load_base(config, torch.device("cpu"), torch.float32).eval()
     inputs = tokenizer("Instruct: Why?\nOutput:", return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         plain = base(inputs).logits
-        tuned = model.load_adapter(base, str(final)).eval()(inputs).logits
+        tuned = load_adapter(base, str(final)).eval()(inputs).logits
         assert (tuned - plain).abs().max() > 1e-3, "the adapter does nothing, so this test would prove nothing"
         assert (merged(inputs).logits - tuned).abs().max() < 1e-4
     merged.generate(inputs, max_new_tokens=4)  # no stop string stands in the way
@@ -277,23 +278,23 @@ def test_what_is_there_is_not_replaced_unasked(run, final, micro, tmp_path):
 
 
 def test_a_card_that_the_hub_does_not_take():
-    from phi2_grpo.cli import UserError
-    from phi2_grpo.hub import plain_errors
+    from phi2_grpo.common.cli import UserError
+    from phi2_grpo.common.hub import clear_errors
 
-    with pytest.raises(UserError, match="does not take this: Invalid metadata in README.md"), plain_errors("me/x"):
+    with pytest.raises(UserError, match="does not take this: Invalid metadata in README.md"), clear_errors("me/x"):
         raise ValueError("Invalid metadata in README.md.")  # what huggingface_hub raises before it sends
 
 
 def test_the_revision_that_was_asked_for(adapter):
     """A flag counts more than what the adapter names; without it the adapter's counts."""
     from config import CONFIG
-    from phi2_grpo.loading import use_base_of
+    from phi2_grpo.models.base import use_adapter_base
 
     saved = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**saved, "base_model_name_or_path": "a/b", "revision": "then"}))
     for given, taken in (("main", "then"), ("now", "now")):
         config = {**CONFIG, "model_revision": given}
-        use_base_of(adapter, config)
+        use_adapter_base(adapter, config)
         assert (config["model"], config["model_revision"]) == ("a/b", taken)
 
 

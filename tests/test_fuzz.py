@@ -15,8 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import CONFIG
-from phi2_grpo import chat, cli, model, oasst, reading
-from phi2_grpo.loading import check_adapter, load_tokenizer, use_base_of
+from phi2_grpo.common import cli
+from phi2_grpo.data import oasst, sources
+from phi2_grpo.models.base import load_base, use_adapter_base
+from phi2_grpo.models.lora import check_adapter, load_adapter
+from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer
 
 ANY = settings(
     max_examples=int(os.environ.get("FUZZ_CASES", "300")),
@@ -70,12 +73,12 @@ def test_rows_of_any_kind(tokenizer, rows, max_turns, max_toxicity):
     messages = []
     for row in rows:
         with contextlib.suppress(cli.UserError):
-            message = reading._message(json.loads(json.dumps(row)), "row 1,")
-            messages.append(reading.Message(*json.loads(json.dumps(message))))
-    found, funnel = oasst.candidates(
-        messages, lambda talks: chat.count_tokens(tokenizer, talks), None, 50, max_turns, max_toxicity
+            message = sources._message(json.loads(json.dumps(row)), "row 1,")
+            messages.append(sources.Message(*json.loads(json.dumps(message))))
+    found, funnel = oasst.filter_prompts(
+        messages, lambda talks: count_tokens(tokenizer, talks), None, 50, max_turns, max_toxicity
     )
-    prompts, pairs = oasst.distinct(found, set(), set())
+    prompts, pairs = oasst.deduplicate(found, set(), set())
     assert len(prompts) <= funnel["50 tokens at most"] <= funnel["rows"] == len(messages)
     assert all(row["prompt"][-1]["role"] == "user" and row["prompt"][-1]["content"].strip() for row in prompts)
     assert all(pair["chosen"] != pair["rejected"] and pair["rank_distance"] > 0 for pair in pairs)
@@ -87,7 +90,7 @@ def test_files_of_any_kind(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_bytes(b"\n".join(lines))
     with contextlib.suppress(cli.UserError):
-        list(reading.read_messages(str(path), "main", False)[0][""])
+        list(sources.read_messages(str(path), "main", False)[0][""])
 
 
 @ANY
@@ -106,7 +109,7 @@ def test_flags_of_any_kind(words):
 
 @pytest.fixture(scope="module")
 def base(micro):
-    return model.load_base({**CONFIG, "model": str(micro)}, torch.device("cpu"), torch.float32)
+    return load_base({**CONFIG, "model": str(micro)}, torch.device("cpu"), torch.float32)
 
 
 @ANY
@@ -136,9 +139,9 @@ def test_adapters_of_any_kind(base, final, tmp_path_factory, data):
 
         take_settings_of(folder, config, SimpleNamespace(**dict.fromkeys(TRAINED_WITH)))
     with contextlib.suppress(cli.UserError):
-        use_base_of(check_adapter(str(folder)), {**CONFIG})
+        use_adapter_base(check_adapter(str(folder)), {**CONFIG})
     try:
-        model.load_adapter(base, str(folder)).unload()
+        load_adapter(base, str(folder)).unload()
     except cli.UserError:
         for module in base.modules():  # PEFT may have put its layers in before it failed
             for child, layer in list(module.named_children()):

@@ -11,7 +11,10 @@ from test_rollout import make_policy, prompts_of, sampled, settings
 
 from benchmarks import models
 from config import CONFIG
-from phi2_grpo import model, plan, rollout
+from phi2_grpo.models.lora import lora_config
+from phi2_grpo.rollout.cache import free_memory
+from phi2_grpo.rollout.engine import FastEngine, GenerateEngine
+from phi2_grpo.training import memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -55,7 +58,7 @@ def exact():
 def test_captured_steps_say_what_generate_says(micro, exact, seed):
     """Greedy, in float32: ragged prompts, rows that end, several lengths; and again with the graphs that are there."""
     policy = make_policy(micro, seed=seed).to("cuda")
-    engine, reference = rollout.Graph(policy), rollout.Generate(policy)
+    engine, reference = FastEngine(policy), GenerateEngine(policy)
     assert engine.cuda
     for count, longest, new in ((6, 20, 40), (5, 200, 150), (6, 20, 40), (1, 9, 60)):
         prompts = prompts_of(policy, count, 3, seed, longest)
@@ -66,9 +69,9 @@ def test_captured_or_not_the_same_is_drawn(micro, exact):
     policy = make_policy(micro).to("cuda")
     prompts, how = prompts_of(policy, 6, 4), sampled(policy, 60, top_k=50, top_p=0.95, temperature=0.9)
     torch.manual_seed(0)
-    captured = rollout.Graph(policy)(prompts, how)
+    captured = FastEngine(policy)(prompts, how)
     for rows, cuda in ((0, False), (5, True)):
-        engine = rollout.Graph(policy, rows=rows)
+        engine = FastEngine(policy, rows=rows)
         engine.cuda = cuda
         torch.manual_seed(0)
         assert engine(prompts, how) == captured
@@ -76,7 +79,7 @@ def test_captured_or_not_the_same_is_drawn(micro, exact):
 
 def test_captured_steps_see_an_update_of_the_adapter(micro, exact):
     policy = make_policy(micro).to("cuda")
-    engine, reference = rollout.Graph(policy), rollout.Generate(policy)
+    engine, reference = FastEngine(policy), GenerateEngine(policy)
     prompts, how = prompts_of(policy, 4, 2), settings(policy, 40)
     before, graphs = engine(prompts, how), dict(engine.graphs)
     adapter = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]
@@ -95,7 +98,7 @@ def full_size_policy():
 
     with torch.device("cuda"):
         base = models.full_size_phi2(torch.bfloat16)
-    return get_peft_model(base, model.lora_config(CONFIG, base))
+    return get_peft_model(base, lora_config(CONFIG, base))
 
 
 def test_full_size_phi2_forward_and_backward():
@@ -112,7 +115,7 @@ def test_full_size_phi2_forward_and_backward():
     loss = hidden.float().pow(2).mean()
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad.isfinite().all() for p in wrapped.parameters() if p.requires_grad)
-    parts = plan.memory(CONFIG, wrapped, 128, wrapped.device, torch.bfloat16, plan.free_memory(wrapped.device))
+    parts = memory.estimate(CONFIG, wrapped, 128, wrapped.device, torch.bfloat16, free_memory(wrapped.device))
     peak = torch.cuda.max_memory_allocated()
     print(f"peak {peak / 1e9:.2f} GB, plan {parts}")
     assert peak < 1.15 * (parts["weights"] + parts["adapter, gradient, Adam"] + parts["update"])
@@ -124,7 +127,7 @@ def test_full_size_phi2_rolls_out():
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    engine = rollout.Graph(policy, rows=16)
+    engine = FastEngine(policy, rows=16)
     prompts = [torch.randint(0, 50_000, (40 + row // 8,)).tolist() for row in range(16)]
     policy.generation_config.eos_token_id = None
     completions = engine(prompts, sampled(policy, 64))

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import models
 from config import CONFIG
-from phi2_grpo import model
-from phi2_grpo.chat import count_tokens, render
-from phi2_grpo.cli import UserError
-from phi2_grpo.loading import load_tokenizer
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.models.base import choose_device, load_base
+from phi2_grpo.models.lora import load_adapter, lora_config, lora_counts, lora_summary
+from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer, render
 
 
 def full_size():
@@ -27,17 +27,17 @@ def full_size():
 def test_full_size_phi2_is_covered_whole():
     base = full_size()
     assert sum(parameter.numel() for parameter in base.parameters()) == 2_779_683_840
-    wrapped = get_peft_model(base, model.lora_config(CONFIG, base))
-    kinds, trainable, parameters = model.coverage(wrapped)
+    wrapped = get_peft_model(base, lora_config(CONFIG, base))
+    kinds, trainable, parameters = lora_counts(wrapped)
     assert kinds == {kind: 32 for kind in ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")}
     assert trainable == 23_592_960 and parameters == 2_779_683_840
-    assert "192 modules" in model.describe_coverage(wrapped)
+    assert "192 modules" in lora_summary(wrapped)
 
 
 def test_why_the_names_are_mapped():
     """PEFT takes the old names and adapts fc1 and fc2 alone, without a word. If this fails, PEFT has learnt to speak."""
     wrapped = get_peft_model(full_size(), LoraConfig(target_modules=["Wqkv", "out_proj", "fc1", "fc2"], r=16))
-    assert set(model.coverage(wrapped)[0]) == {"fc1", "fc2"} and model.coverage(wrapped)[1] == 13_107_200
+    assert set(lora_counts(wrapped)[0]) == {"fc1", "fc2"} and lora_counts(wrapped)[1] == 13_107_200
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real config is not beside this checkout")
@@ -63,15 +63,15 @@ def llama(**sizes):
 )
 def test_targets(micro, base, targets, kinds):
     base = base() if base else AutoModelForCausalLM.from_pretrained(micro)
-    wrapped = get_peft_model(base, model.lora_config({**CONFIG, "model": str(micro), "lora_target_modules": targets}, base))
-    assert set(model.coverage(wrapped)[0]) == kinds
+    wrapped = get_peft_model(base, lora_config({**CONFIG, "model": str(micro), "lora_target_modules": targets}, base))
+    assert set(lora_counts(wrapped)[0]) == kinds
 
 
 @pytest.mark.parametrize(("base", "targets"), [(None, ["Wqkv", "fc3"]), (None, []), (llama, ["Wqkv", "q_proj"])])
 def test_a_target_that_matches_nothing_is_an_error(micro, base, targets):
     base = base() if base else AutoModelForCausalLM.from_pretrained(micro)
     with pytest.raises(UserError, match="It has: .*q_proj"):
-        model.lora_config({**CONFIG, "model": str(micro), "lora_target_modules": targets}, base)
+        lora_config({**CONFIG, "model": str(micro), "lora_target_modules": targets}, base)
 
 
 def test_chat_template(micro):
@@ -98,8 +98,8 @@ def test_a_template_of_its_own_stays(micro, tmp_path):
 
 def test_base_is_base_with_the_adapter_off(micro, trained):
     config = {**CONFIG, "model": str(micro)}
-    fresh = model.load_base(config, torch.device("cpu"), torch.float32).eval()
-    tuned = model.load_adapter(model.load_base(config, torch.device("cpu"), torch.float32), f"{trained}-final").eval()
+    fresh = load_base(config, torch.device("cpu"), torch.float32).eval()
+    tuned = load_adapter(load_base(config, torch.device("cpu"), torch.float32), f"{trained}-final").eval()
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad(), tuned.disable_adapter():
         assert torch.equal(tuned(ids).logits, fresh(ids).logits)
@@ -112,9 +112,9 @@ def test_adapters_that_do_not_fit(micro, trained, tmp_path):
     final = trained.with_name("grpo-final")
 
     def refused(folder, base=None, match=""):
-        base = base or model.load_base(config, torch.device("cpu"), torch.float32)
+        base = base or load_base(config, torch.device("cpu"), torch.float32)
         with pytest.raises(UserError, match=match):
-            model.load_adapter(base, str(folder))
+            load_adapter(base, str(folder))
 
     refused(tmp_path / "none", match="no adapter at")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -151,9 +151,9 @@ def test_device_without_a_gpu(device, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if expected is None:
         with pytest.raises(UserError, match="--preset tiny"):
-            model.choose_device({"device": device, "dtype": dtype})
+            choose_device({"device": device, "dtype": dtype})
     else:
-        assert model.choose_device({"device": device, "dtype": dtype}) == (torch.device("cpu"), expected)
+        assert choose_device({"device": device, "dtype": dtype}) == (torch.device("cpu"), expected)
 
 
 @pytest.mark.parametrize(("capability", "good"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
@@ -163,11 +163,11 @@ def test_device_with_a_gpu(capability, good, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some card")
     config = {"device": "auto", "dtype": "auto"}
     if good:
-        assert model.choose_device(config) == (torch.device("cuda", 0), torch.bfloat16)
+        assert choose_device(config) == (torch.device("cuda", 0), torch.bfloat16)
     else:
         with pytest.raises(UserError, match="--dtype float32"):
-            model.choose_device(config)
-        assert model.choose_device({**config, "dtype": "float32"})[1] == torch.float32
+            choose_device(config)
+        assert choose_device({**config, "dtype": "float32"})[1] == torch.float32
 
 
 @pytest.mark.slow

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 
 from benchmarks import models
 from config import CONFIG, PRESETS
-from phi2_grpo import checks, model, plan, running
+from phi2_grpo.models import base
+from phi2_grpo.models.lora import lora_config
+from phi2_grpo.rollout.cache import cache_bytes_per_token
+from phi2_grpo.training import memory, preflight, running
 
 CARD, BF16 = torch.device("cuda"), torch.bfloat16
 SIZES = {"phi2": 12e9, "phi2-24gb": 24e9, "phi2-80gb": 80e9}
@@ -21,36 +24,36 @@ LONGEST = CONFIG["max_prompt_tokens"]
 def phi2():
     with torch.device("meta"):
         base = models.full_size_phi2()
-        return get_peft_model(base, model.lora_config(CONFIG, base))
+        return get_peft_model(base, lora_config(CONFIG, base))
 
 
 @pytest.mark.parametrize(("preset", "size"), SIZES.items())
 def test_each_preset_fits_its_card_and_no_smaller_one_takes_it(phi2, preset, size):
     config = {**CONFIG, **PRESETS[preset]}
     free = 0.97 * size  # a desktop takes some
-    parts = plan.memory(config, phi2, LONGEST, CARD, BF16, free)
-    assert plan.need(parts, "graph") < free
+    parts = memory.estimate(config, phi2, LONGEST, CARD, BF16, free)
+    assert memory.peak(parts, "fast") < free
     assert parts["weights"] == 2_779_683_840 * 2 and parts["adapter, gradient, Adam"] == 23_592_960 * 16
-    per_row = (LONGEST + config["max_completion_length"]) * model.cache_bytes_per_token(phi2.config, BF16)
+    per_row = (LONGEST + config["max_completion_length"]) * cache_bytes_per_token(phi2.config, BF16)
     assert parts["KV cache"] / per_row >= config["num_generations"], "room for a group at once"
-    assert plan.largest_preset(phi2, LONGEST, CARD, BF16, free) == preset
-    assert plan.need(parts, "generate") < plan.need(parts, "graph")
+    assert memory.largest_preset(phi2, LONGEST, CARD, BF16, free) == preset
+    assert memory.peak(parts, "generate") < memory.peak(parts, "fast")
 
 
 def test_a_card_too_small_for_any(phi2):
-    assert plan.largest_preset(phi2, LONGEST, CARD, BF16, 6e9) is None
+    assert memory.largest_preset(phi2, LONGEST, CARD, BF16, 6e9) is None
 
 
 def test_the_plan_moves_the_right_way(phi2):
     def parts(**changes):
-        return plan.memory({**CONFIG, **changes}, phi2, LONGEST, CARD, BF16, 11.5e9)
+        return memory.estimate({**CONFIG, **changes}, phi2, LONGEST, CARD, BF16, 11.5e9)
 
     usual = parts()
     assert parts(per_device_train_batch_size=2)["update"] == pytest.approx(usual["update"] / 2)
     assert parts(activation_checkpointing=False)["update"] > 10 * usual["update"]
     assert parts(rollout_batch_size=3)["KV cache"] == 3 * 640 * 32 * 2 * 2560 * 2
     assert parts(max_completion_length=64)["KV cache"] < usual["KV cache"] * 1.5
-    assert plan.memory(CONFIG, phi2, LONGEST, CARD, BF16, 11.5e9, judges=10**9)["reward model"] == 10**9
+    assert memory.estimate(CONFIG, phi2, LONGEST, CARD, BF16, 11.5e9, judges=10**9)["reward model"] == 10**9
 
 
 def test_activations_kept_by_a_layer_are_about_what_the_plan_says(tmp_path):
@@ -60,7 +63,7 @@ def test_activations_kept_by_a_layer_are_about_what_the_plan_says(tmp_path):
     folder = make_micro(tmp_path / "base", hidden_size=256, intermediate_size=1024, num_attention_heads=4)
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     base.config.resid_pdrop = 0.0
-    wrapped = get_peft_model(base, model.lora_config({**CONFIG, "model": str(folder)}, base))
+    wrapped = get_peft_model(base, lora_config({**CONFIG, "model": str(folder)}, base))
     for module in wrapped.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -77,23 +80,23 @@ def test_activations_kept_by_a_layer_are_about_what_the_plan_says(tmp_path):
         hidden = wrapped.get_base_model().model(input_ids=tokens).last_hidden_state
     hidden.sum().backward()
     config = {**CONFIG, "per_device_train_batch_size": 4, "max_completion_length": 28, "activation_checkpointing": False}
-    planned = plan.memory(config, wrapped, 100, torch.device("cpu"), torch.float32, 1e12)["update"]
+    planned = memory.estimate(config, wrapped, 100, torch.device("cpu"), torch.float32, 1e12)["update"]
     assert 0.5 * planned < sum(kept.values()) < planned
 
 
 def test_time_by_bandwidth_is_the_formula(phi2):
     """64 sequences of 200 tokens: 9.8 GB, 2.3 ms at 4.3 TB/s."""
-    per_token = model.cache_bytes_per_token(phi2.config, BF16)
-    assert plan.decode_seconds(5.56e9, 64 * 200 * per_token, 4.3e12) == pytest.approx(2.27e-3, rel=0.01)
+    per_token = cache_bytes_per_token(phi2.config, BF16)
+    assert memory.decode_seconds(5.56e9, 64 * 200 * per_token, 4.3e12) == pytest.approx(2.27e-3, rel=0.01)
     config = {**CONFIG, "max_completion_length": 256}
-    parts = plan.memory(config, phi2, 64, CARD, BF16, 80e9)
-    rollout, update = plan.step_seconds(config, phi2, 64, parts, BF16, 4.3e12, 790e12)
+    parts = memory.estimate(config, phi2, 64, CARD, BF16, 80e9)
+    rollout, update = memory.step_seconds(config, phi2, 64, parts, BF16, 4.3e12, 790e12)
     assert 0.3 < rollout < 0.6
     assert update == pytest.approx((114 + 57 + 57) / 790, rel=0.03)
 
 
 def test_bandwidth_and_speed_are_measured():
-    bandwidth, flops = plan.speed(torch.device("cpu"), torch.float32)
+    bandwidth, flops = memory.speed(torch.device("cpu"), torch.float32)
     assert 1e8 < bandwidth < 1e13 and 1e8 < flops < 1e15
 
 
@@ -127,7 +130,7 @@ def test_an_update_in_parts_is_the_update_in_one(call, quick, tmp_path):
     [("_generate_single_turn", "--rollout_batch_size 4"), ("training_step", "--per_device_train_batch_size 4")],
 )
 def test_out_of_memory_saves_and_says_what_next(call, quick, tmp_path, monkeypatch, where, setting):
-    from phi2_grpo.trainer import Trainer
+    from phi2_grpo.training.trainer import Trainer
 
     original = getattr(Trainer, where)
 
@@ -150,7 +153,7 @@ def test_out_of_memory_saves_and_says_what_next(call, quick, tmp_path, monkeypat
     assert done.code == 2 and f"memory ran out in the {part} of step 3" in done.err and setting in done.err, done.err
     assert "checkpoint-2 is whole" in done.err and "Traceback" not in done.err
     monkeypatch.undo()
-    monkeypatch.chdir(checks.__file__.rsplit("/", 2)[0])
+    monkeypatch.chdir(preflight.__file__.rsplit("/", 2)[0])
     assert call("train_grpo", 4, *options, "--resume").code == 0
 
 
@@ -170,7 +173,7 @@ def test_out_of_memory_while_loading(call, quick, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(model, "load_base", full)
+    monkeypatch.setattr(base, "load_base", full)
     done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o")
     assert done.code == 2 and "memory ran out: CUDA out of memory" in done.err and "Traceback" not in done.err
 

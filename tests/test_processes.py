@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from phi2_grpo import checkpoints, files
+from phi2_grpo.common import files
+from phi2_grpo.training import checkpoints
 
 ALONE = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ALONE["OMP_NUM_THREADS"] = "1"  # the threads of several processes would fight for the same cores
@@ -71,7 +72,7 @@ def test_several_processes_make_the_update_of_one(quick, tmp_path, processes):
     for name, weight in ones.items():
         assert (weight - manys[name]).abs().mean() < 2e-5, name
     assert len(re.findall(r"^ +\d/2 ", many.stdout, re.MULTILINE)) == 2 and many.stdout.count("Before the start") == 1
-    whole = checkpoints.whole_checkpoints(tmp_path / "many")
+    whole = checkpoints.complete_checkpoints(tmp_path / "many")
     assert [path.name for path in whole] == ["checkpoint-1", "checkpoint-2"]
     states = {path.name for path in whole[-1].glob("rng_state*")}
     assert states == {f"rng_state_{rank}.pth" for rank in range(processes)}
@@ -116,7 +117,7 @@ def test_sigterm_to_the_launcher_saves_the_same_step_everywhere(quick, tmp_path)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)
     assert "--resume" in error and error.count("interrupted.") == 1, error
-    assert checkpoints.whole_checkpoints(tmp_path / "o")
+    assert checkpoints.complete_checkpoints(tmp_path / "o")
 
 
 @pytest.mark.slow
@@ -133,7 +134,7 @@ def test_a_machine_that_dies_and_one_that_goes_on(quick, tmp_path):
     _, error = first.communicate(timeout=120)
     assert first.returncode != 0 and time.monotonic() - started < 120
     assert "another process of this run is gone" in error and "--resume" in error, error
-    step = checkpoints.step_of(checkpoints.whole_checkpoints(tmp_path / "o")[-1])
+    step = checkpoints.step_of(checkpoints.complete_checkpoints(tmp_path / "o")[-1])
     port = free_port()
     both = [machine(rank, port, "train_grpo.py", step + 1, *options, "--resume") for rank in range(2)]
     for process in both:
@@ -178,7 +179,7 @@ def test_machines_with_unequal_numbers_of_processes(quick, tmp_path):
 def test_a_folder_in_use_is_refused_soon(quick, tmp_path):
     """The first process is refused; the others, which wait for it, are ended with it."""
     started = time.monotonic()
-    with files.alone_in(tmp_path / "o"):
+    with files.lock_folder(tmp_path / "o"):
         done = launch(2, "train_grpo.py", 1, *quick, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "o")
     assert done.returncode != 0 and done.stderr.count("another run is writing to") == 1, done.stderr
     assert time.monotonic() - started < 30
@@ -186,6 +187,6 @@ def test_a_folder_in_use_is_refused_soon(quick, tmp_path):
 
 def wait_for_a_checkpoint(output: Path) -> None:
     waited = time.monotonic()
-    while not checkpoints.whole_checkpoints(output):
+    while not checkpoints.complete_checkpoints(output):
         assert time.monotonic() - waited < 120
         time.sleep(0.05)

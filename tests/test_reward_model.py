@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from config import CONFIG
-from phi2_grpo import accuracy, model, reward_model
-from phi2_grpo.cli import UserError
-from phi2_grpo.loading import load_tokenizer
-from phi2_grpo.reward_model import RewardModel
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.evaluation import reward_accuracy
+from phi2_grpo.models.base import load_base
+from phi2_grpo.models.lora import lora_config
+from phi2_grpo.models.tokenizer import load_tokenizer
+from phi2_grpo.rewards.reward_model import RewardModel, render_conversations
 
 CPU = torch.device("cpu")
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Why?", "How do I keep a plant alive?", "A")]
@@ -42,7 +44,7 @@ def config(micro) -> dict:
 
 
 def base_of(config):
-    return model.load_base(config, CPU, torch.float32)
+    return load_base(config, CPU, torch.float32)
 
 
 def loaded(folder, config, base=None) -> RewardModel:
@@ -86,7 +88,7 @@ def test_scores_are_centred_and_scaled_by_validation(judged, config, prepared):
               for pair in pairs]  # fmt: skip
     assert numpy.mean(scores) == pytest.approx(0, abs=1e-4) and numpy.std(scores) == pytest.approx(1, abs=1e-4)
     run = json.loads((judged[0] / "run.json").read_text())
-    agreed = accuracy.agreement(*numpy.array(scores).T).mean()
+    agreed = reward_accuracy.agreement(*numpy.array(scores).T).mean()
     assert agreed == pytest.approx(run["validation"]["groups"][0]["model"], abs=1e-4), "what judges is what was measured"
 
 
@@ -105,7 +107,7 @@ def test_its_texts_are_those_of_the_training(micro):
         RewardConfig(output_dir="x", bf16=False, use_cpu=True, report_to="none"),
         "train",
     )
-    (text,) = reward_model.conversations(tokenizer, PROMPTS[1:2], ["Water it."])
+    (text,) = render_conversations(tokenizer, PROMPTS[1:2], ["Water it."])
     assert table[0]["chosen_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -123,17 +125,17 @@ def test_the_card_s_code_runs(judged, monkeypatch, capsys):
 def test_resumed_it_ends_the_same(call, judged, flags, tmp_path, monkeypatch):
     """Interrupted while it measures, after the last update; and with the newest checkpoint gone, halfway."""
     options = (*flags, "--reward_dir", tmp_path / "rm", "--save_steps", "3")
-    real = accuracy.judge_pairs
+    real = reward_accuracy.score_pairs
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     expected = load_file(judged[0] / "adapter_model.safetensors")
     for keep in (None, 6):  # two are kept: 6 and 9
-        monkeypatch.setattr(accuracy, "judge_pairs", interrupted)
+        monkeypatch.setattr(reward_accuracy, "score_pairs", interrupted)
         first = call("train_reward", *options, "--overwrite")
         assert first.code == 130 and "go on with --resume" in first.err
-        monkeypatch.setattr(accuracy, "judge_pairs", real)
+        monkeypatch.setattr(reward_accuracy, "score_pairs", real)
         for checkpoint in (tmp_path / "rm-run").glob("checkpoint-*"):
             if keep and checkpoint.name != f"checkpoint-{keep}":
                 shutil.rmtree(checkpoint)
@@ -188,7 +190,7 @@ def test_it_judges_as_it_does_alone(judged, config, micro):
     alone = PeftModel.from_pretrained(alone, str(judged[0])).eval()
     tokenizer = AutoTokenizer.from_pretrained(judged[0])
     expected = []
-    for text in reward_model.conversations(tokenizer, PROMPTS, ANSWERS):  # one by one: no padding either
+    for text in render_conversations(tokenizer, PROMPTS, ANSWERS):  # one by one: no padding either
         with torch.no_grad():
             expected.append(alone(**tokenizer(text, return_tensors="pt")).logits.item())
     assert loaded(judged[0], config).judge(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-5)
@@ -203,7 +205,7 @@ def test_the_weights_are_shared_and_the_policy_is_untouched(judged, config):
     random_state = torch.random.get_rng_state()
     judge = loaded(judged[0], config, base)
     assert torch.equal(random_state, torch.random.get_rng_state()), "loading draws nothing"
-    policy = get_peft_model(base, model.lora_config(config, base))
+    policy = get_peft_model(base, lora_config(config, base))
     policy.train()
     ids = torch.arange(40).view(2, 20)
     policy(input_ids=ids, labels=ids).loss.backward()
@@ -232,7 +234,7 @@ def test_the_weights_are_shared_and_the_policy_is_untouched(judged, config):
 
 def test_in_bfloat16_its_head_stays_in_float32(judged, config):
     judge = RewardModel(str(judged[0]))
-    base = model.load_base(config, CPU, torch.bfloat16)
+    base = load_base(config, CPU, torch.bfloat16)
     judge.load(config, base, CPU, torch.bfloat16)
     exact = loaded(judged[0], config).judge(PROMPTS, ANSWERS)
     assert judge.judge(PROMPTS, ANSWERS) == pytest.approx(exact, abs=0.05)
@@ -286,7 +288,7 @@ def test_on_another_base_it_is_loaded_beside_and_said(call, quick, judged, confi
     judge = loaded(tmp_path / "whole", config)
     assert not judge.scaled and "raw scores" in judge.describe(config)
     tokenizer = load_tokenizer({"model": str(other), "model_revision": "main"})
-    (text,) = reward_model.conversations(tokenizer, PROMPTS[:1], ANSWERS[:1])
+    (text,) = render_conversations(tokenizer, PROMPTS[:1], ANSWERS[:1])
     with torch.no_grad():
         expected = whole.eval()(**tokenizer(text, return_tensors="pt")).logits.item()
     assert judge(prompts=PROMPTS[:1], answers=ANSWERS[:1]) == [pytest.approx(expected, abs=1e-5)]
@@ -369,7 +371,7 @@ def test_accuracies_of_known_pairs():
     pairs = [pair(str(i), "long reply", "short") for i in range(30)] + [
         pair(str(i), "x" * 99, "y" * 100, "es", 2) for i in range(30, 50)
     ]
-    found = accuracy.accuracies(pairs, [1.0] * 20 + [0.0] * 10 + [2.0] * 20, [0.0] * 50)
+    found = reward_accuracy.measure_accuracy(pairs, [1.0] * 20 + [0.0] * 10 + [2.0] * 20, [0.0] * 50)
     rows = {row["group"]: row for row in found["groups"]}
     assert rows["all"]["model"] == 0.9 and found["ties"] == 10, "20 right, 10 ties counted half, 20 right"
     assert rows["all"]["longer"] == 0.6 and rows["nearly equal length"] == {
@@ -379,7 +381,7 @@ def test_accuracies_of_known_pairs():
     }
     assert rows["language es"]["model"] == 1.0 and rows["rank distance 1"]["model"] == pytest.approx(25 / 30, abs=1e-4)
     low, high = rows["all"]["model_interval"]
-    assert 0.8 < low < 0.9 < high < 1.0 and "better than" in accuracy.verdict(found)
+    assert 0.8 < low < 0.9 < high < 1.0 and "better than" in reward_accuracy.verdict(found)
 
 
 @pytest.mark.parametrize(
@@ -389,8 +391,8 @@ def test_accuracies_of_known_pairs():
 )  # fmt: skip
 def test_the_verdict_s_words_are_fixed_by_the_intervals(model_right, words):
     pairs = [pair(str(i), *(("long one", "short") if i % 2 else ("short", "long one"))) for i in range(50)]
-    found = accuracy.accuracies(pairs, [float(i < model_right) for i in range(50)], [0.5] * 50)
-    assert all(word in accuracy.verdict(found) for word in words), accuracy.verdict(found)
+    found = reward_accuracy.measure_accuracy(pairs, [float(i < model_right) for i in range(50)], [0.5] * 50)
+    assert all(word in reward_accuracy.verdict(found) for word in words), reward_accuracy.verdict(found)
 
 
 def test_intervals_cover_the_truth():
@@ -399,7 +401,7 @@ def test_intervals_cover_the_truth():
     covered = 0
     for trial in range(200):
         values = numpy.repeat((draw.random(60) < 0.65).astype(float), 4)
-        low, high = accuracy.interval(values, numpy.repeat(numpy.arange(60), 4), seed=trial)
+        low, high = reward_accuracy.clustered_interval(values, numpy.repeat(numpy.arange(60), 4), seed=trial)
         covered += low <= 0.65 <= high
     assert 180 <= covered <= 200, "95 % of 200, give or take"
-    assert accuracy.interval(numpy.ones(9), list("aaabbbccc")) == (float("-inf"), float("inf"))
+    assert reward_accuracy.clustered_interval(numpy.ones(9), list("aaabbbccc")) == (float("-inf"), float("inf"))

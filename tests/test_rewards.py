@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import script
 
-from phi2_grpo import monitor, rewards, scoring, signs
-from phi2_grpo.answers import Answer
-from phi2_grpo.cli import UserError
-from phi2_grpo.loading import load_tokenizer
-from phi2_grpo.scoring import Reward, Scorer, choose_rewards, try_rewards
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.models.answers import Answer
+from phi2_grpo.models.tokenizer import load_tokenizer
+from phi2_grpo.rewards import collapse
+from phi2_grpo.rewards.functions import BUILT_IN, ending, language, length, reference, repetition
+from phi2_grpo.rewards.scorer import Reward, Scorer, choose_rewards, describe_rewards, try_rewards
+from phi2_grpo.training.callbacks import LogCallback
 
 END = "<|endoftext|>"
 ROWS = [{"prompt": [{"role": "user", "content": "Why?"}], "lang": "en", "message_id": "1", "reference": "Because."}] * 3
@@ -42,16 +44,16 @@ def scorer_of(tokenizer, *functions, target_tokens: int = 8) -> Scorer:
     ],
 )
 def test_length(tokens, ended, reward):
-    assert rewards.length(answer_tokens=[tokens], ended=[ended], target_tokens=128) == [reward]
+    assert length(answer_tokens=[tokens], ended=[ended], target_tokens=128) == [reward]
 
 
 def test_length_is_finite_and_bounded():
-    values = rewards.length(answer_tokens=list(range(0, 600, 7)), ended=[True, False] * 43, target_tokens=128)
+    values = length(answer_tokens=list(range(0, 600, 7)), ended=[True, False] * 43, target_tokens=128)
     assert len(values) == 86 and all(0 <= value <= 1 for value in values)
 
 
 def test_ending():
-    assert rewards.ending(ended=[True, False]) == [1.0, 0.0]
+    assert ending(ended=[True, False]) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_ending():
     [((1, 2, 3, 4), 0.0), ((5,) * 5, -2 / 3), ((1, 2, 3, 1, 2, 3), -0.25), ((1, 2), 0.0), ((), 0.0)],
 )
 def test_repetition(ids, fine):
-    assert rewards.repetition(answer_ids=[ids]) == [pytest.approx(fine)]
+    assert repetition(answer_ids=[ids]) == [pytest.approx(fine)]
 
 
 @pytest.mark.parametrize(
@@ -75,19 +77,19 @@ def test_repetition(ids, fine):
     ],
 )
 def test_language(answer, lang, low, high):
-    (value,) = rewards.language(answers=[answer], lang=[lang])
+    (value,) = language(answers=[answer], lang=[lang])
     assert low <= value <= high
 
 
 def test_what_cannot_be_judged_is_not_scored():
-    assert rewards.language(answers=["nuqneH"], lang=["tlh"]) == [None]
-    same, other, none = rewards.reference(answers=["Water it."] * 3, reference=["Water it.", "Quick fox", None])
+    assert language(answers=["nuqneH"], lang=["tlh"]) == [None]
+    same, other, none = reference(answers=["Water it."] * 3, reference=["Water it.", "Quick fox", None])
     assert same == pytest.approx(1.0) and other < 0.3 and none is None
-    assert rewards.reference(answers=[""], reference=["Water it."]) == [0.0]
+    assert reference(answers=[""], reference=["Water it."]) == [0.0]
 
 
 def test_each_says_what_it_pays_for_its_range_and_how_it_is_gamed():
-    for function in rewards.BUILT_IN.values():
+    for function in BUILT_IN.values():
         first = function.__doc__.splitlines()[0]
         assert first.startswith(("Pays for", "Fines")) and ("In [" in first or "0 or 1" in first), function.__name__
         assert "Gamed by" in function.__doc__
@@ -213,14 +215,14 @@ def test_they_get_columns_and_answers_and_are_logged(tokenizer):
         seen.update(answers=answers, reference=reference)
         return [None, 1.0]
 
-    scorer = Scorer(tokenizer, 8, [Reward("custom", 2.0, custom), Reward("length", -1.0, rewards.length)])
+    scorer = Scorer(tokenizer, 8, [Reward("custom", 2.0, custom), Reward("length", -1.0, length)])
     batch = [tokenizer(text)["input_ids"] for text in (" Because." + END, " Why not")]
     columns = {"reference": ["a", "b"], "lang": ["en", "es"], "log_metric": logged.__setitem__}
     for function in scorer.functions:
         function(prompts=[[], []], completions=[], completion_ids=batch, **columns)
     assert seen == {"answers": ["Because.", "Why not"], "reference": ["a", "b"]}
     assert logged["answers/ended"] == 0.5 and "rewards/length/es" in logged and "rewards/custom/en" not in logged
-    assert "signs/at_target" in logged
+    assert "collapse/at_target" in logged
     row = scorer.last[1]
     assert row["scores"]["custom"] == 1.0 and row["score"] == pytest.approx(2.0 - row["scores"]["length"])
     assert scorer.functions[1].__name__ == "length", "TRL logs it under its name"
@@ -228,7 +230,7 @@ def test_they_get_columns_and_answers_and_are_logged(tokenizer):
 
 def test_running_on_does_not_pay(tokenizer):
     """A good short answer must not earn more with an "Exercise 3" behind it."""
-    scorer = scorer_of(tokenizer, rewards.length, target_tokens=20)
+    scorer = scorer_of(tokenizer, length, target_tokens=20)
     seen = []
     scorer_of(tokenizer, lambda completions, **_: seen.extend(completions) or [0.0]).score(
         [{"prompt": []}], [tokenizer(" Yes." + END)["input_ids"]]
@@ -285,13 +287,13 @@ SPANISH = [answer(*range(9), text="Las plantas necesitan mucha agua")]
     ],
 )
 def test_signs(answers, languages, expected):
-    found = signs.look(answers, languages, 32)
+    found = collapse.measure(answers, languages, 32)
     assert {key: found[key] for key in expected} == pytest.approx(expected)
 
 
 HEALTHY = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 0.1, "grad_norm": 0.5, "entropy": 2.0,
-           "signs/repetition": 0.05, "signs/distinct_2": 0.7, "signs/one_language": 0.1, "signs/at_target": 0.1,
-           "signs/empty": 0.0}  # fmt: skip
+           "collapse/repetition": 0.05, "collapse/distinct_2": 0.7, "collapse/one_language": 0.1, "collapse/at_target": 0.1,
+           "collapse/empty": 0.0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -302,18 +304,18 @@ HEALTHY = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 
         ({"kl": 3.0}, [("warning", "kl"), ("collapse", "kl")]),
         ({"entropy": 0.001}, [("collapse", "entropy")]),
         (
-            {"signs/repetition": 0.9, "signs/distinct_2": 0.01},
-            [("collapse", "signs/repetition"), ("collapse", "signs/distinct_2")],
+            {"collapse/repetition": 0.9, "collapse/distinct_2": 0.01},
+            [("collapse", "collapse/repetition"), ("collapse", "collapse/distinct_2")],
         ),
-        ({"signs/at_target": 0.9}, [("collapse", "signs/at_target")]),
-        ({"signs/empty": 0.9}, [("collapse", "signs/empty")]),
+        ({"collapse/at_target": 0.9}, [("collapse", "collapse/at_target")]),
+        ({"collapse/empty": 0.9}, [("collapse", "collapse/empty")]),
         ({"frac_reward_zero_std": 1.0}, [("warning", "frac_reward_zero_std")]),
     ],
 )
 def test_alarms_once_each(capsys, ill, alarms):
-    watch = monitor.Monitor(None, None, {}, 10)
+    watch = LogCallback(None, None, {}, 10)
     assert watch.alarms([HEALTHY] * 20) == [] and capsys.readouterr().out == ""
-    assert watch.alarms([{**HEALTHY, **ill}] * (monitor.WINDOW - 1)) == [], "not before there are enough steps"
+    assert watch.alarms([{**HEALTHY, **ill}] * (collapse.WINDOW - 1)) == [], "not before there are enough steps"
     assert watch.alarms([{**HEALTHY, **ill}] * 20) == alarms
     assert watch.alarms([{**HEALTHY, **ill}] * 20) == [], "once"
     printed = " ".join(capsys.readouterr().out.split())
@@ -321,13 +323,13 @@ def test_alarms_once_each(capsys, ill, alarms):
 
 
 def test_a_base_that_answers_in_one_language_is_no_drift(capsys):
-    watch = monitor.Monitor(None, None, {}, 10)
-    english = {**HEALTHY, "signs/one_language": 0.9}
+    watch = LogCallback(None, None, {}, 10)
+    english = {**HEALTHY, "collapse/one_language": 0.9}
     assert watch.alarms([english] * 20) == []
     assert watch.alarms([HEALTHY] * 10 + [english] * 9) == [], (
         "few prompts of a batch are in other languages: it takes more steps"
     )
-    assert watch.alarms([HEALTHY] * 10 + [english] * 10) == [("collapse", "signs/one_language")]
+    assert watch.alarms([HEALTHY] * 10 + [english] * 10) == [("collapse", "collapse/one_language")]
     assert "has grown by 0.8" in capsys.readouterr().out
 
 
@@ -358,9 +360,9 @@ def test_a_gamed_reward_is_seen_and_the_last_good_checkpoint_kept(call, tmp_path
     command = (60, "--preset", "tiny", *where, *options, "--rewards", f"{tmp_path}/gamed.py:one_token", "--stop_on_collapse")
     done = call("train_grpo", *command)
     assert done.code == 0, done.err
-    assert "collapse: signs/" in done.out and "The result is checkpoint-" in done.out
+    assert "collapse: collapse/" in done.out and "The result is checkpoint-" in done.out
     run = json.loads((tmp_path / "o-final" / "run.json").read_text())
-    assert run["steps"] % 5 == 0 and run["steps"] <= run["collapsed_at"] - monitor.WINDOW
+    assert run["steps"] % 5 == 0 and run["steps"] <= run["collapsed_at"] - collapse.WINDOW
     rows = [json.loads(line) for line in (tmp_path / "o-final" / "metrics.jsonl").read_text().splitlines()]
     assert any(kind == "collapse" for row in rows for kind, _ in row.get("alarms", [])), "marked where the curve is drawn from"
     from safetensors.torch import load_file
@@ -383,7 +385,7 @@ def test_memory_that_runs_out_in_a_reward_is_no_mistake_of_it(tmp_path):
 
 
 def test_a_collapse_before_any_checkpoint_has_no_result(call, quick, tmp_path, monkeypatch):
-    monkeypatch.setitem(monitor.COLLAPSE, "reward", (5, 6, "of this test"))
+    monkeypatch.setitem(collapse.COLLAPSE, "reward", (5, 6, "of this test"))
     refused = call("train_grpo", 8, *quick, "--output_dir", tmp_path / "o", "--stop_on_collapse", "--save_steps", 2)
     assert refused.code == 2 and "reaches back 2" in refused.err
     done = call("train_grpo", 8, *quick, "--output_dir", tmp_path / "o", "--stop_on_collapse", "--save_steps", 7)
@@ -470,10 +472,10 @@ def test_what_is_not_scored_is_not_zero(tokenizer):
     def short(answers, **_):
         return [0.5 if len(answer) < 3 else None for answer in answers]
 
-    chosen = [scoring.Reward("even", 1.0, even), scoring.Reward("short", 2.0, short)]
+    chosen = [Reward("even", 1.0, even), Reward("short", 2.0, short)]
     rows = [{"prompt": [{"role": "user", "content": "Why?"}]}] * 4
     ids = [tokenizer(text)["input_ids"] for text in ("ab", "a", "abcd", "abc")]
-    scored = scoring.Scorer(tokenizer, 6, chosen).score(rows, ids)
+    scored = Scorer(tokenizer, 6, chosen).score(rows, ids)
     assert [row["score"] for row in scored] == [2.0, 1.0, 1.0, None]
 
 
@@ -512,6 +514,6 @@ def test_weights_are_trl_s(tokenizer):
 
 
 def test_the_module_of_choices_describes(tokenizer):
-    assert scoring.describe(choose_rewards(["ending:3"])) == [
+    assert describe_rewards(choose_rewards(["ending:3"])) == [
         {"name": "ending", "weight": 3.0, "pays_for": "Pays for ending by itself. 0 or 1.", "digest": None}
     ]

@@ -10,7 +10,13 @@ from scipy.stats import chi2_contingency, chisquare
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from config import CONFIG
-from phi2_grpo import decoder, evaluation, model, plan, rollout, sampling
+from phi2_grpo.evaluation import measure
+from phi2_grpo.models.answers import chat_generation_config
+from phi2_grpo.models.tokenizer import batches_by_length
+from phi2_grpo.rollout.cache import LENGTH_MULTIPLE, DecodeState
+from phi2_grpo.rollout.engine import FastEngine, GenerateEngine, choose_engine, make_engine
+from phi2_grpo.rollout.phi_step import unsupported_reason
+from phi2_grpo.rollout.sampling import Sampling, truncate_at_eos
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
 
@@ -59,8 +65,8 @@ def test_greedy_answers_are_those_of_generate(micro, seed):
     """Token for token, in float32: ragged prompts in groups, some that end early and some that do not."""
     policy = make_policy(micro, seed=seed)
     prompts = prompts_of(policy, 6, 3, seed)
-    ours = rollout.Graph(policy)(prompts, settings(policy, 40))
-    assert ours == rollout.Generate(policy)(prompts, settings(policy, 40))
+    ours = FastEngine(policy)(prompts, settings(policy, 40))
+    assert ours == GenerateEngine(policy)(prompts, settings(policy, 40))
     lengths = set(map(len, ours))
     assert len(lengths) > 1 and max(lengths) <= 40
 
@@ -70,13 +76,13 @@ def test_greedy_answers_of_the_real_shape(tmp_path):
     folder = make_micro(tmp_path / "base", hidden_size=160, num_attention_heads=2, partial_rotary_factor=0.4)
     policy = make_policy(folder)
     prompts = prompts_of(policy, 5, 2)
-    assert rollout.Graph(policy)(prompts, settings(policy, 30)) == rollout.Generate(policy)(prompts, settings(policy, 30))
+    assert FastEngine(policy)(prompts, settings(policy, 30)) == GenerateEngine(policy)(prompts, settings(policy, 30))
 
 
 def test_a_batch_of_one_and_one_token(policy):
     prompts = prompts_of(policy, 1, 1)
     for new in (1, 2, 12):
-        assert rollout.Graph(policy)(prompts, settings(policy, new)) == rollout.Generate(policy)(prompts, settings(policy, new))
+        assert FastEngine(policy)(prompts, settings(policy, new)) == GenerateEngine(policy)(prompts, settings(policy, new))
 
 
 def test_a_prompt_as_long_as_the_context_allows(policy):
@@ -84,15 +90,15 @@ def test_a_prompt_as_long_as_the_context_allows(policy):
     draw = random.Random(0)
     long = [draw.choice([i for i in range(200) if i != end]) for _ in range(context - 5)]
     prompts = [long, long[:7], long]
-    assert rollout.Graph(policy)(prompts, settings(policy, 5)) == rollout.Generate(policy)(prompts, settings(policy, 5))
-    assert len(rollout.Graph(policy)([long], settings(policy, 50))[0]) <= 5, "it ends where the context ends"
-    assert rollout.Graph(policy)([[*long, *long[:5]]], settings(policy, 50)) == [[]], "no room for any token"
+    assert FastEngine(policy)(prompts, settings(policy, 5)) == GenerateEngine(policy)(prompts, settings(policy, 5))
+    assert len(FastEngine(policy)([long], settings(policy, 50))[0]) <= 5, "it ends where the context ends"
+    assert FastEngine(policy)([[*long, *long[:5]]], settings(policy, 50)) == [[]], "no room for any token"
 
 
 def test_a_plain_base_without_an_adapter(micro):
     base = AutoModelForCausalLM.from_pretrained(micro, dtype=torch.float32).eval()
     prompts = prompts_of(base, 4, 2)
-    assert rollout.Graph(base)(prompts, settings(base, 20)) == rollout.Generate(base)(prompts, settings(base, 20))
+    assert FastEngine(base)(prompts, settings(base, 20)) == GenerateEngine(base)(prompts, settings(base, 20))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
@@ -100,11 +106,11 @@ def test_log_probs_of_the_decoder_are_those_of_a_fresh_forward(micro, tokenizer_
     """Of the tokens that were sampled: decoded one by one over the cache, against one forward pass over the whole text."""
     # bfloat16 rounds a logit by its 256th part, so the bound holds for logits of about 1 and not for any size.
     policy, tokenizer = make_policy(micro, dtype, head=0.3 if dtype == torch.float32 else 0.1), tokenizer_of(micro)
-    engine = rollout.Graph(policy)
+    engine = FastEngine(policy)
     prompts = prompts_of(policy, 5, 2)
     torch.manual_seed(0)
     seen = []
-    take = rollout.State.take
+    take = DecodeState.take
 
     def watched(self, logits, rows, sampling):
         origin, made = self.origin[:rows].clone(), int(self.count)
@@ -112,14 +118,14 @@ def test_log_probs_of_the_decoder_are_those_of_a_fresh_forward(micro, tokenizer_
         picked = logits.float().log_softmax(-1)[torch.arange(rows), self.tokens[:rows]]
         seen.extend(((int(o), made), float(p)) for o, p in zip(origin, picked, strict=True))
 
-    rollout.State.take = watched
+    DecodeState.take = watched
     try:
         completions = engine(prompts, sampled(policy, 24))
     finally:
-        rollout.State.take = take
+        DecodeState.take = take
     seen = dict(seen)
     with torch.no_grad():
-        fresh = evaluation.token_log_probs(policy, tokenizer, prompts, completions)
+        fresh = measure.token_log_probs(policy, tokenizer, prompts, completions)
     differences = [
         abs(seen[i, t] - float(fresh[i][t, token])) for i, ids in enumerate(completions) for t, token in enumerate(ids)
     ]
@@ -129,7 +135,7 @@ def test_log_probs_of_the_decoder_are_those_of_a_fresh_forward(micro, tokenizer_
 
 @pytest.fixture
 def tokenizer_of():
-    from phi2_grpo.loading import load_tokenizer
+    from phi2_grpo.models.tokenizer import load_tokenizer
 
     return lambda folder: load_tokenizer({**CONFIG, "model": str(folder)})
 
@@ -161,16 +167,14 @@ def test_sampled_tokens_have_the_models_distribution(tmp_path, others):
             cut = order[0][(probabilities.cumsum(-1) - probabilities)[0] >= others["top_p"]]
             warped[0, cut] = -torch.inf
         exact = warped.softmax(-1)[0].double()
-    ours = torch.tensor([ids[0] for ids in rollout.Graph(policy, rows=5000)(prompts, generation)]).bincount(
-        minlength=len(exact)
-    )
+    ours = torch.tensor([ids[0] for ids in FastEngine(policy, rows=5000)(prompts, generation)]).bincount(minlength=len(exact))
     assert (ours[exact == 0] == 0).all(), "a token that the cut forbids was drawn"
     common = exact * len(prompts) >= 5
     expected = torch.cat((exact[common], exact[~common].sum(0, keepdim=True))) * len(prompts)
     observed = torch.cat((ours[common], ours[~common].sum(0, keepdim=True)))
     kept = expected > 0
     assert chisquare(observed[kept], expected[kept] * observed.sum() / expected.sum()).pvalue > 1e-3
-    theirs = torch.tensor([ids[0] for ids in rollout.Generate(policy, rows=5000)(prompts[:10_000], generation)]).bincount(
+    theirs = torch.tensor([ids[0] for ids in GenerateEngine(policy, rows=5000)(prompts[:10_000], generation)]).bincount(
         minlength=len(exact)
     )
     table = torch.stack((ours, theirs))[:, (ours + theirs) >= 10]
@@ -181,7 +185,7 @@ def test_a_later_token_depends_on_those_before_it(policy):
     """The second token's distribution after the commonest first one, exact against drawn: the cache and its rows are right."""
     prompt = prompts_of(policy, 1, 1)[0]
     torch.manual_seed(0)
-    drawn = rollout.Graph(policy)([prompt] * 8000, sampled(policy, 2))
+    drawn = FastEngine(policy)([prompt] * 8000, sampled(policy, 2))
     first = torch.tensor([ids[0] for ids in drawn if ids[0] != policy.config.eos_token_id]).mode().values.item()
     second = torch.tensor([ids[1] for ids in drawn if ids[0] == first])
     with torch.no_grad():
@@ -199,7 +203,7 @@ def test_a_later_token_depends_on_those_before_it(policy):
 
 def test_an_update_of_the_adapter_is_seen_and_the_base_alone_too(policy):
     prompts, how = prompts_of(policy, 4, 2), settings(policy, 20)
-    ours, theirs = rollout.Graph(policy), rollout.Generate(policy)
+    ours, theirs = FastEngine(policy), GenerateEngine(policy)
     before = ours(prompts, how)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -220,7 +224,7 @@ def test_an_update_of_the_adapter_is_seen_and_the_base_alone_too(policy):
 def test_the_base_is_the_same_bits_after_200_steps(policy):
     kept = {name: parameter.clone() for name, parameter in policy.named_parameters() if "lora_" not in name}
     adapter = [parameter for name, parameter in policy.named_parameters() if "lora_" in name]
-    optimizer, engine = torch.optim.AdamW(adapter, lr=1e-3), rollout.Graph(policy)
+    optimizer, engine = torch.optim.AdamW(adapter, lr=1e-3), FastEngine(policy)
     prompts = prompts_of(policy, 2, 2)
     moved = [parameter.clone() for parameter in adapter]
     for _ in range(200):
@@ -237,25 +241,25 @@ def test_the_base_is_the_same_bits_after_200_steps(policy):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 7])
-def test_portions_change_nothing(policy, rows):
+def test_batchs_change_nothing(policy, rows):
     """Sampled: every completion has its own numbers, whichever rows it is decoded beside."""
     prompts, how = prompts_of(policy, 6, 4), sampled(policy, 25)
     torch.manual_seed(3)
-    whole = rollout.Graph(policy)(prompts, how)
+    whole = FastEngine(policy)(prompts, how)
     torch.manual_seed(3)
-    assert rollout.Graph(policy, rows=rows)(prompts, how) == whole
+    assert FastEngine(policy, rows=rows)(prompts, how) == whole
     assert len({tuple(ids) for ids in whole}) > 12
 
 
 def test_the_same_engine_again_with_other_sizes(policy):
-    engine = rollout.Graph(policy)
+    engine = FastEngine(policy)
     for count, longest, new in ((2, 5, 10), (9, 30, 40), (3, 4, 3), (1, 300, 100)):
         prompts = prompts_of(policy, count, 2, seed=count, longest=longest)
-        assert engine(prompts, settings(policy, new)) == rollout.Generate(policy)(prompts, settings(policy, new))
+        assert engine(prompts, settings(policy, new)) == GenerateEngine(policy)(prompts, settings(policy, new))
 
 
 def test_ended_rows_and_repeated_prompts_cost_nothing(policy, monkeypatch):
-    engine, decoded, filled = rollout.Graph(policy), [], []
+    engine, decoded, filled = FastEngine(policy), [], []
     logits, phi = engine.decoder.logits, policy.get_base_model().model
     monkeypatch.setattr(engine.decoder, "logits", lambda *a: (decoded.append(len(a[0])), logits(*a))[1])
     forward = phi.forward
@@ -266,7 +270,7 @@ def test_ended_rows_and_repeated_prompts_cost_nothing(policy, monkeypatch):
     assert min(map(len, completions)) < max(map(len, completions))
 
 
-@pytest.mark.parametrize("engine", [rollout.Graph, rollout.Generate])
+@pytest.mark.parametrize("engine", [FastEngine, GenerateEngine])
 def test_a_policy_in_training_mode_stays_in_it(policy, engine):
     """With activation checkpointing, which in that mode takes the cache away, and so the text before the last token."""
     prompts = prompts_of(policy, 3, 2)
@@ -274,8 +278,8 @@ def test_a_policy_in_training_mode_stays_in_it(policy, engine):
     policy.train()
     policy.gradient_checkpointing_enable()
     found = engine(policy)(prompts, settings(policy, 15))
-    assert policy.training and found[0] == sampling.up_to_end(plain, [policy.config.eos_token_id])
-    assert rollout.Graph(policy)(prompts, settings(policy, 15)) == found
+    assert policy.training and found[0] == truncate_at_eos(plain, [policy.config.eos_token_id])
+    assert FastEngine(policy)(prompts, settings(policy, 15)) == found
 
 
 # --- what a card does differently, as far as a machine without one can tell
@@ -295,18 +299,18 @@ def test_the_way_of_a_card(micro, monkeypatch, seed):
     policy.get_base_model().lm_head.bias.data[policy.config.eos_token_id] -= 2  # so that some are longer than a step of lengths
     prompts, how = prompts_of(policy, 9, 4, seed, longest=70), sampled(policy, 90)
     torch.manual_seed(seed)
-    plain = rollout.Graph(policy)(prompts, how)
-    engine = rollout.Graph(policy, rows=20)
+    plain = FastEngine(policy)(prompts, how)
+    engine = FastEngine(policy, rows=20)
     engine.cuda, captured = True, []
-    monkeypatch.setattr(rollout.Graph, "_capture", lambda self, *key: (captured.append(key), Replayed(self, *key))[1])
+    monkeypatch.setattr(FastEngine, "_capture", lambda self, *key: (captured.append(key), Replayed(self, *key))[1])
     torch.manual_seed(seed)
     assert engine(prompts, how) == plain
     assert len(captured) == len(set(captured)) > 3, "each kind of step is captured once"
-    assert all(length % plan.LENGTHS == 0 for _, length, _ in captured)
+    assert all(length % LENGTH_MULTIPLE == 0 for _, length, _ in captured)
     seen = len(captured)
     torch.manual_seed(seed)
     assert engine(prompts, how) == plain and len(captured) == seen, "and replayed ever after"
-    assert engine(prompts, settings(policy, 90)) == rollout.Generate(policy)(prompts, settings(policy, 90))
+    assert engine(prompts, settings(policy, 90)) == GenerateEngine(policy)(prompts, settings(policy, 90))
 
 
 def test_no_step_waits_for_the_device(policy):
@@ -320,11 +324,11 @@ def test_no_step_waits_for_the_device(policy):
             assert str(function).rsplit(".", 1)[0] not in waits, function
             return function(*args, **(kwargs or {}))
 
-    engine = rollout.Graph(policy)
+    engine = FastEngine(policy)
     how = sampled(policy, 10, top_k=9, top_p=0.8, temperature=0.7)
     engine(prompts_of(policy, 3, 2), how)
     with torch.no_grad(), Watch():
-        engine._step(4, 64, sampling.Sampling.of(how))
+        engine._step(4, 64, Sampling.of(how))
 
 
 # --- the choice
@@ -337,36 +341,36 @@ def llama(tmp_path):
 
 
 def test_what_each_model_gets(policy, micro, tmp_path):
-    assert rollout.choose("auto", policy)[0] == rollout.choose("graph", policy)[0] == "graph"
-    assert rollout.choose("generate", policy)[0] == "generate"
+    assert choose_engine("auto", policy)[0] == choose_engine("fast", policy)[0] == "fast"
+    assert choose_engine("generate", policy)[0] == "generate"
     other = llama(tmp_path)
-    engine, why = rollout.choose("graph", other)
+    engine, why = choose_engine("fast", other)
     assert engine == "generate" and "llama" in why
-    assert isinstance(rollout.make_engine("auto", other), rollout.Generate)
+    assert isinstance(make_engine("auto", other), GenerateEngine)
     base = AutoModelForCausalLM.from_pretrained(micro)
     dora = get_peft_model(base, LoraConfig(r=2, target_modules=["fc1"], use_dora=True))
-    assert "no plain LoRA" in decoder.why_not(dora)
+    assert "no plain LoRA" in unsupported_reason(dora)
     head = get_peft_model(AutoModelForCausalLM.from_pretrained(micro), LoraConfig(r=2, target_modules=["fc1", "lm_head"]))
-    assert "more is adapted" in decoder.why_not(head)
+    assert "more is adapted" in unsupported_reason(head)
     with torch.device("meta"):  # the checks look at a model that has no weights yet
         bare = AutoModelForCausalLM.from_config(base.config)
-    assert decoder.why_not(bare) is None
+    assert unsupported_reason(bare) is None
 
 
 def test_a_setting_that_the_engine_does_not_know_goes_to_generate(policy):
     prompts = prompts_of(policy, 4, 1)
     how = settings(policy, 20, repetition_penalty=3.0)
     with pytest.raises(ValueError, match="repetition_penalty"):
-        sampling.Sampling.of(how)
-    assert rollout.Graph(policy)(prompts, how) == rollout.Generate(policy)(prompts, how)
-    usual = model.generation_config(type("T", (), {"eos_token_id": 0, "pad_token_id": 0}), CONFIG, 2048)
-    assert sampling.Sampling.of(usual) == sampling.Sampling(False, CONFIG["chat_temperature"], 50, CONFIG["chat_top_p"], (0,))
+        Sampling.of(how)
+    assert FastEngine(policy)(prompts, how) == GenerateEngine(policy)(prompts, how)
+    usual = chat_generation_config(type("T", (), {"eos_token_id": 0, "pad_token_id": 0}), CONFIG, 2048)
+    assert Sampling.of(usual) == Sampling(False, CONFIG["chat_temperature"], 50, CONFIG["chat_top_p"], (0,))
 
 
 def test_batches_by_length_hold_what_a_forward_pass_may():
     lengths = [900, 10, 5000, 1000, 20, 1100]
-    batches = list(rollout.by_length(lengths))
+    batches = list(batches_by_length(lengths))
     assert batches == [[1, 4], [0, 3], [5], [2]], (
         "all once, the shortest first; 3 x 900 and 2 x 1100 are too many, 5000 goes alone"
     )
-    assert list(rollout.by_length([])) == []
+    assert list(batches_by_length([])) == []

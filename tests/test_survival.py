@@ -18,10 +18,13 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from benchmarks import kills
-from phi2_grpo import checkpoints, data, files, interruption
-from phi2_grpo.cli import Terminated, UserError
-from phi2_grpo.loading import load_tokenizer
-from phi2_grpo.trainer import EpochSampler
+from phi2_grpo.common import files
+from phi2_grpo.common.cli import Terminated, UserError
+from phi2_grpo.data import store
+from phi2_grpo.models.tokenizer import load_tokenizer
+from phi2_grpo.training import checkpoints
+from phi2_grpo.training.callbacks import GracefulStop
+from phi2_grpo.training.trainer import EpochSampler
 
 
 @pytest.fixture
@@ -118,11 +121,11 @@ def test_a_killed_prepare_leaves_old_or_new_data_or_says_so(micro, prepared, tmp
             time.sleep(pause)
             process.kill()
         try:
-            assert len(data.load_prompts(config, tokenizer)[0]["train"]) > 100
+            assert len(store.load_prompts(config, tokenizer)[0]["train"]) > 100
         except UserError as error:
             assert "--overwrite" in str(error)
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
-    assert not scratch.exists() and data.load_prompts(config, tokenizer)[0]
+    assert not scratch.exists() and store.load_prompts(config, tokenizer)[0]
 
 
 # --- checkpoints that are not whole
@@ -143,7 +146,7 @@ def test_a_broken_checkpoint_is_passed_over(call, quick, run, harm):
         case "run.json cut":
             text = (newest / "run.json").read_text()
             (newest / "run.json").write_text(text[: len(text) // 2])
-    assert [path.name for path in checkpoints.whole_checkpoints(run)] == ["checkpoint-4"]
+    assert [path.name for path in checkpoints.complete_checkpoints(run)] == ["checkpoint-4"]
     done = call("train_grpo", 6, *quick, "--output_dir", run, "--resume", "--save_steps", 2, "--check")
     said = " ".join(done.out.replace("│", " ").split())
     assert done.code == 0 and "resuming at checkpoint-4 (checkpoint-6 passed over: not whole)" in said, done.err
@@ -153,7 +156,7 @@ def test_what_is_there_and_not_whole_is_not_removed_unasked(call, quick, run):
     """Another program's checkpoints are refused; one's own that were damaged, until --overwrite."""
     shutil.rmtree(run / "checkpoint-4")
     (run / "checkpoint-6" / "README.md").write_text("my notes")  # what is for people may be changed
-    assert [path.name for path in checkpoints.whole_checkpoints(run)] == ["checkpoint-6"]
+    assert [path.name for path in checkpoints.complete_checkpoints(run)] == ["checkpoint-6"]
     for harm, expected, flags in (
         (lambda path: path.write_text("{}"), "is not whole", ((), ("--resume",))),
         (lambda path: path.unlink(), "no checkpoint of this program's", ((), ("--resume",), ("--overwrite",))),
@@ -183,7 +186,7 @@ def test_a_link_to_a_larger_disk_stays_a_link(tmp_path):
     (tmp_path / "large").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "large" / "final")  # to nothing yet
     for text in ("one", "two"):
-        with files.whole_folder(tmp_path / "link") as folder:
+        with files.atomic_folder(tmp_path / "link") as folder:
             (folder / "a").write_text(text)
         assert (tmp_path / "link").is_symlink() and (tmp_path / "large" / "final" / "a").read_text() == text
     assert [path.name for path in (tmp_path / "large").iterdir()] == ["final"] and len(list(tmp_path.iterdir())) == 2
@@ -218,14 +221,14 @@ def test_the_step_counts_and_not_the_clock(call, quick, trained, run):
     options = (*quick, "--output_dir", run, "--resume", "--save_steps", 2, "--sample_steps", 3)
     done = call("train_grpo", 8, *options)
     assert done.code == 0 and "resuming at checkpoint-6" in done.out, done.err
-    assert [path.name for path in checkpoints.whole_checkpoints(run)] == ["checkpoint-6", "checkpoint-8"]
+    assert [path.name for path in checkpoints.complete_checkpoints(run)] == ["checkpoint-6", "checkpoint-8"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
 
 
 def test_old_checkpoints_go_when_the_new_one_is_whole(call, quick, run, monkeypatch):
     """The save of step 8 fails half-way: what was there before is still there."""
-    from phi2_grpo.trainer import Trainer
+    from phi2_grpo.training.trainer import Trainer
 
     def full(self, *_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -254,7 +257,7 @@ def test_a_disk_that_is_really_full(call, quick, tmp_path):
         done = call("train_grpo", 60, *how)
         assert done.code == 2 and "no room is left" in done.err and "--resume" in done.err, done.err
         assert "Traceback" not in done.err
-        left = checkpoints.whole_checkpoints(place / "o")
+        left = checkpoints.complete_checkpoints(place / "o")
         assert left and not (place / "o" / ".incoming").exists()
         assert subprocess.run(["mount", "-o", "remount,size=60m", str(place)]).returncode == 0
         step = checkpoints.step_of(left[-1])
@@ -305,11 +308,11 @@ def test_ctrl_c_after_a_tee_is_gone(quick, tmp_path):
         process.stderr.close()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-    assert checkpoints.whole_checkpoints(tmp_path / "o")
+    assert checkpoints.complete_checkpoints(tmp_path / "o")
 
 
 def test_the_second_signal_stops_at_once(capsys):
-    asked = interruption.Interruption()
+    asked = GracefulStop()
     with asked.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
@@ -319,7 +322,7 @@ def test_the_second_signal_stops_at_once(capsys):
             time.sleep(0.1)
     with pytest.raises(Terminated):
         asked.raise_if_asked()
-    interruption.Interruption().raise_if_asked()
+    GracefulStop().raise_if_asked()
 
 
 @pytest.mark.slow
@@ -371,16 +374,18 @@ def test_other_prompts_are_another_run(call, quick, micro, run, tmp_path):
 
 def test_a_schedule_that_ends_may_not_be_made_longer():
     then = {"config": {"max_steps": 10, "lr_scheduler_type": "linear"}}
-    assert checkpoints.differences(then, {"max_steps": 20, "lr_scheduler_type": "linear"}, 1) == ["max_steps was 10, is 20"]
+    assert checkpoints.changed_settings(then, {"max_steps": 20, "lr_scheduler_type": "linear"}, 1) == [
+        "max_steps was 10, is 20"
+    ]
     then["config"]["lr_scheduler_type"] = "constant"
-    assert checkpoints.differences(then, {"max_steps": 20, "lr_scheduler_type": "constant"}, 1) == []
+    assert checkpoints.changed_settings(then, {"max_steps": 20, "lr_scheduler_type": "constant"}, 1) == []
     then = {"rewards": [{"name": "length", "weight": 1.0, "digest": None}], "dtype": "float32", "model_commit": "a"}
     now = {**then, "rewards": [{"name": "length", "weight": 1.0}]}
-    assert checkpoints.differences(then, {}, 1, now) == []
-    assert checkpoints.differences(then, {}, 1, {**now, "dtype": "bfloat16", "model_commit": "b"}) == [
+    assert checkpoints.changed_settings(then, {}, 1, now) == []
+    assert checkpoints.changed_settings(then, {}, 1, {**now, "dtype": "bfloat16", "model_commit": "b"}) == [
         "dtype was float32, is bfloat16", "model_commit was a, is b"
     ]  # fmt: skip
-    assert checkpoints.differences({"config": {"model": "."}}, {"model": str(Path.cwd())}, 1) == [], "the same folder"
+    assert checkpoints.changed_settings({"config": {"model": "."}}, {"model": str(Path.cwd())}, 1) == [], "the same folder"
 
 
 # --- in each other's way
@@ -394,7 +399,7 @@ def test_two_in_one_folder(call, quick, micro, prepared, final, tmp_path, name):
         "prepare_data": ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "o"),
         "validate_model": (*quick[:6], "--adapter", final, "--validation_dir", tmp_path / "o"),
     }[name]
-    with files.alone_in(tmp_path / "o"):
+    with files.lock_folder(tmp_path / "o"):
         done = call(name, *flags)
     assert done.code == 2 and "another run is writing to" in done.err and "Traceback" not in done.err, done.err
     assert not (tmp_path / "o" / "checkpoint-1").exists()
@@ -464,7 +469,7 @@ def test_a_base_of_the_hub_and_secrets_in_the_environment(quick, micro, tmp_path
 def test_the_commit_of_a_hub_data_set():
     from types import SimpleNamespace
 
-    from phi2_grpo.reading import _commit
+    from phi2_grpo.data.sources import _commit
 
     commit = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
     sums = {f"hf://datasets/OpenAssistant/oasst1@{commit}/data/train-00000-of-00001.parquet": {"num_bytes": 1}}

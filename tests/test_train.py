@@ -15,7 +15,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
-from phi2_grpo import checkpoints, report
+from phi2_grpo.training import checkpoints, outputs
 
 SELF_DESCRIBING = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
                    "chat_template.jinja", "generation_config.json", "README.md", "run.json", "metrics.jsonl", "evaluation.jsonl", "reward.png"}  # fmt: skip
@@ -128,7 +128,7 @@ def test_a_run_is_not_overwritten_unasked(call, quick, trained, tmp_path):
     assert "holds a run" in call("train_grpo", "--check", *quick, "--output_dir", output).err
     (output / "checkpoint-2").mkdir(parents=True)
     shutil.rmtree(tmp_path / "o-final")
-    assert checkpoints.whole_checkpoints(str(output)) == []
+    assert checkpoints.complete_checkpoints(str(output)) == []
     done = call("train_grpo", "--check", *quick, "--output_dir", output, "--resume")
     assert done.code == 0 and "no whole checkpoint: starting at step 0" in " ".join(done.out.split())
 
@@ -157,7 +157,7 @@ def test_only_the_run_is_removed(call, quick, tmp_path):
 def test_a_setting_left_empty_is_the_library_s_own(tmp_path):
     from trl import GRPOConfig
 
-    from phi2_grpo.trainer import training_arguments
+    from phi2_grpo.training.trainer import training_arguments
 
     config = {"vllm_server_base_url": "", "output_dir": str(tmp_path / "o"), "learning_rate": 0.5, "report_to": "none"}
     found = training_arguments(GRPOConfig, config, torch.device("cpu"), torch.float32, max_steps=3)
@@ -166,10 +166,11 @@ def test_a_setting_left_empty_is_the_library_s_own(tmp_path):
 
 def test_where_the_weights_are_spread_trl_rolls_out(call, quick, tmp_path, monkeypatch):
     """No engine is made, for its views of the weights would keep a whole base on each process."""
-    from phi2_grpo import model, rollout
+    from phi2_grpo.models import base
+    from phi2_grpo.rollout import engine
 
-    monkeypatch.setattr(model, "spread", lambda: True)
-    monkeypatch.setattr(rollout, "make_engine", lambda *_: pytest.fail("an engine was made"))
+    monkeypatch.setattr(base, "is_sharded", lambda: True)
+    monkeypatch.setattr(engine, "make_engine", lambda *_: pytest.fail("an engine was made"))
     done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o")
     assert done.code == 2 and "give --eval_prompts 0" in done.err, done.err
     done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o", "--eval_prompts", 0)
@@ -257,25 +258,25 @@ def test_interrupted(quick, tmp_path, number, code):
     heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     with subprocess.Popen(command, **options, **heeding) as process:
         waited = time.monotonic()
-        while not checkpoints.whole_checkpoints(str(tmp_path / "o")) and time.monotonic() - waited < 120:
+        while not checkpoints.complete_checkpoints(str(tmp_path / "o")) and time.monotonic() - waited < 120:
             time.sleep(0.1)
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == code and "--resume" in error and "Traceback" not in error
     assert "stopping after this step, with a checkpoint" in error
-    assert checkpoints.whole_checkpoints(str(tmp_path / "o")) and not (tmp_path / "o-final").exists()
+    assert checkpoints.complete_checkpoints(str(tmp_path / "o")) and not (tmp_path / "o-final").exists()
 
 
 def test_curve_and_card_of_an_odd_run(tmp_path):
     """One step, or values that were not finite: still a picture and valid JSON."""
     config = {"target_tokens": 8, "rewards": ["length:1.0"]}
     odd = {"reward": 0.5, "reward_std": 0.1, "kl": float("nan"), "answers/tokens": 3.0, "step": 1}
-    rows = report.rows_with([odd, {"loss": 1}], "reward")
+    rows = outputs.log_rows([odd, {"loss": 1}], "reward")
     assert rows == [{"reward": 0.5, "reward_std": 0.1, "kl": None, "answers/tokens": 3.0, "step": 1}]
     for part in (rows, []):
-        report.draw_curve(part, config, tmp_path / "x.png", [])
+        outputs.draw_curve(part, config, tmp_path / "x.png", [])
         assert (tmp_path / "x.png").stat().st_size > 1000
-    assert report.window(rows, "reward") == (0.5, 0.5) and report.window(rows, "kl") is None
+    assert outputs.first_and_last(rows, "reward") == (0.5, 0.5) and outputs.first_and_last(rows, "kl") is None
 
 
 def test_evaluated_on_held_out_prompts_while_it_trains(call, quick, trained, tmp_path):

@@ -10,10 +10,16 @@ import torch
 from conftest import make_micro
 
 from config import CONFIG
-from phi2_grpo import cards, chat, evaluation, journal, model, proof, rollout, statistics
-from phi2_grpo.answers import Answer
-from phi2_grpo.loading import load_tokenizer
-from phi2_grpo.scoring import Scorer, choose_rewards, with_all_built_in
+from phi2_grpo.common import stats
+from phi2_grpo.evaluation import journal, measure, report
+from phi2_grpo.models.answers import Answer
+from phi2_grpo.models.base import load_base
+from phi2_grpo.models.lora import load_adapter, lora_config
+from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, load_tokenizer, render
+from phi2_grpo.rewards.scorer import Scorer, choose_rewards, with_all_built_in
+from phi2_grpo.rollout.engine import complete, make_engine
+from phi2_grpo.rollout.sampling import rollout_generation_config
+from phi2_grpo.training import model_card
 
 CPU = torch.device("cpu")
 
@@ -46,8 +52,8 @@ def test_report(call, options, final, tmp_path):
     assert done.code == 0, done.err
     assert {path.name for path in (tmp_path / "v").iterdir()} == {"report.json", "report.md", "validation.png", "samples.jsonl"}
     found = report_of(tmp_path / "v")
-    assert [sample["prompt"] for sample in found["samples"]] == chat.SAMPLE_PROMPTS
-    for prompt in chat.SAMPLE_PROMPTS:
+    assert [sample["prompt"] for sample in found["samples"]] == SAMPLE_PROMPTS
+    for prompt in SAMPLE_PROMPTS:
         assert prompt in done.out
     assert found["prompts"] == 12 and found["headline"] == "length"
     assert set(found["metrics"]) == {"length", "ending", "repetition", "language", "reference", "answer tokens", "distinct-2",
@@ -72,7 +78,7 @@ def test_report(call, options, final, tmp_path):
         assert call("validate_model", *options, "--max_prompts", 25).code == 0
         line = report_of(tmp_path / "v")["line"]
         text = (final / "README.md").read_text()
-        assert line in text and text.count(cards.VALIDATED) == 1, (
+        assert line in text and text.count(model_card.VALIDATED) == 1, (
             "the card takes its numbers from the report; replaced, not added again"
         )
     assert call("validate_model", *options, "--max_prompts", 25, "--temperature", 0.5).code == 0
@@ -196,7 +202,7 @@ def test_a_report_that_cannot_be_written_loses_no_sample(call, options, tmp_path
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(proof, "draw", full)
+        broken.setattr(report, "draw", full)
         done = call("validate_model", *options)
     assert done.code == 2 and done.err.startswith("error: no room is left on a disk"), done.err
     kept = (tmp_path / "v" / "unfinished" / "journal.jsonl").read_text()
@@ -226,30 +232,30 @@ def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path):
 )
 def test_intervals_cover_the_truth(draw, monkeypatch):
     """2,000 simulations of 100 prompts, the truth known: 93 to 97 % of the 95 % intervals hold it."""
-    monkeypatch.setattr(statistics, "RESAMPLES", 1000)  # in a quarter of the time
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)  # in a quarter of the time
     values = draw(numpy.random.default_rng(0), (2000, 100))
-    covered = sum(low <= 0.1 <= high for low, high in map(statistics.interval, values))
+    covered = sum(low <= 0.1 <= high for low, high in map(stats.interval, values))
     assert 0.93 <= covered / 2000 <= 0.97, covered
 
 
 def test_paired_numbers():
-    found = statistics.paired([0.0, 0.0, 1.0, None], [1.0, 0.0, 0.5, 7.0])
+    found = stats.paired([0.0, 0.0, 1.0, None], [1.0, 0.0, 0.5, 7.0])
     assert (found.prompts, found.base, found.tuned) == (3, pytest.approx(1 / 3), pytest.approx(0.5))
     assert found.difference == pytest.approx(1 / 6) and found.win_rate == pytest.approx(0.5)
-    assert statistics.paired([None], [1.0]) is None
+    assert stats.paired([None], [1.0]) is None
     for prompts in (1, 5):
-        few = statistics.paired([0.0] * prompts, [1.0] * prompts)
-        assert few.low is None and statistics.word(few) == "no difference shown", "2 x 1/32 is more than 5 %"
-    assert statistics.paired([0.0] * 6, [1.0] * 6).low == 1.0, "2 x 1/64 is less"
+        few = stats.paired([0.0] * prompts, [1.0] * prompts)
+        assert few.low is None and stats.verdict(few) == "no difference shown", "2 x 1/32 is more than 5 %"
+    assert stats.paired([0.0] * 6, [1.0] * 6).low == 1.0, "2 x 1/64 is less"
 
 
 @pytest.mark.parametrize(("differ", "expected"), [(4, "no difference shown"), (5, "no difference shown"), (7, "worse")])
 def test_few_prompts_that_differ(differ, expected):
     """Of 70, all in one direction: by the sign test's arithmetic, 2 x 2^-differ against 5 %."""
     tuned = [0.0] * (70 - differ) + [-1.0] * differ
-    assert statistics.word(statistics.paired([0.0] * 70, tuned)) == expected
-    at_the_many = statistics.paired([0.0] * 70, tuned, statistics.simultaneous(10))
-    assert statistics.word(at_the_many) == "no difference shown", "2 x 2^-7 is more than 0.5 %"
+    assert stats.verdict(stats.paired([0.0] * 70, tuned)) == expected
+    at_the_many = stats.paired([0.0] * 70, tuned, stats.simultaneous(10))
+    assert stats.verdict(at_the_many) == "no difference shown", "2 x 2^-7 is more than 0.5 %"
 
 
 def test_sign_flips_agree_with_scipy():
@@ -260,7 +266,7 @@ def test_sign_flips_agree_with_scipy():
     for shift in (0.2, 0.5, 0.8, 1.1):
         differences = draw.normal(shift, 1, 10)
         exact = stats.permutation_test((differences,), numpy.mean, permutation_type="samples", n_resamples=2**10).pvalue
-        low, high = statistics.sign_flip_interval(differences)
+        low, high = stats.sign_flip_interval(differences)
         assert (low > 0 or high < 0) == (exact <= 0.05), (differences, exact)
 
 
@@ -269,9 +275,9 @@ def test_words_that_are_false_are_rare():
     from benchmarks import verdicts
 
     draw = numpy.random.default_rng(1)
-    level = statistics.simultaneous(verdicts.METRICS - 1 + verdicts.LANGUAGES)
+    level = stats.simultaneous(verdicts.METRICS - 1 + verdicts.LANGUAGES)
     for kind in (verdicts.skewed, verdicts.few_differ):
-        words = [verdicts.false_words([kind(draw, 80) for _ in range(verdicts.METRICS)], statistics.sign_flip_interval, level)
+        words = [verdicts.false_words([kind(draw, 80) for _ in range(verdicts.METRICS)], stats.sign_flip_interval, level)
                  for _ in range(60)]  # fmt: skip
         assert numpy.sum(words, 0).max() <= 8, "3 of 60 are expected at most"
 
@@ -282,25 +288,25 @@ def test_words_that_are_false_are_rare():
      (0.1, 0.2, False, "worse"), (0.1, 0.2, None, "higher"), (-0.2, -0.1, None, "lower"), (0.0, 0.2, True, "no difference shown")],
 )  # fmt: skip
 def test_words_are_fixed_by_the_interval(low, high, better, expected):
-    assert statistics.word(statistics.Paired(9, 0, 0, 0, low, high, 0.95, 0.5), better) == expected
+    assert stats.verdict(stats.Paired(9, 0, 0, 0, low, high, 0.95, 0.5), better) == expected
 
 
 def test_base_against_itself_shows_no_difference(config, tokenizer):
     """Two draws of the same model, 100 small trials of 20 prompts: at least 89 say so (95 are expected)."""
-    base = model.load_base(config, CPU, torch.float32)
+    base = load_base(config, CPU, torch.float32)
     rows = [
         {"prompt": [{"role": "user", "content": f"Why {i}?"}], "lang": "en", "message_id": "1", "reference": None}
         for i in range(20)
     ]
-    texts = chat.render(tokenizer, [row["prompt"] for row in rows]) * 100
-    engine = rollout.make_engine("auto", base)
+    texts = render(tokenizer, [row["prompt"] for row in rows]) * 100
+    engine = make_engine("auto", base)
     scorer = Scorer(tokenizer, 6, choose_rewards(["length"]))
     scores = []
     for seed in (1, 2):
-        ids = rollout.complete(engine, tokenizer, texts, evaluation.sampling(config, tokenizer), 10_000 * seed)
+        ids = complete(engine, tokenizer, texts, rollout_generation_config(config, tokenizer), 10_000 * seed)
         scores.append([row["score"] for row in scorer.score(rows * 100, ids)])
-    trials = [statistics.paired(*(side[i : i + 20] for side in scores)) for i in range(0, 2000, 20)]
-    assert sum(statistics.word(trial) == "no difference shown" for trial in trials) >= 89
+    trials = [stats.paired(*(side[i : i + 20] for side in scores)) for i in range(0, 2000, 20)]
+    assert sum(stats.verdict(trial) == "no difference shown" for trial in trials) >= 89
 
 
 # --- the costs
@@ -311,13 +317,13 @@ ROWS = [{"prompt": [{"role": "user", "content": text}], "lang": "en", "message_i
 
 
 def test_costs_against_values_by_hand(config, tokenizer, final):
-    policy = model.load_adapter(model.load_base(config, CPU, torch.float32), str(final)).eval()
-    fresh = model.load_base(config, CPU, torch.float32).eval()
+    policy = load_adapter(load_base(config, CPU, torch.float32), str(final)).eval()
+    fresh = load_base(config, CPU, torch.float32).eval()
     completion_ids = [tokenizer(text)["input_ids"] for text in (" So it is.", " No", "")]
     with torch.no_grad():
-        kl = evaluation.divergence(policy, policy.disable_adapter, tokenizer, ROWS, completion_ids)
+        kl = measure.kl_to_base(policy, policy.disable_adapter, tokenizer, ROWS, completion_ids)
         for row, ids, value in zip(ROWS, completion_ids, kl, strict=True):
-            prompt = tokenizer(chat.render(tokenizer, [row["prompt"]])[0])["input_ids"]
+            prompt = tokenizer(render(tokenizer, [row["prompt"]])[0])["input_ids"]
             if not ids:
                 assert value is None
                 continue
@@ -327,12 +333,12 @@ def test_costs_against_values_by_hand(config, tokenizer, final):
                 sum(p * math.log(p / q) for p, q in zip(tuned[i].tolist(), base[i].tolist(), strict=True)) for i in places
             ]
             assert value == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-3, abs=1e-6)
-        found = evaluation.surprise(policy, tokenizer, ROWS)
+        found = measure.reference_nll(policy, tokenizer, ROWS)
         assert found[2] is None, "there is no reply"
         (one, few), (other, many) = found[:2]
-        assert evaluation.perplexity(found) == pytest.approx(math.exp((one + other) / (few + many)))
+        assert measure.perplexity(found) == pytest.approx(math.exp((one + other) / (few + many)))
         for row, (total, count) in zip(ROWS, found[:2], strict=False):
-            prompt = tokenizer(chat.render(tokenizer, [row["prompt"]])[0])["input_ids"]
+            prompt = tokenizer(render(tokenizer, [row["prompt"]])[0])["input_ids"]
             reply = tokenizer(f" {row['reference']}")["input_ids"]
             logits = policy(torch.tensor([prompt + reply])).logits[0].double().log_softmax(-1)
             by_hand = -sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(reply))
@@ -342,10 +348,10 @@ def test_costs_against_values_by_hand(config, tokenizer, final):
 def test_an_untrained_adapter_is_its_base(config, tokenizer):
     from peft import get_peft_model
 
-    base = model.load_base(config, CPU, torch.float32)
-    policy = get_peft_model(base, model.lora_config(config, base)).eval()
+    base = load_base(config, CPU, torch.float32)
+    policy = get_peft_model(base, lora_config(config, base)).eval()
     ids = [tokenizer(" So it is.")["input_ids"]] * 3
-    assert evaluation.divergence(policy, policy.disable_adapter, tokenizer, ROWS, ids) == [0.0] * 3
+    assert measure.kl_to_base(policy, policy.disable_adapter, tokenizer, ROWS, ids) == [0.0] * 3
 
 
 # --- the words of the line
@@ -365,7 +371,7 @@ def made(base: list[list[int]], tuned: list[list[int]], rewards=("length",)) -> 
             samples.append(
                 {"side": side, "prompt": i, "answer": Answer("x", tuple(ids), True, ""), "score": 0.0, "scores": scores}
             )
-    return proof.summarize(samples, prompts, {}, scorer, ("base", "tuned"))
+    return report.summarize(samples, prompts, {}, scorer, ("base", "tuned"))
 
 
 def test_the_line_says_better_worse_or_nothing():
@@ -397,19 +403,19 @@ def test_languages_with_enough_prompts_have_their_own_rows(call, options, tmp_pa
 
 
 def test_a_text_cannot_leave_its_block():
-    assert proof.fenced("a ```` b").startswith("`````text\n") and proof.fenced("x").startswith("```text\n")
+    assert report.fenced("a ```` b").startswith("`````text\n") and report.fenced("x").startswith("```text\n")
 
 
 def test_a_second_adapter_of_another_shape_is_refused(config, final, tmp_path):
-    from phi2_grpo.cli import UserError
+    from phi2_grpo.common.cli import UserError
 
-    policy = model.load_adapter(model.load_base(config, CPU, torch.float32), str(final))
+    policy = load_adapter(load_base(config, CPU, torch.float32), str(final))
     shallow = make_micro(tmp_path / "shallow", num_hidden_layers=1)
     with pytest.raises(UserError, match="another base"):
-        model.load_adapter(
-            model.load_adapter(model.load_base({**config, "model": str(shallow)}, CPU, torch.float32), str(final)),
+        load_adapter(
+            load_adapter(load_base({**config, "model": str(shallow)}, CPU, torch.float32), str(final)),
             str(final),
             "b",
         )
-    model.load_adapter(policy, str(final), "again")
+    load_adapter(policy, str(final), "again")
     assert policy.active_adapter == "default"

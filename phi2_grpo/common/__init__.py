@@ -1,0 +1,1 @@
+"""What every room uses: flags, files, tables, statistics, the Hub."""

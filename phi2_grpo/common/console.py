@@ -1,0 +1,71 @@
+"""How results look: one kind of table on the terminal, one in Markdown, one kind of figure."""
+
+import os
+import sys
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import rich.console
+from rich.table import Table
+
+GREY, BLUE, ORANGE, GREEN, RED, PURPLE = "#999999", "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3"
+
+
+class Console(rich.console.Console):
+    """Prints text as it stands (a path may hold what rich takes for markup), and goes on where nobody reads any more.
+
+    `| head` has seen enough, and a `| tee` dies of the Ctrl-C after which a training still has to save.
+    """
+
+    def __init__(self, **options):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def make_table(title: str, *columns: str, words: Collection[int] = (0,), **options) -> Table:
+    """A rich table of numbers, which stand on the right; the columns `words` hold words."""
+    shown = Table(*columns, title=title, title_justify="left", **options)
+    for i, column in enumerate(shown.columns):
+        column.justify = "left" if i in words else "right"
+    return shown
+
+
+def markdown_table(columns: Collection[str], rows: Iterable[Iterable]) -> list[str]:
+    """The lines of a table in Markdown."""
+    head, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (columns, *rows))
+    return [head, "|" + "---|" * len(columns), *lines]
+
+
+def make_figure(rows: int, columns: int, width: float, height: float, **options) -> tuple:
+    """A matplotlib figure of `width` x `height` inches, and its axes."""
+    from matplotlib.figure import Figure  # no pyplot: nothing to close, no window
+
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    axes = list(drawn.subplots(rows, columns, **options).flat)
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+    return drawn, axes
+
+
+def plot_interval(axes, y: float, value: float, ends, color: str, label: str | None = None) -> None:
+    """A value with its interval, `ends`, which may be None or two of None."""
+    if ends and ends[0] is not None:
+        axes.plot(ends, [y, y], color=color)
+    axes.plot(value, y, "o", color=color, label=label)
+
+
+def save_figure(drawn, path: Path) -> None:
+    """As a PNG, whole or not at all."""
+    incoming = path.with_name(f".{path.name}.incoming")
+    drawn.savefig(incoming, dpi=120, format="png")
+    os.replace(incoming, path)
+
+
+def format_duration(seconds: float) -> str:
+    """1:05 or 2:03:04."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

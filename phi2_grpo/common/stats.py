@@ -1,0 +1,107 @@
+"""Is a difference real? Sign-flip intervals over prompts, win rates, and the words that intervals fix."""
+
+import functools
+from dataclasses import asdict, dataclass
+
+import numpy
+from scipy import stats
+
+RESAMPLES = 4000
+
+
+FLIPS = 9999  # random subsets; 1 / (FLIPS + 1) is the least p that they can show
+
+
+FEW = 20  # prompts; what rests on fewer is called weak
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One metric of two models on the same prompts."""
+
+    prompts: int  # that both have a value for
+    base: float
+    tuned: float
+    difference: float  # mean over prompts of tuned less base
+    low: float | None  # interval of the difference at `level`; None where the prompts are too few for one
+    high: float | None
+    level: float  # the share of such intervals that hold the true difference
+    win_rate: float  # share of prompts on which tuned has more, ties half
+
+    def to_json(self) -> dict:
+        return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+def interval(values, seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of the mean of independent values: scipy's percentile bootstrap; None for fewer than two.
+
+    Of fewer than FEW values Student's t, for which scipy's bootstrap would be far too narrow.
+    """
+    values = numpy.asarray(values, float)
+    if len(values) < 2:
+        return None
+    if numpy.ptp(values) == 0:  # scipy warns of it
+        return float(values[0]), float(values[0])
+    if len(values) < FEW:
+        low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+        return float(low), float(high)
+    found = stats.bootstrap(
+        (values,), numpy.mean, n_resamples=RESAMPLES, method="percentile", rng=numpy.random.default_rng(seed)
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+    """Interval of the mean of paired differences: every value that a sign-flip permutation test does not refuse.
+
+    Under no effect the sign of each difference is a coin's throw, so the test is right at any number of prompts, also where
+    few of them differ. Flipping a subset's signs changes the mean's sign about c where the subset's own mean is above c: so
+    the ends are quantiles of the means of random subsets (Hartigan, "Using subsample values as typical values", 1969).
+    None where the level asks for more than so few values can show.
+    """
+    values = numpy.asarray(differences, float)
+    chosen, sizes = _subsets(len(values), seed)
+    means = numpy.round((chosen @ values) / numpy.maximum(sizes, 1), 12)  # or what cancels out leaves a trace
+    tail = (1 - level) / 2
+    # Less one standard error, for the subsets are drawn: so the level is at least what it says.
+    place = int(tail * (FLIPS + 1) - (FLIPS * tail * (1 - tail)) ** 0.5) - 1
+    if place < 0:
+        return None
+    # The mean of no value may be anything.
+    low = numpy.sort(numpy.where(sizes, means, -numpy.inf))[place]
+    high = numpy.sort(numpy.where(sizes, means, numpy.inf))[-1 - place]
+    return (float(low), float(high)) if numpy.isfinite([low, high]).all() else None
+
+
+@functools.lru_cache(maxsize=2)  # the metrics of a report have as many prompts, and its languages fewer
+def _subsets(count: int, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """FLIPS random subsets of `count` values, as rows of 0 and 1 (FLIPS, N), and their sizes."""
+    chosen = numpy.random.default_rng(seed).random((FLIPS, count)) < 0.5
+    return chosen.astype(float), chosen.sum(1)
+
+
+def simultaneous(rows: int) -> float:
+    """The level for each of `rows` intervals at which all hold together in 95 of 100 reports (Bonferroni)."""
+    return 1 - 0.05 / max(1, rows)
+
+
+def paired(base: list[float | None], tuned: list[float | None], level: float = 0.95) -> Paired | None:
+    """Compare two models prompt by prompt. Prompts that one of them has no value for are left out; None if all are."""
+    both = numpy.array([(b, t) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None], float)
+    if not len(both):
+        return None
+    differences = both[:, 1] - both[:, 0]
+    wins = (differences > 0) + 0.5 * (differences == 0)
+    low, high = sign_flip_interval(differences, level) or (None, None)
+    means = (float(both[:, 0].mean()), float(both[:, 1].mean()), float(differences.mean()))
+    return Paired(len(both), *means, low, high, level, float(wins.mean()))
+
+
+def verdict(found: Paired, higher_is_better: bool | None = True) -> str:
+    """better, worse or no difference shown (higher or lower, for what is neither good nor bad), as the interval says."""
+    if found.low is None or found.low <= 0 <= found.high:
+        return "no difference shown"
+    more = found.low > 0
+    if higher_is_better is None:
+        return "higher" if more else "lower"
+    return "better" if more == higher_is_better else "worse"

@@ -1,0 +1,1 @@
+"""Prompts and preference pairs: read from anywhere, filtered, stored."""

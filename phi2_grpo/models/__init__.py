@@ -1,0 +1,1 @@
+"""The base model, its tokenizer, its LoRA, and what an answer is."""

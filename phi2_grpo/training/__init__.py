@@ -1,0 +1,1 @@
+"""A training run: preflight, trainer, callbacks, checkpoints, outputs."""

@@ -1,0 +1,76 @@
+"""Where a run is to write: what stands there, may it be gone on with or replaced, and is there room?
+
+Each returns (value, what was found, in words), and raises UserError.
+"""
+
+import shutil
+from pathlib import Path
+
+from phi2_grpo.common import files
+from phi2_grpo.common.cli import UserError, num_processes
+from phi2_grpo.training import checkpoints
+from phi2_grpo.training.checkpoints import complete_checkpoints
+
+
+def for_a_run(output: Path, final: Path, key: str, resume: bool, overwrite: bool):
+    """`output` is for the checkpoints, `final` for what a finished run leaves, with `key` in its run.json."""
+    files.check_writable(output)
+    files.check_writable(final)
+    finished = files.check_replaceable(final, key)
+    for name in checkpoints.ROWS:
+        if not checkpoints.is_ours(output / name):
+            raise UserError(f"{output / name} is no run's, and would be written over. Choose another folder, or move it.")
+    if (output / "adapter_config.json").exists():
+        raise UserError(f"{output} is a finished adapter, not a place for checkpoints. Choose another folder.")
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
+    for path in checkpoints.list_checkpoints(output):
+        if path.is_file() or (any(path.iterdir()) and not (path / "run.json").exists()):
+            raise UserError(f"{path} is no checkpoint of this program's, and might be replaced. Move it away.")
+    whole = complete_checkpoints(output)
+    broken = [path for path in checkpoints.list_checkpoints(output) if path not in whole and any(path.iterdir())]
+    if broken and not whole and not overwrite:
+        raise UserError(
+            f"{broken[-1]} is there, but is not whole. Choose another folder; or replace what is there: --overwrite."
+        )
+    run = whole[-1] if whole else final if finished else None
+    if resume and not whole and finished:
+        raise UserError(f"{final} is finished, and there is no checkpoint to go on from. Replace it: --overwrite.")
+    if resume:
+        passed = f" ({', '.join(path.name for path in broken)} passed over: not whole)" if broken else ""
+        return output, (f"resuming at {whole[-1].name}" if whole else "no whole checkpoint: starting at step 0") + passed
+    if run and not overwrite:
+        raise UserError(f"{run} holds a run. Go on with it: --resume; replace it: --overwrite; or choose another folder.")
+    return output, f"{output}{', replacing the run there' if run else ''}"
+
+
+def same_run(config: dict, output: Path, funnel: dict, steps: int, facts: dict):
+    """Would the newest checkpoint go on as it began?"""
+    whole = complete_checkpoints(output)
+    if not whole:
+        return True, "nothing to go on from"
+    then = files.read_run(whole[-1])
+    changed = checkpoints.changed_settings(then, config, num_processes(), facts)
+    if then.get("data", {}).get("fingerprint") != funnel["fingerprint"]:
+        changed.append(f"the prompts in {config['data_dir']} are others than those it was trained on")
+    if changed:
+        raise UserError(
+            f"{whole[-1]} is of a run with other settings, and would not go on as it began:\n  "
+            + "\n  ".join(changed)
+            + "\n  Give those settings again, or start anew: --overwrite, or another folder."
+        )
+    found = f"settings and data are those of {whole[-1].name}"
+    if (step := checkpoints.step_of(whole[-1])) >= steps:
+        found += f"; nothing is left to train: it is at step {step} of {steps}"
+    return True, found
+
+
+def room(config: dict, trainable: int, output: Path):
+    """For the checkpoints of `trainable` parameters."""
+    # A checkpoint is adapter and two Adam moments in float32; one more is written before the oldest goes.
+    need = trainable * 4 * 3 * (config["save_total_limit"] + 1) + trainable * 4
+    path = files.nearest_existing(output)
+    free = shutil.disk_usage(path).free
+    if need > free:
+        raise UserError(f"checkpoints need {need / 1e9:.2f} GB, {path} has {free / 1e9:.2f} GB free. Make room there.")
+    return True, f"{need / 1e9:.2f} GB for checkpoints, of {free / 1e9:.1f} GB free"
