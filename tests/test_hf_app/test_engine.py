@@ -306,7 +306,7 @@ def test_check_answers_and_ends(final, micro):
     ("arguments", "env", "expected"),
     [
         (("--base", "/nope/base"), {}, "the base model /nope/base cannot be loaded"),
-        (("--port", "70000"), {}, "takes 1 to 65535"),
+        (("--port", "70000"), {}, "cannot listen on 127.0.0.1:70000"),
         (("--port", "TAKEN"), {}, "cannot listen on 127.0.0.1"),
         (("--host", "203.0.113.9", "--port", "7999"), {}, "cannot listen on 203.0.113.9"),
         ((), {"APP_AUTH": "nopassword"}, "APP_AUTH must be user:password"),
