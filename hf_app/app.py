@@ -43,9 +43,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="load, answer one question, print what answers, and end")
     options = parser.parse_args(argv)
     user, _, password = os.environ.get("APP_AUTH", "").partition(":")
+    options.auth = (user, password) if user else None
     if bool(user) != bool(password):
         fail("APP_AUTH must be user:password, both not empty.")
-    options.auth = (user, password) if user else None
     if options.port is not None and not options.check:
         host = options.host or "127.0.0.1"
         try:
@@ -69,6 +69,7 @@ import torch
 import transformers
 from engine import BASE, LIMITS, MAX_CHARACTERS, MAX_SECONDS, RUNNING, TUNED, Answer, BadInput, Engine, NoBase, Settings
 
+NOTE = '<div class="note">'  # cannot stand in an escaped text
 EXAMPLES = [
     "Explain the theory of relativity to a 5 year old.",
     "Write a python function to calculate fibonacci numbers.",
@@ -78,7 +79,6 @@ EXAMPLES = [
 GPU_START = 20  # seconds that ZeroGPU may take to bring the model onto its GPU
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # one queue for chat, comparison and API
 MAX_WAITING = 32  # people in the queue; more are told to come back
-HERE = Path(__file__).resolve().parent
 
 engine: Engine  # set by main, before the page opens; ZeroGPU's processes are forked with it
 
@@ -94,10 +94,7 @@ def answer_seconds(settings: Settings) -> float:
 
 
 def generate(messages: list[dict], model: str, settings: Settings) -> Iterator[Answer]:
-    """On ZeroGPU this runs in a process of its own, which is killed when the reserved time is over: so an answer ends before.
-
-    Only a gr.Error comes out of that process with its text.
-    """
+    """On ZeroGPU this runs in a process of its own, which is killed after the reserved time; only a gr.Error keeps its text."""
     with shown_as_error():
         try:
             yield from engine.stream(messages, model, settings, answer_seconds(settings))
@@ -118,7 +115,7 @@ def answer(messages: list[dict], model: str, **given) -> Iterator[Answer]:
 
 @contextmanager
 def shown_as_error() -> Iterator[None]:
-    """BadInput as a readable error, on the page and through the API. Gradio reads HTML in it."""
+    """BadInput as a readable error, on the page and through the API; Gradio reads HTML in it."""
     try:
         yield
     except BadInput as error:
@@ -149,18 +146,14 @@ def ask(
 
 def plain(content: str | list) -> str:
     """The text of a chat message: a plain string from the API, a list of blocks from the page."""
-    blocks = [content] if isinstance(content, str) else content
-    return "".join(block if isinstance(block, str) else block.get("text", "") for block in blocks)
-
-
-NOTE = '<div class="note">'  # cannot stand in an escaped text
+    return content if isinstance(content, str) else "".join(block.get("text", "") for block in content)
 
 
 def to_page(message: dict) -> dict:
     """A message with its text escaped, and the line about it, `metadata["log"]`, below."""
     line = (message.get("metadata") or {}).get("log")
     text = html.escape(plain(message["content"])) + (note(line) if line else "")
-    # As a block, not a string: of a string, Gradio removes the indentation.
+    # A block, not a string: of a string, Gradio removes the indentation.
     return {"role": message["role"], "content": [{"type": "text", "text": text}], "metadata": {}}
 
 
@@ -182,19 +175,19 @@ def show_exact_text(chatbot: gr.Chatbot) -> gr.Chatbot:
     return chatbot
 
 
-# The box for questions, while an answer is being written and after it.
+# The question's box, while an answer is being written and after it.
 BUSY = gr.update(interactive=False, submit_btn=False, stop_btn=True)
 READY = gr.update(interactive=True, submit_btn=True, stop_btn=False)
 
 
-def put_question(question: str, history: list[dict]) -> tuple[dict, list[dict]]:
+def submit(question: str, history: list[dict]) -> tuple[dict, list[dict]]:
     with shown_as_error():
         engine.check_question(question)
     return {**BUSY, "value": ""}, [*history, {"role": "user", "content": question}]
 
 
-def put_example(history: list[dict], chosen: gr.SelectData) -> tuple[dict, list[dict]]:
-    return put_question(chosen.value["text"], history)
+def submit_example(history: list[dict], chosen: gr.SelectData) -> tuple[dict, list[dict]]:
+    return submit(chosen.value["text"], history)
 
 
 def retry(history: list[dict], chosen: gr.RetryData) -> tuple[dict, list[dict]]:
@@ -221,8 +214,7 @@ def error_text(error: BadInput | gr.Error) -> str:
     if isinstance(error, BadInput):
         return str(error)
     text = html.unescape(re.sub(r"<[^>]+>", "", str(error.message)))
-    quota = "quota" in f"{error.title} {text}".lower()
-    return text + " Log in to Hugging Face for more of it, or run the app on your own machine." * quota
+    return text + " Log in to Hugging Face for more of it, or run the app on your own machine." * ("quota" in text)
 
 
 def past(history: list[dict]) -> list[dict]:
@@ -276,9 +268,8 @@ CSS = """
 
 
 def status_line() -> str:
-    link = ""
-    if not Path(engine.base).exists():
-        link = f'<a href="https://huggingface.co/{engine.base}" target="_blank" rel="noopener">{engine.base_name}</a>'
+    on_hub = not Path(engine.base).exists()
+    link = f'<a href="https://huggingface.co/{engine.base}" target="_blank" rel="noopener">{engine.base}</a>' * on_hub
     return (
         f'<div class="status {engine.kind}"><span class="dot"></span><span>{html.escape(engine.status)}'
         f"<br><small>{html.escape(engine.device)}{link}</small></span></div>"
@@ -328,8 +319,8 @@ def conversation(parameters: list) -> None:
     at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     asked = [
         # Through the queue, though it has nothing to wait for: the page shows the errors of queued events only.
-        box.submit(put_question, [box, chatbot], [box, chatbot], **{**at_once, "queue": True}),
-        chatbot.example_select(put_example, chatbot, [box, chatbot], **at_once),
+        box.submit(submit, [box, chatbot], [box, chatbot], **{**at_once, "queue": True}),
+        chatbot.example_select(submit_example, chatbot, [box, chatbot], **at_once),
         chatbot.retry(retry, chatbot, [box, chatbot], **at_once),
     ]
     answered = [
@@ -364,8 +355,8 @@ def about() -> None:
     """The adapter's own model card, the prompt as sent, limits and privacy."""
     if card := model_card(engine.adapter / "README.md") if engine.tuned else "":
         gr.Markdown(card, elem_id="card")
-        if (engine.adapter / "reward.png").is_file():
-            gr.Image(str(engine.adapter / "reward.png"), show_label=False, buttons=[], container=False)
+        if (curve := engine.adapter / "reward.png").is_file():
+            gr.Image(str(curve), show_label=False, buttons=[], container=False)
     prompt, _ = engine.prompt([{"role": "user", "content": EXAMPLES[2]}], engine.settings().max_new_tokens)
     gr.Textbox(prompt, label="A prompt, as the model sees it", lines=2, interactive=False)
     stops = ", ".join(json.dumps(stop.strip()) for stop in engine.defaults.stop_strings or [])
@@ -387,10 +378,7 @@ Face's servers.
 
 def model_card(path: Path) -> str:
     """The text of a model card, without its YAML header, and without what would fetch an image or be read as HTML."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     return re.sub(r"!\[.*?\]\(.*?\)", "", text).replace("![", "[").replace("<", "&lt;")
 
@@ -400,7 +388,7 @@ def main(options: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
-        engine = Engine(Path(options.adapter or HERE / "model_adapters"), options.base)
+        engine = Engine(Path(options.adapter or Path(__file__).resolve().parent / "model_adapters"), options.base)
     except NoBase as error:
         fail(str(error))
     print(engine.status, engine.device, sep="\n", flush=True)

@@ -1,7 +1,6 @@
-"""One model in memory, two models to ask: the base with its adapter on (tuned) or off (base).
+"""One model in memory: the base with its adapter on (tuned) or off (base).
 
-Knows nothing of the page and nothing of the project around it: what the model needs stands in the standard files of the
-adapter folder (adapter_config.json, the tokenizer with its chat template, generation_config.json).
+Imports nothing of the page or of the project: what the model needs stands in the standard files of the adapter folder.
 """
 
 import copy
@@ -57,7 +56,7 @@ class BadAdapter(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is sampled. `check` says what each value may be."""
+    """How an answer is sampled; `Engine.settings` says what each value may be."""
 
     max_new_tokens: int = 256
     sample: bool = True  # sample from the distribution, or always take the likeliest token
@@ -65,15 +64,6 @@ class Settings:
     top_p: float = 0.9
     seed: int = -1  # -1: a new one, which the answer tells
     stop: bool = True  # at the end of the first answer, or let the model run on
-
-    def check(self, longest: int) -> None:
-        """Raises BadInput for a value out of range; `longest` is the most tokens an answer may have."""
-        for name, (low, high) in {"max_new_tokens": (1, longest), **LIMITS}.items():
-            value, integer = getattr(self, name), isinstance(low, int)
-            in_range = isinstance(value, (int, float)) and low <= value <= high  # NaN is in no range
-            if not in_range or (integer and value != int(value)):
-                kind = "a whole number" if integer else "a number"
-                raise BadInput(f"{name} is {value!r}, but it takes {kind} from {low} to {high}.")
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ class StopGeneration(StoppingCriteria):
 def trim(text: str, stop_strings: list[str], finished: bool) -> tuple[str, str]:
     """The answer in a decoded completion: what stands before the first stop string, and that string.
 
-    While it is being written, an end that could still become a stop string or a complete character is held back.
+    Until it is finished, an end that could still become a stop string or a complete character is held back.
     """
     first = min(((i, stop) for stop in stop_strings if (i := text.find(stop)) >= 0), default=None)
     if first:
@@ -249,20 +239,23 @@ class Engine:
         self.device = f"{device}, {str(self.model.dtype).removeprefix('torch.')}{note}"
 
     def close(self) -> None:
-        """Ends what is being generated, and waits for it: torch must not be unloaded under a running thread."""
+        """Ends the generation, and waits for it: torch must not be unloaded under a running thread."""
         self._closing.set()
         if self._generation:
             self._generation.join(timeout=10)
 
     def settings(self, **given) -> Settings:
         """The adapter's own way to sample, with `given` over it. Raises BadInput for a value out of range."""
-        own = {"max_new_tokens": self.defaults.max_new_tokens or 256, "sample": bool(self.defaults.do_sample)}
-        own |= {"temperature": self.defaults.temperature or 0.7, "top_p": self.defaults.top_p or 1.0}
+        own = {"temperature": self.defaults.temperature or 0.7, "top_p": self.defaults.top_p or 1.0}
+        own["max_new_tokens"] = self.defaults.max_new_tokens or 256
         for name, (low, high) in {"max_new_tokens": (1, self.longest_answer), **LIMITS}.items():
             own[name] = min(max(own.get(name, -1), low), high)
-        settings = Settings(**{**own, **given})
-        settings.check(self.longest_answer)
-        return replace(settings, max_new_tokens=int(settings.max_new_tokens), seed=int(settings.seed))  # 64.0 is 64
+            value, kind = given.get(name, own[name]), type(low)
+            if not isinstance(value, (int, float)) or not low <= value <= high or value != kind(value):  # NaN is in no range
+                words = "a whole number" if kind is int else "a number"
+                raise BadInput(f"{name} is {value!r}, but it takes {words} from {low} to {high}.")
+            own[name] = kind(value)  # 64.0 is 64
+        return Settings(**{"sample": bool(self.defaults.do_sample), **given, **own})
 
     def check_question(self, question: str) -> None:
         """Raises BadInput for a question that is none, or far too long."""
@@ -351,7 +344,7 @@ class Generation(threading.Thread):
                 self.criteria.started = time.perf_counter()
                 with engine.model.disable_adapter() if engine.tuned and self.base else nullcontext():
                     engine.model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
-        except Exception as error:  # raised to whoever listens, in their thread
+        except Exception as error:  # raised in the thread of whoever listens
             self.error = error
         finally:
             self.tokens.queue.put(None)
