@@ -300,10 +300,8 @@ class Engine:
         stop = threading.Event()
         generation = self._generation = Generation(self, text, model == BASE, settings, stop, seconds or MAX_SECONDS)
         generation.start()
-        ids: list[int] = []
-        answer = Answer(seed=settings.seed, left_out=left_out)
+        ids, tokens, answer = [], [], Answer(seed=settings.seed, left_out=left_out)
         try:
-            tokens: list[int | None] = []
             while None not in tokens and not answer.finish_reason:
                 tokens = generation.tokens.take()
                 ids += [token for token in tokens if token is not None]
