@@ -1,4 +1,4 @@
-"""The app under ZeroGPU's own package (`spaces`), which says that CUDA is there before it is. No card is needed for that."""
+"""The app under ZeroGPU's own package (`spaces`), which says that CUDA is there before it is. No GPU is needed for that."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ import app
 assert torch.cuda.is_available() and app.ZERO_GPU
 from pathlib import Path
 app.engine = app.Engine(Path(sys.argv[1]), sys.argv[2])
-print("STATUS", app.engine.status.kind, app.engine.model.device.type)
+print("STATUS", app.engine.kind, app.engine.model.device.type)
 settings = app.engine.settings()
 for tokens in (1, 512):
     settings = app.Settings(max_new_tokens=tokens)
@@ -38,7 +38,7 @@ def emulated(adapter, base) -> SimpleNamespace:
 
 
 def test_the_adapter_is_loaded_and_an_answer_ends_in_time(final, micro):
-    """Loaded on the CPU, then handed to the card; an answer's limit lies within what is reserved for it."""
+    """Loaded on the CPU, then handed to the GPU; an answer's limit lies within what is reserved for it."""
     done = emulated(final, micro)
     assert done.code == 0, done.err
     assert "STATUS tuned cuda" in done.out, done.out
@@ -66,15 +66,16 @@ def test_a_visitor_whose_time_is_used_up_is_told_so_in_words(monkeypatch):
     assert "run the app on your own machine" in line
 
 
-def test_what_goes_wrong_in_the_card_s_process_comes_out_in_words(monkeypatch):
+def test_errors_of_the_gpu_process_are_readable(monkeypatch):
     """Only a gr.Error does: spaces makes a bare class name of any other."""
     monkeypatch.syspath_prepend(ROOT / "hf_app")
     import app
     import gradio as gr
+    import torch
 
     class Full:
         def stream(self, *_):
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise torch.OutOfMemoryError("CUDA out of memory")
             yield
 
     monkeypatch.setattr(app, "engine", Full(), raising=False)

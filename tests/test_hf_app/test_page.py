@@ -153,15 +153,24 @@ def test_who_waits_sees_their_place(visit):
     ended(second)
 
 
+def set_seed(page, seed: int) -> None:
+    """A field that is opened just now may be set back once to what the server said, so look again."""
+    field = page.get_by_role("spinbutton", name="Seed")
+    for _ in range(10):
+        field.fill(str(seed))
+        field.press("Tab")  # leaving the field hands the number over
+        page.wait_for_timeout(400)
+        if field.input_value() == str(seed):
+            return
+
+
 def test_compare_differs_and_uses_one_seed(visit):
     page = visit()
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Parameters").click()
     same = []
-    for seed in range(4):
-        page.get_by_role("spinbutton", name="Seed").fill(str(seed))
-        page.get_by_role("spinbutton", name="Seed").press("Tab")
-        page.wait_for_timeout(300)
+    for seed in range(3):
+        set_seed(page, seed)
         page.locator("#compare").click()
         wait_for(page, lambda seed=seed: page.locator(".note:visible", has_text=f"seed {seed}").count() == 2)
         base, tuned = (page.locator(f"#{pane} textarea").input_value() for pane in ("base", "tuned"))
@@ -172,13 +181,7 @@ def test_compare_differs_and_uses_one_seed(visit):
 def test_parameters_take_effect_on_the_page(visit):
     page = visit()
     page.get_by_role("button", name="Parameters").click()
-    seed = page.get_by_label("Seed")
-    for _ in range(10):  # a field that is opened just now may be set back once to what the server said
-        seed.fill("7")
-        seed.press("Tab")  # leaving the field hands the number over
-        page.wait_for_timeout(500)
-        if seed.input_value() == "7":
-            break
+    set_seed(page, 7)
     page.get_by_label("Stop at the first answer").uncheck()
     page.wait_for_timeout(300)
     page.get_by_role("button", name="Parameters").click()
@@ -212,8 +215,8 @@ def test_a_phone_has_no_sideways_scroll(visit, tab):
 def test_about_shows_what_the_adapter_s_files_say(visit):
     page = visit()
     page.get_by_role("tab", name="About").click()
-    text = page.locator("#facts").inner_text()
-    assert "mean reward" in text and "6 steps" in text and "peft" in text
+    text = page.locator("#card").inner_text()
+    assert "mean reward" in text and "6 steps" in text and "peft" in text and "library_name" not in text
     page.wait_for_function("[...document.images].some(image => image.naturalWidth > 500)")
     assert (
         "Instruct: What are the benefits of exercise?\nOutput:"
