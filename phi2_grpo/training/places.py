@@ -16,7 +16,7 @@ def for_a_run(output: Path, final: Path, key: str, resume: bool, overwrite: bool
     """`output` is for the checkpoints, `final` for what a finished run leaves, with `key` in its run.json."""
     files.check_writable(output)
     files.check_writable(final)
-    finished = files.check_replaceable(final, key)
+    finished = files.check_replaceable(final, lambda folder: key in files.read_run(folder))
     for name in checkpoints.ROWS:
         if not checkpoints.is_ours(output / name):
             raise UserError(f"{output / name} is no run's, and would be written over. Choose another folder, or move it.")
