@@ -39,7 +39,7 @@ def main() -> None:
         if arguments.max_steps not in (None, arguments.steps):
             raise cli.UserError(f"MAX_STEPS is {arguments.steps} and --max_steps {arguments.max_steps}. Give one of them.")
         config["max_steps"] = cli.parse_value("max_steps", arguments.steps)
-    setup.prepare(config["model"], *cli.reward_model_names(config["rewards"]))
+    setup.prepare(config["model"], *config["rewards"])
 
     from phi2_grpo.common import files
     from phi2_grpo.common.console import Console

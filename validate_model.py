@@ -37,7 +37,7 @@ def main() -> None:
             "validate_model.py runs in one process: start it with python, not with accelerate launch or torchrun."
         )
     trained = take_settings_of(Path(config["adapter"]), config, arguments)
-    setup.prepare(config["model"], *cli.reward_model_names(config["rewards"]))
+    setup.prepare(config["model"], *config["rewards"])
     from phi2_grpo.data import oasst
     from phi2_grpo.models import embedded
 
