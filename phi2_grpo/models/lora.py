@@ -1,4 +1,4 @@
-"""TODO."""
+"""LoRA on the base: which modules carry it, what was adapted, and adapters that are loaded."""
 
 import warnings
 from collections import Counter
@@ -101,6 +101,20 @@ def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig
         revision=revision,
         task_type=task_type,
     )
+
+
+def resolve_lora(config: dict, model) -> LoraConfig:
+    """The LoRA to train: that of `init_adapter` where one is given, else the settings'. Raises UserError."""
+    if not config["init_adapter"]:
+        return lora_config(config, model)
+    path = check_adapter(config["init_adapter"])
+    try:
+        lora = LoraConfig.from_pretrained(str(path))
+    except Exception as error:  # PEFT raises a dozen kinds for a config that it cannot read
+        raise UserError(f"{path / 'adapter_config.json'} is broken: {first_line(error)}. Copy it again.") from None
+    lora.inference_mode = False
+    lora.base_model_name_or_path, lora.revision = resolve_model(config)
+    return lora
 
 
 def lora_counts(model: PeftModel) -> tuple[Counter, int, int]:
