@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -184,6 +184,18 @@ def memory_ran_out(error: BaseException) -> bool:
     """Whether `error` is Python's, or torch's (which is not imported here) of a card, or of the CPU."""
     kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return kind or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def load_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Around the loading of an input (data, a model, an adapter): what a library cannot read is a UserError, which names
+    `what` and quotes the library's first line. Full memory and a full disk stay what they are, for `run` knows them."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or memory_ran_out(error) or disk_is_full(error):
+            raise
+        raise UserError("\n  ".join(filter(None, (f"{what}: {first_line(error)}", advice)))) from error
 
 
 def print_error(text: str) -> None:
