@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from phi2_grpo.models.base import clear_load_errors
+from phi2_grpo.common.cli import load_errors
 from phi2_grpo.models.tokenizer import CHAT_TEMPLATE, eos_token_ids
 
 # How Phi-2 goes on (https://huggingface.co/microsoft/phi-2 shows the prompt format). Exercises carry their number, so that a
@@ -76,5 +76,5 @@ def saved_generation_config(adapter: Path, tokenizer, config: dict, context: int
     path = adapter / "generation_config.json"
     if not path.is_file():
         return chat_generation_config(tokenizer, config, context)
-    with clear_load_errors(str(path), "Copy it again, or remove it: the defaults then take its place."):
+    with load_errors(f"{path} cannot be read", "Copy it again, or remove it: then the defaults take its place."):
         return GenerationConfig.from_pretrained(str(adapter))

@@ -3,8 +3,6 @@
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from config import CONFIG
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import UserError, first_line, memory_ran_out
+from phi2_grpo.common.cli import UserError, load_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_FOLDER = ROOT / "results" / "tiny-base"
@@ -48,8 +46,8 @@ def use_adapter_base(adapter: Path, config: dict) -> None:
     name, revision = base_of_adapter(adapter)
     if config["model"] == CONFIG["model"] and name:
         config["model"] = name
-        if config["model_revision"] == CONFIG["model_revision"]:
-            config["model_revision"] = revision or CONFIG["model_revision"]
+        if revision and config["model_revision"] == CONFIG["model_revision"]:
+            config["model_revision"] = revision
 
 
 def is_same_base(named: tuple[str | None, str | None], config: dict) -> bool:
@@ -67,32 +65,21 @@ def commit_of(config: dict) -> str | None:
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-@contextmanager
-def clear_load_errors(what: str, advice: str) -> Iterator[None]:
-    """Whatever the libraries raise for files that they cannot read becomes a UserError: its first line, and the remedy."""
-    try:
-        yield
-    except Exception as error:  # a dozen kinds: no file, no network, no JSON, a wrong type, cut weights, a division by zero
-        if memory_ran_out(error) or isinstance(error, UserError):
-            raise
-        raise UserError(f"{what} cannot be loaded: {type(error).__name__}: {first_line(error)}\n  {advice}") from None
-
-
 def load_pretrained(loader, config: dict, **options):
     """`loader.from_pretrained` for the configured base. Raises UserError where it cannot be loaded."""
     name, revision = resolve_model(config)
-    with clear_base_errors(config):
+    with base_load_errors(config):
         return loader.from_pretrained(name, **({"revision": revision} if revision else {}), **options)
 
 
-def clear_base_errors(config: dict):
-    """`clear_load_errors` for the configured base."""
+def base_load_errors(config: dict):
+    """`load_errors` around the reading of the configured base."""
     name, revision = resolve_model(config)
     if revision:
         advice = f"With network: hf download {name}; offline: HF_HUB_OFFLINE=1 once it is in the cache, or --model FOLDER."
-        return clear_load_errors(f"the model {name} (revision {revision})", advice)
+        return load_errors(f"the model {name} (revision {revision}) cannot be loaded", advice)
     advice = "Copy it again, with its weights as safetensors. An adapter is given with --init_adapter, its base with --model."
-    return clear_load_errors(f"the model in {name}", advice)
+    return load_errors(f"the model in {name} cannot be loaded", advice)
 
 
 def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
@@ -112,8 +99,8 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):  # torch.cuda.is_bf16_supported() says True below 8.0 too: by slow emulation
         raise UserError(
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 needs 8.0 "
-            "(Ampere).\n  --dtype float32 works, in twice the memory. Phi-2 overflows in float16."
+            f"bfloat16 needs compute capability 8.0 or more; {torch.cuda.get_device_name()} has {'.'.join(map(str, capability))}.\n"
+            "  --dtype float32 works, in twice the memory. Phi-2 overflows in float16."
         )
     return device, torch.bfloat16
 
@@ -121,11 +108,8 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
 def load_base(config: dict, device: torch.device, dtype: torch.dtype):
     """The base in `dtype` on `device`. Raises UserError where weights are missing or cannot be loaded."""
     model, loaded = load_pretrained(AutoModelForCausalLM, config, output_loading_info=True, dtype=dtype, **LOADING)
-    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random numbers in their place
-        raise UserError(
-            f"the weights of {config['model']} are not those of its config.json: {len(missing)} are missing, like "
-            f"{missing[0]}. Copy it again."
-        )
+    if missing := loaded["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise UserError(f"{config['model']} lacks {len(missing)} of its weights, like {min(missing)}. Copy it again.")
     # Without the base's own ways to sample (repetition_penalty, min_p): `generate` would take them where we say nothing.
     tokens = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
@@ -166,7 +150,7 @@ def meta_model(config: dict):
     """
     name, revision = resolve_model(config)
     model_config = load_pretrained(AutoConfig, config)
-    with clear_base_errors(config), torch.device("meta"):
+    with base_load_errors(config), torch.device("meta"):
         if revision is None:
             index = files.read_json(Path(name) / "model.safetensors.index.json").get("weight_map", {})
             for part in {*index.values()} or {"model.safetensors"}:

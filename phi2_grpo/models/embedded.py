@@ -45,7 +45,7 @@ def prepare(model: str, load_dialogues: Callable[[], list[dict]]) -> None:
         Console().print("Building the tiny base model (once, about a minute on two cores) ...")
         with files.atomic_folder(TINY_FOLDER) as folder:
             _build(load_dialogues(), folder)
-            files.write_json(folder / "built-from.json", {"fingerprint": fingerprint, "recipe": RECIPE})
+            files.write_json(folder / "built-from.json", {"fingerprint": fingerprint})
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -58,7 +58,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def _build(dialogues: list[dict], folder: Path) -> None:
-    """Train tokenizer and model into `folder`. The random state of the caller is kept."""
+    """Train tokenizer and model into `folder`."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer  # seconds to import, and rarely needed
 
@@ -98,13 +98,16 @@ def _build(dialogues: list[dict], folder: Path) -> None:
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # sums depend on their number: so every machine and test gets the same base
-    with torch.random.fork_rng():
-        torch.manual_seed(RECIPE["seed"])
-        model = PhiForCausalLM(config)
-        train_dataset, bar = Dataset.from_list(rows), progress.ProgressBar("tiny base")
-        trainer = SFTTrainer(model, arguments, None, train_dataset, processing_class=tokenizer, callbacks=[bar])
-        progress.silence_printing(trainer)
-        trainer.train()
+    torch.manual_seed(RECIPE["seed"])
+    trainer = SFTTrainer(
+        PhiForCausalLM(config),
+        arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[progress.ProgressBar("tiny base")],
+    )
+    progress.silence_printing(trainer)
+    trainer.train()
     torch.set_num_threads(threads)
-    model.save_pretrained(folder)
+    trainer.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

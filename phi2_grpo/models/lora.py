@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import UserError
-from phi2_grpo.models.base import base_of_adapter, clear_load_errors, is_same_base, meta_model, resolve_model
+from phi2_grpo.common.cli import UserError, load_errors
+from phi2_grpo.models.base import base_of_adapter, is_same_base, meta_model, resolve_model
 
 # The first release of Phi-2 fused q, k and v into Wqkv and called the output projection out_proj. transformers' native
 # port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
@@ -22,7 +22,7 @@ def resolve_lora(config: dict, model) -> LoraConfig:
     if not config["init_adapter"]:
         return lora_config(config, model)
     path = check_adapter(config["init_adapter"])
-    with clear_load_errors(str(path), REMEDY):
+    with load_errors(f"{path} cannot be loaded", REMEDY):
         lora = LoraConfig.from_pretrained(str(path))
     lora.inference_mode = False
     lora.base_model_name_or_path, lora.revision = resolve_model(config)
@@ -60,11 +60,11 @@ def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig
 def meta_lora_model(config: dict) -> PeftModel:
     """The base with its LoRA and without weights, to check both before anything is loaded. Raises UserError."""
     model = meta_model(config)
-    lora, adapter = resolve_lora(config, model), Path(config["init_adapter"])
-    with clear_load_errors(str(adapter), REMEDY), torch.device("meta"):
+    lora, adapter = resolve_lora(config, model), config["init_adapter"]
+    with load_errors(f"{adapter or 'LoRA'} cannot be put on {config['model']}", REMEDY), torch.device("meta"):
         wrapped = get_peft_model(model, lora)
-    if config["init_adapter"]:
-        check_keys(wrapped, adapter)
+    if adapter:
+        check_keys(wrapped, Path(adapter))
     return wrapped
 
 
@@ -86,7 +86,7 @@ def check_same_base(adapters: list[Path], config: dict | None) -> None:
     """Raise UserError unless all adapters name the same base, at the same revision; with `config`, the base that it names."""
     named = [base_of_adapter(adapter) for adapter in adapters]
     if len(set(named)) > 1 or (config and not is_same_base(named[0], config)):
-        bases = [f"{adapter} on {base or 'none'}" for adapter, (base, _) in zip(adapters, named, strict=True)]
+        bases = [f"{adapter} on {base} ({revision})" for adapter, (base, revision) in zip(adapters, named, strict=True)]
         bases += [f"--model {config['model']}"] if config else []
         raise UserError(f"different bases cannot be compared: {', '.join(bases)}. Give the adapters' own base: --model")
 
@@ -111,7 +111,7 @@ def check_adapter(folder: str) -> Path:
 def check_finite(weights: Path) -> None:
     """Raise UserError where a safetensors file cannot be read, or holds NaN or infinity."""
     files.check_no_pointer(weights)
-    with clear_load_errors(str(weights), REMEDY), safe_open(weights, "pt") as tensors:
+    with load_errors(f"{weights} cannot be read", REMEDY), safe_open(weights, "pt") as tensors:
         names = list(tensors.keys())
         bad = [name for name in names if not tensors.get_tensor(name).isfinite().all()]
     if bad:
@@ -128,7 +128,7 @@ def load_adapter(model, folder: str, name: str = "default") -> PeftModel:
     `set_adapter` switches. Raises UserError where the adapter is broken, or was made for another base.
     """
     path = check_adapter(folder)
-    with clear_load_errors(str(path), REMEDY):
+    with load_errors(f"{path} cannot be loaded", REMEDY):
         if isinstance(model, PeftModel):
             model.load_adapter(str(path), adapter_name=name, torch_device="cpu")
         else:

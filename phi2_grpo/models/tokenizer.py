@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from phi2_grpo.common.cli import UserError
-from phi2_grpo.models.base import clear_base_errors, load_pretrained, resolve_model
+from phi2_grpo.models.base import base_load_errors, load_pretrained, resolve_model
 
 # Answered by validate_model.py and export_model.py, and offered by the app.
 SAMPLE_PROMPTS = [
@@ -33,7 +33,7 @@ def load_tokenizer(config: dict):
     """The base's tokenizer, ready for GRPO. Raises UserError where it cannot be loaded, or lacks tokens."""
     tokenizer = load_pretrained(AutoTokenizer, config)
     prepare_tokenizer(tokenizer)
-    with clear_base_errors(config):  # a chat template is a program, and may raise anything
+    with base_load_errors(config):  # a chat template is a program, and may raise anything
         length = count_tokens(tokenizer, [[{"role": "user", "content": "Why?"}]])[0]
     if tokenizer.eos_token_id is None or not length:  # transformers makes an empty one where the files are missing
         raise UserError(f"the tokenizer of {config['model']} has no end token (eos_token), or no tokens. Copy it again.")
