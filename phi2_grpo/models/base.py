@@ -99,7 +99,7 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):  # torch.cuda.is_bf16_supported() says True below 8.0 too: by slow emulation
         raise UserError(
-            f"bfloat16 needs compute capability 8.0 or more; {torch.cuda.get_device_name()} has {'.'.join(map(str, capability))}.\n"
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 needs 8.0.\n"
             "  --dtype float32 works, in twice the memory. Phi-2 overflows in float16."
         )
     return device, torch.bfloat16
