@@ -76,5 +76,5 @@ def saved_generation_config(adapter: Path, tokenizer, config: dict, context: int
     path = adapter / "generation_config.json"
     if not path.is_file():
         return chat_generation_config(tokenizer, config, context)
-    with load_errors(f"{path} cannot be read", "Copy it again, or remove it: then the defaults take its place."):
+    with load_errors(f"{path} is broken", "Copy it again, or remove it: then the defaults take its place."):
         return GenerationConfig.from_pretrained(str(adapter))

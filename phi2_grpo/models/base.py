@@ -76,7 +76,7 @@ def base_load_errors(config: dict):
     """`load_errors` around the reading of the configured base."""
     name, revision = resolve_model(config)
     if revision:
-        advice = f"With network: hf download {name}; offline: HF_HUB_OFFLINE=1 once it is in the cache, or --model FOLDER."
+        advice = f"hf download {name} puts it into the cache, which HF_HUB_OFFLINE=1 reads. Or: --model FOLDER, --preset tiny."
         return load_errors(f"the model {name} (revision {revision}) cannot be loaded", advice)
     advice = "Copy it again, with its weights as safetensors. An adapter is given with --init_adapter, its base with --model."
     return load_errors(f"the model in {name} cannot be loaded", advice)

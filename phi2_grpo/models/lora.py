@@ -111,7 +111,7 @@ def check_adapter(folder: str) -> Path:
 def check_finite(weights: Path) -> None:
     """Raise UserError where a safetensors file cannot be read, or holds NaN or infinity."""
     files.check_no_pointer(weights)
-    with load_errors(f"{weights} cannot be read", REMEDY), safe_open(weights, "pt") as tensors:
+    with load_errors(f"{weights} is broken", "Copy it again."), safe_open(weights, "pt") as tensors:
         names = list(tensors.keys())
         bad = [name for name in names if not tensors.get_tensor(name).isfinite().all()]
     if bad:

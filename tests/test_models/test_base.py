@@ -2,12 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from config import CONFIG
@@ -145,26 +142,3 @@ def test_device_and_dtype(capability, device, dtype, expected, monkeypatch):
             choose_device(config)
     else:
         assert choose_device(config) == (torch.device(expected[0]), expected[1])
-
-
-@pytest.mark.slow
-def test_loading_phi2_takes_little_more_than_its_weights(tmp_path):
-    """The most host memory held while the full-size model is loaded and read once: under 1.3 times its weights."""
-    code = """
-import sys, resource, torch
-from benchmarks import models
-from config import CONFIG
-from phi2_grpo.models.base import load_base
-folder = sys.argv[1]
-if len(sys.argv) > 2:
-    models.full_size_phi2(torch.bfloat16).save_pretrained(folder)
-else:
-    base = load_base({**CONFIG, "model": folder}, torch.device("cpu"), torch.bfloat16)
-    size = sum(parameter.nbytes for parameter in base.parameters() if parameter.abs().max() >= 0)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / size)
-"""
-    for more in (["make"], []):
-        command = [sys.executable, "-c", code, str(tmp_path / "base"), *more]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert 0.9 < float(done.stdout) < 1.3

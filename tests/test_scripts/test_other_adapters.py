@@ -70,13 +70,10 @@ def test_an_adapter_that_peft_alone_saved(scripts, app, make_adapter, micro, tmp
     assert app(adapter, micro).kind == "tuned"
 
 
-@pytest.mark.parametrize("harm", ["NaN", "another name"])
-def test_a_broken_adapter(scripts, app, make_adapter, micro, harm):
+def test_an_adapter_of_a_run_that_diverged(scripts, app, make_adapter, micro):
     adapter = make_adapter(micro, ["q_proj", "fc1"])
     weights = load_file(adapter / "adapter_model.safetensors")
-    first = min(weights)
-    weights["renamed" if harm == "another name" else first] = weights.pop(first) * (1 if harm == "another name" else torch.nan)
-    save_file(weights, adapter / "adapter_model.safetensors")
+    save_file({name: value * torch.nan for name, value in weights.items()}, adapter / "adapter_model.safetensors")
     for done in scripts(adapter):
         refused(done, str(adapter))
     assert app(adapter, micro).kind == "broken"
