@@ -87,7 +87,7 @@ def check_same_base(adapters: list[Path], config: dict | None) -> None:
     named = [base_of_adapter(adapter) for adapter in adapters]
     if len(set(named)) > 1 or (config and not is_same_base(named[0], config)):
         bases = [f"{adapter} on {base} ({revision})" for adapter, (base, revision) in zip(adapters, named, strict=True)]
-        bases += [f"--model {config['model']}"] if config else []
+        bases += [f"--model {config['model']} is another base"] if config else []
         raise UserError(f"different bases cannot be compared: {', '.join(bases)}. Give the adapters' own base: --model")
 
 
