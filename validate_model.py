@@ -221,9 +221,9 @@ def show_samples(
         pair = [answers["base"][i], answers["tuned"][i]]
         table.columns[0].ratio = table.columns[1].ratio = 1
         table.add_row(*(Text(answer.text) for answer in pair))
-        table.add_row(*(Text(f"{answer.tokens} tokens, {answer.why}", style="dim") for answer in pair))
+        table.add_row(*(Text(f"{answer.tokens} tokens, {answer.finish_reason}", style="dim") for answer in pair))
         console.print(table)
-        shown = [{"answer": answer.text, "tokens": answer.tokens, "why": answer.why} for answer in pair]
+        shown = [{"answer": answer.text, "tokens": answer.tokens, "why": answer.finish_reason} for answer in pair]
         samples.append({"prompt": question, "base": shown[0], "tuned": shown[1]})
     return samples
 

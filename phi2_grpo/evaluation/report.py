@@ -301,7 +301,7 @@ def markdown(found: dict, samples: list[dict], prompts: list[dict], shown: list[
                 first = next(s for s in samples if s["side"] == side and s["prompt"] == i)
                 scores = ", ".join(f"{key} {value:.2f}" for key, value in first["scores"].items() if value is not None)
                 answer = first["answer"]
-                lines += [f"*{name}* ({answer.tokens} tokens, {answer.why}; {scores})", "", fenced(answer.text), ""]
+                lines += [f"*{name}* ({answer.tokens} tokens, {answer.finish_reason}; {scores})", "", fenced(answer.text), ""]
     return "\n".join(lines)
 
 
@@ -314,7 +314,7 @@ def write(folder: Path, found: dict, samples: list[dict], prompts: list[dict], s
     for sample in samples:
         row, answer = prompts[sample["prompt"]], sample["answer"]
         lines.append({"side": sample["side"], "message_id": row["message_id"], "lang": row["lang"], "prompt": row["prompt"],
-                      "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended, "why": answer.why,
+                      "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended, "why": answer.finish_reason,
                       "scores": sample["scores"], "completion_ids": sample["completion_ids"]})  # fmt: skip
     files.write_rows(folder / "samples.jsonl", lines)
     numbers = {key: value for key, value in found.items() if key != "values"}

@@ -277,7 +277,7 @@ class LogCallback(RunCallback):
             body.append(self.tokenizer.decode(row["completion_ids"]), style="default")
             answer = row["answer"]
             reward = "not scored" if row["score"] is None else f"reward {row['score']:.3f}"
-            title = f"step {step}, {name}: {reward}, {answer.tokens} tokens, {answer.why}"
+            title = f"step {step}, {name}: {reward}, {answer.tokens} tokens, {answer.finish_reason}"
             parts = [f"{key} {'-' if value is None else f'{value:.2f}'}" for key, value in row["scores"].items()]
             subtitle = Text(", ".join(parts)) if len(parts) > 1 else None
             frame = {"title": Text(title), "title_align": "left", "subtitle": subtitle, "subtitle_align": "left"}
