@@ -88,7 +88,7 @@ def check_context(conversations: list[list[dict]], tokenizer, config: dict, cont
     if longest + new > context:
         raise UserError(
             f"the longest prompt ({longest} tokens) and --max_completion_length {new} are more than the context of {context}. "
-            f"Give at most --max_completion_length {max(0, context - longest)}, or prepare the data with a smaller --max_prompt_tokens."
+            f"Give --max_completion_length {max(0, context - longest)}, or prepare data with a smaller --max_prompt_tokens."
         )
     return longest
 
