@@ -19,7 +19,6 @@ from pathlib import Path
 import config as settings
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
-RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "names with commas between"}
 
 
 class UserError(Exception):
@@ -36,7 +35,9 @@ class Terminated(KeyboardInterrupt):
 def parse_value(key: str, text: str):
     """`text` as the type of CONFIG[key], within LIMITS[key]. Raises UserError."""
     default, limit = settings.CONFIG[key], settings.LIMITS.get(key)
-    rule = f"one of: {', '.join(sorted(limit))}" if isinstance(limit, set) else RULES[type(default)]
+    rule = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default), "a value")
+    if limit:
+        rule = f"one of: {', '.join(sorted(limit))}" if isinstance(limit, set) else f"{rule} from {limit[0]} to {limit[1]}"
     try:
         text.encode()  # a file name that is no UTF-8 could not be written to run.json
         if isinstance(default, bool):
@@ -45,12 +46,10 @@ def parse_value(key: str, text: str):
             value = [item.strip() for item in text.split(",") if item.strip()]
         else:
             value = type(default)(text)
-        valid = bool(text.strip()) or default == ""
-        if isinstance(limit, set):
-            valid = value in limit
-        elif limit:
-            rule += f" from {limit[0]} to {limit[1]}"
+        if isinstance(limit, tuple):
             valid = limit[0] <= value <= limit[1]  # NaN is in no range
+        else:
+            valid = value in limit if limit else text.strip() or default == ""
     except (KeyError, ValueError):
         valid = False
     if not valid:
@@ -84,9 +83,7 @@ def make_parser(doc: str, keys: tuple[str, ...], trained_with: tuple[str, ...] =
         text = f"{comments[key]} (default: {shown})" if shown != "" else comments[key]
         # No default here: a flag that is absent must not overwrite the preset's value.
         switch = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}  # --key alone is --key true
-        choices = "|".join(sorted(limit)) if isinstance(limit := settings.LIMITS.get(key), set) else ""
-        metavar = choices or type(default).__name__.upper()
-        parser.add_argument(f"--{key}", metavar=metavar, help=text.replace("%", "%%"), **switch)
+        parser.add_argument(f"--{key}", metavar=type(default).__name__.upper(), help=text.replace("%", "%%"), **switch)
     return parser
 
 
@@ -221,8 +218,7 @@ def run(main: Callable[[], None]) -> None:
         if HANGUP and signal.getsignal(HANGUP) is signal.SIG_DFL:  # a terminal is closed; nohup ignores it
             signal.signal(HANGUP, terminate)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show "±" shows "?"
+        stream.reconfigure(errors="replace")  # a terminal that cannot show "±" shows "?"
     try:
         main()
     except KeyboardInterrupt as interrupt:
@@ -232,7 +228,6 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if not (text := _explain(error)):
             raise
-        if not first:
-            time.sleep(2)  # the first process says the same, and the launcher ends this one meanwhile
+        time.sleep(0 if first else 2)  # the first process says the same, and the launcher ends the others meanwhile
         print_error(f"error: {text}")
         raise SystemExit(2) from None

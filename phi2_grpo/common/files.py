@@ -112,7 +112,7 @@ def check_writable(path: Path) -> None:
 
 
 def check_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> bool:
-    """True where `folder` holds something of ours, False where it is empty or missing. Raises UserError where it is not ours."""
+    """True where `folder` holds something of ours, False where it is empty or missing. Raises UserError for anything else."""
     full = folder.is_dir() and any(folder.iterdir())
     if os.path.ismount(folder) or (full and not is_ours(folder)):
         raise UserError(f"{folder} is not ours to replace: it holds other files, or is a mounted disk. Choose another folder.")
