@@ -33,7 +33,7 @@ def main() -> None:
     if cli.num_processes() > 1:
         raise cli.UserError("validate_model.py runs in one process: start it with python, not with accelerate or torchrun.")
     trained = use_training_settings(config, arguments)
-    setup.prepare(config["model"], *cli.reward_model_names(config["rewards"]))
+    setup.prepare(config["model"], *config["rewards"])
 
     from phi2_grpo.data import oasst
     from phi2_grpo.models import embedded
@@ -67,7 +67,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from phi2_grpo.common.console import Console
     from phi2_grpo.data.store import select_rows
     from phi2_grpo.evaluation import report
-    from phi2_grpo.evaluation.measure import reserved_bytes
+    from phi2_grpo.evaluation.measure import measure, reserved_bytes
     from phi2_grpo.models.answers import saved_generation_config
     from phi2_grpo.models.base import choose_device, context_length, meta_model, use_adapter_base
     from phi2_grpo.models.lora import check_adapter, check_same_base
@@ -178,33 +178,6 @@ def show_samples(console, engine, tokenizer, names: tuple[str, str], generation,
         texts_of = [{"answer": a.text, "tokens": a.tokens, "finish_reason": a.finish_reason} for a in pair]
         samples.append({"prompt": question, "base": texts_of[0], "tuned": texts_of[1]})
     return samples
-
-
-def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dict, batch: int, against: bool) -> tuple:
-    """(samples with their scores, cost metric -> side -> a value a prompt, perplexity of the references by side)."""
-    from phi2_grpo.common.progress import progress_bar
-    from phi2_grpo.evaluation.measure import kl_to_base, mean_per_prompt, perplexity, reference_nll, sample, use_adapter
-
-    count = config["samples_per_prompt"]
-    rows = [row for row in prompts for _ in range(count)]
-    sides = {"base": "against" if against else None, "tuned": "default"}
-    completions, samples, perplexities = {}, [], {}
-    costs: dict[str, dict[str, list]] = {"KL to base": {}, "reference NLL": {}}
-    with progress_bar(console, "held-out prompts", 2 * len(rows)) as advance:
-        for side, adapter in sides.items():
-            with use_adapter(engine.model, adapter):
-                completions[side] = sample(engine, tokenizer, [row["prompt"] for row in rows], config, batch, advance)
-    with progress_bar(console, "KL and reference NLL", 2 * (len(rows) + len(prompts))) as advance:
-        for side, adapter in sides.items():
-            ids = completions[side]
-            samples += [{**row, "side": side, "prompt": i // count} for i, row in enumerate(scorer.score(rows, ids))]
-            with use_adapter(engine.model, adapter):
-                kl = [0.0] * len(rows) if adapter is None else kl_to_base(engine.model, tokenizer, rows, ids, advance)
-                nlls = reference_nll(engine.model, tokenizer, prompts, advance)
-            costs["KL to base"][side] = mean_per_prompt(kl, count)
-            costs["reference NLL"][side] = [value and value[0] / value[1] for value in nlls]
-            perplexities[side] = perplexity(nlls)
-    return samples, costs, perplexities
 
 
 def update_card(console, adapter: Path, config: dict, arguments, trained: dict, numbers: dict) -> None:

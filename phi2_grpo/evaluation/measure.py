@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from phi2_grpo.common.progress import progress_bar
 from phi2_grpo.models.base import context_length
 from phi2_grpo.models.tokenizer import FORWARD_TOKENS, batches_by_length, render
 from phi2_grpo.rollout.engine import complete_in_batches
@@ -29,6 +30,30 @@ def use_adapter(policy, name: str | None) -> Iterator[None]:
 def reserved_bytes(model) -> int:
     """What measuring takes beside the rollout's cache: log-probs of two models over the vocabulary in float32, and copies."""
     return 4 * FORWARD_TOKENS * model.config.vocab_size * 4
+
+
+def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dict, batch: int, against: bool) -> tuple:
+    """(samples with their scores, cost metric -> side -> a value a prompt, perplexity of the references by side)."""
+    count = config["samples_per_prompt"]
+    rows = [row for row in prompts for _ in range(count)]
+    sides = {"base": "against" if against else None, "tuned": "default"}
+    completions, samples, perplexities = {}, [], {}
+    costs: dict[str, dict[str, list]] = {"KL to base": {}, "reference NLL": {}}
+    with progress_bar(console, "held-out prompts", 2 * len(rows)) as advance:
+        for side, adapter in sides.items():
+            with use_adapter(engine.model, adapter):
+                completions[side] = sample(engine, tokenizer, [row["prompt"] for row in rows], config, batch, advance)
+    with progress_bar(console, "KL and reference NLL", 2 * (len(rows) + len(prompts))) as advance:
+        for side, adapter in sides.items():
+            ids = completions[side]
+            samples += [{**row, "side": side, "prompt": i // count} for i, row in enumerate(scorer.score(rows, ids))]
+            with use_adapter(engine.model, adapter):
+                kl = [0.0] * len(rows) if adapter is None else kl_to_base(engine.model, tokenizer, rows, ids, advance)
+                nlls = reference_nll(engine.model, tokenizer, prompts, advance)
+            costs["KL to base"][side] = mean_per_prompt(kl, count)
+            costs["reference NLL"][side] = [value and value[0] / value[1] for value in nlls]
+            perplexities[side] = perplexity(nlls)
+    return samples, costs, perplexities
 
 
 def sample(engine, tokenizer, prompts: list[list[dict]], config: dict, batch_size: int, advance: Advance) -> list[list[int]]:

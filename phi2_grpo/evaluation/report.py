@@ -258,6 +258,7 @@ def _examples(report: dict, seed: int) -> dict[str, list[int]]:
 def write(folder: Path, report: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str],
           config: dict) -> None:  # fmt: skip
     """report.md, validation.png, samples.jsonl (every completion with its scores), and report.json, which is written last."""
+    folder.mkdir(parents=True, exist_ok=True)
     draw(report, samples, folder / "validation.png")
     files.write_text(folder / "report.md", markdown(report, samples, prompts, shown, facts, config["seed"]))
     lines = []

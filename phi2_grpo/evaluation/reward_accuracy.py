@@ -138,8 +138,8 @@ def markdown(accuracy: dict) -> list[str]:
         *markdown_table(COLUMNS, rows(accuracy)),
         "",
         f"In %, 95 % bootstrap intervals over prompts; chance is 50. Nearly equal length: at most {NEAR:.0%} apart, so that "
-        f"length cannot help. {accuracy['ties']} pairs were scored alike and count half; pairs that people ranked alike are not "
-        f"among them. Rank correlation of score and reply length: {accuracy['rank_correlation']}.",
+        f"length cannot help. {accuracy['ties']} pairs were scored alike and count half; pairs that people ranked alike are "
+        f"left out. Rank correlation of score and reply length: {accuracy['rank_correlation']}.",
     ]
 
 

@@ -1,12 +1,12 @@
-"""Completions: token ids of prompts and sampling settings in, token ids out. Two engines do it.
+"""Rollout engines: token ids of prompts and a GenerationConfig in, completion ids out.
 
-`generate` is transformers' own, for every architecture. `graph` is ours, for Phi: each different prompt is filled in once, and
-its cache copied to the rows of its group; the decode step (decoder.py) is captured as a CUDA graph and replayed, so that no
-kernel waits for Python (gpt-fast's way: https://pytorch.org/blog/accelerating-generative-ai-2/); rows that have ended are
-dropped. On the CPU the same steps run without the capture.
+`generate` is transformers' own, for every architecture. `fast` is ours, for Phi: each distinct prompt is prefilled once and its
+cache copied to the rows of its group; finished rows are compacted away; on CUDA the decode step (phi_step.py) is captured as a
+graph and replayed, so that no kernel waits for Python (as gpt-fast: https://pytorch.org/blog/accelerating-generative-ai-2/).
+On the CPU the same steps run without the capture.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,24 +17,24 @@ from phi2_grpo.rollout.cache import DecodeState, round_length, rows_that_fit
 from phi2_grpo.rollout.phi_step import PhiDecoder, unsupported_reason
 from phi2_grpo.rollout.sampling import Sampling, generation_eos_ids, truncate_at_eos
 
-FINISHED_CHECK_STEPS = 16  # decode steps on a card between two looks at which rows have ended: a look waits for the device
+FINISHED_CHECK_STEPS = 16  # decode steps on CUDA between two checks for finished rows: each waits for the GPU
 
 
 def choose_engine(name: str, model) -> tuple[str, str]:
-    """The engine for `--rollout name` (auto, generate or graph) and `model`, and why, in words."""
+    """The engine for `--rollout name` (auto, generate or fast) and `model`, and why, in words."""
     if name == "generate":
         return "generate", "transformers' generate, as asked for"
     if reason := unsupported_reason(model):
-        return "generate", f"transformers' generate; the decoder of graph cannot do it: {reason}"
-    return "fast", "prompts filled in once a group, ended rows dropped; on a card each decode step is one CUDA graph"
+        return "generate", f"transformers' generate, for fast does not support this: {reason}"
+    return "fast", "one prefill a group, finished rows compacted; on CUDA each decode step is one graph"
 
 
 def make_engine(name: str, model, rows: int = 0, reserve: int = 0):
-    """The engine that `choose` names, over `model` as it is at each call.
+    """The engine that `choose_engine` names, over `model` as it is at each call.
 
     Args:
-        rows: completions decoded at once; 0 for as many as memory holds.
-        reserve: bytes to leave free, for what else is to run beside the engine's cache.
+        rows: completions decoded at once; 0 for as many as fit.
+        reserve: bytes to leave free beside the engine's cache.
     """
     engine, _ = choose_engine(name, model)
     return FastEngine(model, rows, reserve) if engine == "fast" else GenerateEngine(model, rows, reserve)
@@ -42,7 +42,7 @@ def make_engine(name: str, model, rows: int = 0, reserve: int = 0):
 
 @contextmanager
 def eval_mode(model) -> Iterator[None]:
-    """Inside, `model` is in evaluation mode: in training mode activation checkpointing takes every layer's cache away."""
+    """Inside, `model` is in eval mode: in training mode, activation checkpointing switches the cache off."""
     training = model.training
     model.eval()
     try:
@@ -52,7 +52,7 @@ def eval_mode(model) -> Iterator[None]:
 
 
 class GenerateEngine:
-    """transformers' generate, in portions."""
+    """transformers' generate, in batches."""
 
     def __init__(self, model, rows: int = 0, reserve: int = 0):
         self.model, self.rows, self.reserve = model, rows, reserve
@@ -81,8 +81,8 @@ class GenerateEngine:
 class FastEngine:
     """Our engine. It keeps its cache and its graphs between calls, for a captured graph knows the cache by its address.
 
-    What is drawn comes from torch's generator of the CPU, a number for each completion and token: portions, dropped rows and
-    the device change nothing.
+    Random numbers come from torch's CPU generator, one for each completion and token: batches, compaction and the device
+    change nothing of what is sampled.
     """
 
     def __init__(self, model, rows: int = 0, reserve: int = 0):
@@ -95,7 +95,7 @@ class FastEngine:
 
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], generation: GenerationConfig, tokenizer=None) -> list[list[int]]:
-        """As Generate's; stop strings are left to what trims the answers, and the context ends a completion."""
+        """As GenerateEngine's. Stop strings are left to what trims the answers; the context ends a completion."""
         try:
             sampling = Sampling.of(generation)
         except ValueError:  # someone has edited an adapter's generation_config.json
@@ -105,16 +105,16 @@ class FastEngine:
         if self.decoder.sync_adapter():
             self._forget_graphs()
         rows = self._make_room(len(prompts), max(map(len, prompts)) + new)
-        found = []
+        completions = []
         with eval_mode(self.model):
             for start in range(0, len(prompts), rows):
                 part = slice(start, start + rows)
-                found += self._batch(prompts[part], sampling, new, None if uniforms is None else uniforms[part])
-        return found
+                completions += self._batch(prompts[part], sampling, new, None if uniforms is None else uniforms[part])
+        return completions
 
     def _forget_graphs(self) -> None:
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.pool = None  # that of graphs which are gone may not be used again
+        self.pool = None  # the pool of graphs that are gone may not be used again
 
     def _make_room(self, rows: int, length: int) -> int:
         """State for `rows` sequences of `length` tokens, or for as many as fit; returns how many."""
@@ -124,19 +124,19 @@ class FastEngine:
         if state:
             rows, length = max(rows, state.rows), max(length, state.length)
         self._forget_graphs()
-        self.state = state = None  # the old one goes before memory is looked at
+        self.state = state = None  # freed before the free memory is read
         self.fit = self.rows or rows_that_fit(self.model, length, self.reserve)
         self.state = DecodeState(self.decoder, min(rows, self.fit), length)
         return self.state.rows
 
     def _batch(self, prompts: list[list[int]], sampling: Sampling, new: int, uniforms: torch.Tensor | None) -> list[list[int]]:
         state, rows = self.state, len(prompts)
-        highest = max(map(len, prompts))  # the place of the token that is decoded next, in the longest row
+        highest = max(map(len, prompts))  # position of the next token, in the longest row
         state.reset(prompts, uniforms)
         if new:
             state.append_tokens(self._prefill(prompts), rows, sampling)
-        for made in range(1, new):
-            if made % (FINISHED_CHECK_STEPS if self.cuda else 1) == 0:
+        for count in range(1, new):
+            if count % (FINISHED_CHECK_STEPS if self.cuda else 1) == 0:
                 rows, highest = state.compact_finished(rows, halves=self.cuda)
                 if not rows:
                     break
@@ -145,32 +145,32 @@ class FastEngine:
         return [truncate_at_eos(ids, sampling.eos_ids) for ids in state.output_ids[: len(prompts), :new].tolist()]
 
     def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Each different prompt through the model once, its keys and values into the cache of all its rows; logits (B, V)."""
+        """Run each distinct prompt through the model once, and copy its keys and values to all its rows; logits (B, V)."""
         decoder, cache = self.decoder, self.state.cache
         rows_of: dict[tuple, list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of.setdefault(tuple(prompt), []).append(row)
-        different, logits = list(rows_of), None
-        for batch in batches_by_length(list(map(len, different))):
-            chunk = [different[i] for i in batch]
-            longest = len(chunk[-1])
-            # Padded on the right: a causal model never looks there, and decoding writes over it.
-            ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in chunk], device=decoder.device)
+        distinct, logits = list(rows_of), None
+        for batch in batches_by_length(list(map(len, distinct))):
+            part = [distinct[i] for i in batch]
+            longest = len(part[-1])
+            # Padded on the right: a causal model never attends there, and decoding overwrites it.
+            ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in part], device=decoder.device)
             past = DynamicCache()
             hidden = decoder.model.model(input_ids=ids, past_key_values=past, use_cache=True).last_hidden_state
-            last = torch.tensor([len(prompt) - 1 for prompt in chunk], device=decoder.device)
-            found = decoder.model.lm_head(hidden[torch.arange(len(chunk), device=decoder.device), last])  # (prompts, V)
-            pairs = [(row, i) for i, prompt in enumerate(chunk) for row in rows_of[prompt]]
+            last = torch.tensor([len(prompt) - 1 for prompt in part], device=decoder.device)
+            part_logits = decoder.model.lm_head(hidden[torch.arange(len(part), device=decoder.device), last])  # (prompts, V)
+            pairs = [(row, i) for i, prompt in enumerate(part) for row in rows_of[prompt]]
             to, source = (torch.tensor(side, device=decoder.device) for side in zip(*pairs, strict=True))
             for cached, layer in zip(cache, past.layers, strict=True):
                 cached[to, 0, :, :longest] = layer.keys[source]
                 cached[to, 1, :, :longest] = layer.values[source]
-            logits = found.new_empty(len(prompts), found.shape[-1]) if logits is None else logits
-            logits[to] = found[source]
+            logits = part_logits.new_empty(len(prompts), part_logits.shape[-1]) if logits is None else logits
+            logits[to] = part_logits[source]
         return logits
 
     def _advance(self, rows: int, length: int, sampling: Sampling) -> None:
-        """One token more for the first `rows` rows, which have at most `length` tokens each, the current one included."""
+        """Decode one token for the first `rows` rows, which have at most `length` tokens each, this one included."""
         if not self.cuda:
             return self._step(rows, length, sampling)
         length = min(round_length(length), self.state.length)
@@ -182,18 +182,18 @@ class FastEngine:
     def _step(self, rows: int, length: int, sampling: Sampling) -> None:
         state = self.state
         logits = self.decoder.logits(state.tokens[:rows], state.positions[:rows], state.cache, length)
-        state.positions[:rows] += 1  # of ended rows too: none goes further than a live one could, so all stay in the cache
+        state.positions[:rows] += 1  # of finished rows too: none goes further than an unfinished one could
         state.append_tokens(logits, rows, sampling)
 
     def _capture(self, rows: int, length: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
-        """The step as a graph; nothing has moved when it returns."""
-        moving = self.state.moving()
-        before = [tensor.clone() for tensor in moving]
+        """The step as a graph; the state is unchanged when it returns."""
+        changed = self.state.changed_by_step()
+        before = [tensor.clone() for tensor in changed]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # once without capture: libraries choose and allocate at their first call
             self._step(rows, length, sampling)
         torch.cuda.current_stream().wait_stream(self.stream)
-        for tensor, old in zip(moving, before, strict=True):
+        for tensor, old in zip(changed, before, strict=True):
             tensor.copy_(old)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -204,26 +204,21 @@ class FastEngine:
 
 
 def complete(engine, tokenizer, prompts: list[str], generation: GenerationConfig, seed: int) -> list[list[int]]:
-    """Completion token ids for rendered prompts, in their order; the end token is kept, the padding is not.
+    """Completion ids for rendered prompts, in their order; the end token is kept, the padding is not.
 
-    `seed` is set before, so that two models draw with the same random numbers.
+    `seed` is set before, so that two models sample with the same random numbers.
     """
-    found = next(complete_in_batches(engine, tokenizer, prompts, generation, len(prompts), seed))
-    return [found[i] for i in range(len(prompts))]
+    completions = next(complete_in_batches(engine, tokenizer, prompts, generation, len(prompts), seed))
+    return [completions[i] for i in range(len(prompts))]
 
 
 def complete_in_batches(
-    engine, tokenizer, prompts: list[str], generation: GenerationConfig, batch_size: int, seed: int, done: Container[int] = ()
+    engine, tokenizer, prompts: list[str], generation: GenerationConfig, batch_size: int, seed: int
 ) -> Iterator[dict[int, list[int]]]:
-    """The same in batches of `batch_size`, by the prompts' indices; those whose prompts are all in `done` are passed over.
-
-    The seed of a batch goes by where it begins.
-    """
+    """The same in batches, by the prompts' indices. The seed of a batch is `seed` plus where it begins."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: less padding
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        if all(i in done for i in batch):
-            continue
         ids = tokenizer([prompts[i] for i in batch], add_special_tokens=False)["input_ids"]
         set_seed(seed + start)
         yield dict(zip(batch, engine(ids, generation, tokenizer), strict=True))

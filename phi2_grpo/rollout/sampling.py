@@ -1,4 +1,4 @@
-"""How a token is drawn: what of a GenerationConfig our engine understands, and where a completion ends."""
+"""How a token is sampled: what of a GenerationConfig the fast engine supports, and where a completion ends."""
 
 import random
 from collections.abc import Container, Iterator
@@ -19,7 +19,7 @@ from phi2_grpo.models.tokenizer import eos_token_ids
 
 
 def rollout_generation_config(config: dict, tokenizer) -> GenerationConfig:
-    """How the metrics are sampled: as the rollouts of the training."""
+    """How rollouts and evaluations are sampled."""
     return GenerationConfig(
         do_sample=True,
         **{key: config[key] for key in ("temperature", "top_p", "top_k")},
@@ -31,7 +31,7 @@ def rollout_generation_config(config: dict, tokenizer) -> GenerationConfig:
 
 @contextmanager
 def preserve_random_state(device: torch.device) -> Iterator[None]:
-    """What is drawn inside leaves Python's, numpy's and torch's generators as they were."""
+    """What is sampled inside leaves Python's, numpy's and torch's generators as they were."""
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -47,7 +47,7 @@ SUPPORTED_FIELDS = {"do_sample", "temperature", "top_k", "top_p", "max_new_token
 
 @dataclass(frozen=True)
 class Sampling:
-    """What of a GenerationConfig decides about a token."""
+    """The fields of a GenerationConfig that decide about a token."""
 
     greedy: bool
     temperature: float
@@ -57,11 +57,11 @@ class Sampling:
 
     @classmethod
     def of(cls, generation: GenerationConfig) -> "Sampling":
-        """Raises ValueError for a setting that would change the answer and is none of these."""
-        strange = {key: value for key, value in generation.to_diff_dict().items()
+        """Raises ValueError for another field that would change the answer."""
+        unsupported = {key: value for key, value in generation.to_diff_dict().items()
                    if key not in SUPPORTED_FIELDS and (value is True or value not in (None, 0, 1))}  # fmt: skip
-        if strange:
-            raise ValueError(f"only generate understands {strange}")
+        if unsupported:
+            raise ValueError(f"only generate supports {unsupported}")
         top_k = 50 if generation.top_k is None else generation.top_k  # generate's own default
         return cls(
             not generation.do_sample,
@@ -72,7 +72,7 @@ class Sampling:
         )
 
     def sample(self, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """Tokens (B,) for logits (B, V) and numbers (B, 1) from 0 to 1: the same number picks the same token in any batch."""
+        """Tokens (B,) for logits (B, V) and uniforms (B, 1) in [0, 1): the same number gives the same token in any batch."""
         if self.greedy:
             return logits.argmax(-1)
         warpers = LogitsProcessorList()
@@ -83,19 +83,19 @@ class Sampling:
         if self.top_p < 1.0:
             warpers.append(TopPLogitsWarper(self.top_p))
         cdf = warpers(None, logits.float()).softmax(-1).cumsum(-1, dtype=torch.float64)  # float32 loses the rare tokens
-        picked = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)[:, 0]
-        return picked.clamp_(max=logits.shape[-1] - 1)
+        tokens = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)[:, 0]
+        return tokens.clamp_(max=logits.shape[-1] - 1)
 
 
 def generation_eos_ids(generation: GenerationConfig) -> tuple[int, ...]:
     """The tokens that end a completion."""
-    ends = generation.eos_token_id
-    return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+    ids = generation.eos_token_id
+    return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
 
 
-def truncate_at_eos(ids: list[int], ends: Container[int]) -> list[int]:
+def truncate_at_eos(ids: list[int], eos_ids: Container[int]) -> list[int]:
     """`ids` up to the first end token, which is kept."""
     for i, token in enumerate(ids):
-        if token in ends:
+        if token in eos_ids:
             return ids[: i + 1]
     return ids
