@@ -1,6 +1,7 @@
 """Signs that a reward is being gamed, seen in the answers themselves and not in any reward."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 from phi2_grpo.models.answers import Answer
 from phi2_grpo.rewards.functions import language_code, language_identifier
@@ -76,3 +77,31 @@ def ngrams(ids: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
 
 def _mean(values: list) -> float:
     return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A metric that left its range: `kind` is "warning" or "collapse"."""
+
+    kind: str
+    metric: str
+    text: str
+
+
+def alerts(rows: list[dict], raised: set[tuple[str, str]]) -> list[Alert]:
+    """The ranges that the last steps of `rows` have left, those already `raised` (kind, metric) apart."""
+    new = []
+    for kind, ranges in (("warning", HEALTHY), ("collapse", COLLAPSE)):
+        for key, (low, high, meaning) in ranges.items():
+            values = [row[key] for row in rows if row.get(key) is not None]
+            window, grown = (SINCE_WINDOW, True) if key in SINCE_START else (WINDOW, False)
+            if len(values) < window * (1 + grown) or (kind, key) in raised:
+                continue
+            mean = sum(values[-window:]) / window
+            if grown:
+                mean -= sum(values[:window]) / window
+            if not low <= mean <= high:
+                how = "has grown by" if grown else "is"
+                over = f"from the first {window} steps to the last" if grown else f"over {window} steps"
+                new.append(Alert(kind, key, f"{key} {how} {mean:.3g} {over}, healthy is {low:g} to {high:g}: {meaning}"))
+    return new

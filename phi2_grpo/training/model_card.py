@@ -92,7 +92,9 @@ def _card(facts: dict, pipeline: str, tags: list[str], title: str, body: str, co
 """
 
 
-def adapter_card(facts: dict, steps: int, seconds: float, changes: dict[str, tuple], finished: bool, collapsed: bool) -> str:
+def adapter_card(
+    facts: dict, steps: int, seconds: float, changes: dict[str, tuple], finished: bool, collapsed: bool = False
+) -> str:
     """`changes`: what is measured, with its means over the first and the last steps."""
     config = facts["config"]
     rewards = [(reward["name"], f"{reward['weight']:g}", reward["pays_for"]) for reward in facts["rewards"]]

@@ -17,28 +17,18 @@ def for_a_run(output: Path, final: Path, key: str, resume: bool, overwrite: bool
     files.check_writable(output)
     files.check_writable(final)
     finished = files.check_replaceable(final, key)
-    for name in checkpoints.ROWS:
-        if not checkpoints.is_ours(output / name):
-            raise UserError(f"{output / name} is no run's, and would be written over. Choose another folder, or move it.")
+    if not checkpoints.is_ours(output):
+        raise UserError(f"{output} holds metrics or checkpoints of another program, and they stay. Choose another folder.")
     if (output / "adapter_config.json").exists():
         raise UserError(f"{output} is a finished adapter, not a place for checkpoints. Choose another folder.")
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
-    for path in checkpoints.list_checkpoints(output):
-        if path.is_file() or (any(path.iterdir()) and not (path / "run.json").exists()):
-            raise UserError(f"{path} is no checkpoint of this program's, and might be replaced. Move it away.")
     whole = complete_checkpoints(output)
-    broken = [path for path in checkpoints.list_checkpoints(output) if path not in whole and any(path.iterdir())]
-    if broken and not whole and not overwrite:
-        raise UserError(
-            f"{broken[-1]} is there, but is not whole. Choose another folder; or replace what is there: --overwrite."
-        )
     run = whole[-1] if whole else final if finished else None
     if resume and not whole and finished:
         raise UserError(f"{final} is finished, and there is no checkpoint to go on from. Replace it: --overwrite.")
     if resume:
-        passed = f" ({', '.join(path.name for path in broken)} passed over: not whole)" if broken else ""
-        return output, (f"resuming at {whole[-1].name}" if whole else "no whole checkpoint: starting at step 0") + passed
+        return output, f"resuming at {whole[-1].name}" if whole else "no complete checkpoint: starting at step 0"
     if run and not overwrite:
         raise UserError(f"{run} holds a run. Go on with it: --resume; replace it: --overwrite; or choose another folder.")
     return output, f"{output}{', replacing the run there' if run else ''}"

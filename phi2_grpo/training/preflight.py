@@ -6,10 +6,11 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.table import Table
 from rich.text import Text
@@ -20,9 +21,18 @@ from phi2_grpo.common.cli import UserError
 from phi2_grpo.common.console import make_table
 from phi2_grpo.data import store
 from phi2_grpo.data.store import first_rows
-from phi2_grpo.models.base import base_of_adapter, choose_device, commit_of, context_length, is_same_base, is_sharded
-from phi2_grpo.models.lora import lora_counts, lora_summary, meta_lora_model
-from phi2_grpo.models.tokenizer import check_context, check_vocabulary, count_tokens, load_tokenizer
+from phi2_grpo.models.base import (
+    base_of_adapter,
+    choose_device,
+    commit_of,
+    context_length,
+    is_same_base,
+    is_sharded,
+    meta_model,
+    resolve_model,
+)
+from phi2_grpo.models.lora import lora_config, lora_counts, lora_summary, meta_lora_model
+from phi2_grpo.models.tokenizer import check_context, check_vocabulary, load_tokenizer
 from phi2_grpo.rewards.collapse import WINDOW
 from phi2_grpo.rewards.reward_model import render_conversations
 from phi2_grpo.rewards.scorer import Scorer, choose_rewards, describe_rewards, try_rewards
@@ -67,7 +77,28 @@ class Checklist:
             raise UserError("\n".join(complaints))
 
 
-def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, dict]:
+@dataclass
+class Preflight:
+    """What was checked and loaded for a GRPO run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: object
+    prompts: object
+    funnel: dict
+    scorer: Scorer
+    lora: LoraConfig
+    memory: dict
+    checks: Checklist
+
+    def table(self) -> Table:
+        return self.checks.table()
+
+    def raise_errors(self) -> None:
+        self.checks.complain()
+
+
+def preflight(config: dict, resume: bool, overwrite: bool) -> Preflight:
     """Check a GRPO run. Returns the checklist and what was loaded: device, dtype, tokenizer, prompts, funnel, scorer,
     the LoRA without weights and the memory plan."""
     checks = Checklist()
@@ -90,27 +121,14 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, d
     engine = checks.run("rollout", _rollout, config, wrapped)
     parts = checks.run("memory", _memory, config, wrapped, longest, device, scorer, engine)
     checks.run("disk", _disk, config, wrapped, output)
-    found = {"device": device, "tokenizer": tokenizer, "prompts": prompts, "funnel": funnel, "scorer": scorer,
-             "wrapped": wrapped, "plan": parts}  # fmt: skip
-    return checks, found
-
-
-def expectation(config: dict, found: dict) -> str:
-    """What a step takes at the least, at the speed measured here now."""
-    device, dtype = found["device"]
-    prompts = count_tokens(found["tokenizer"], found["prompts"]["train"]["prompt"])
-    bandwidth, flops = memory.speed(device, dtype)
-    mean = sum(prompts) / len(prompts)
-    decoding, update = memory.step_seconds(config, found["wrapped"], mean, found["plan"], dtype, bandwidth, flops)
-    return (
-        f"At the least {_short(decoding + update)} s a step (rollout {_short(decoding)}, update {_short(update)}), if every "
-        f"completion has full length: by {bandwidth / GB:,.0f} GB/s and {flops / 1e12:.3g} TFLOP/s as measured here, no time "
-        "lost in between."
-    )
-
-
-def _short(seconds: float) -> str:
-    return f"{seconds:.2g}" if seconds < 10 else f"{seconds:,.0f}"
+    where, dtype = device or (None, None)
+    lora = None
+    if wrapped and config["init_adapter"]:
+        lora = LoraConfig.from_pretrained(config["init_adapter"])
+        lora.inference_mode, lora.revision = False, resolve_model(config)[1]
+    elif wrapped:
+        lora = lora_config(config, meta_model(config))
+    return Preflight(where, dtype, tokenizer, prompts, funnel, scorer, lora, parts, checks)
 
 
 def preflight_reward(config: dict, resume: bool, overwrite: bool) -> tuple[Checklist, dict]:
@@ -259,9 +277,6 @@ def _lora(config: dict, tokenizer):
     found = lora_summary(wrapped)
     if config["init_adapter"]:
         lora = wrapped.peft_config["default"]
-        modules = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
-        config |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
-        config |= {"lora_target_modules": modules}  # what goes on is the adapter's, and run.json and the card say so
         found += f"; r {lora.r} and alpha {lora.lora_alpha} are those of {config['init_adapter']}"
         if not is_same_base(named := base_of_adapter(Path(config["init_adapter"])), config):
             found += f", which was trained on {named[0]}"
