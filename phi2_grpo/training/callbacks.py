@@ -213,6 +213,9 @@ class CheckpointCallback(TrainerCallback):
     def __init__(self, write_files: Callable[[Path, list[dict]], None], save_total_limit: int):
         self.write_files, self.save_total_limit = write_files, save_total_limit
 
+    def on_train_begin(self, args, state, control, **_):
+        state.save_steps = args.save_steps  # or else a resumed run would keep that of its first part
+
     def on_save(self, args, state, control, **_):
         PartialState().wait_for_everyone()  # each process writes its own random state
         if not state.is_world_process_zero:
