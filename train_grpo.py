@@ -101,11 +101,10 @@ def make_trainer(config: dict, ready, base):
         "disable_dropout": True,  # Phi-2 ships resid_pdrop 0.1: rollout and log-probs would see two models
         "ddp_find_unused_parameters": False,  # every adapter weight is in every forward pass
     }
-    settings = {key: config[key] for key in KEYS}
     trainer = Trainer(
         model=base,
         reward_funcs=ready.scorer.functions,
-        args=training_arguments(GRPOConfig, settings, ready.device, ready.dtype, **own),
+        args=training_arguments(GRPOConfig, config, ready.device, ready.dtype, **own),
         train_dataset=ready.prompts["train"],
         processing_class=ready.tokenizer,
         peft_config=ready.lora,
@@ -142,9 +141,8 @@ def add_callbacks(config: dict, ready, trainer, facts: dict):
     log = LogCallback(GRPO_COLUMNS, config, ready.scorer)
     trainer.add_callback(log)
     trainer.add_callback(CheckpointCallback(complete, config["save_total_limit"]))
-    if config["eval_prompts"]:
+    if rows := select_rows(ready.prompts["validation"], config["eval_prompts"], seed=0):
         scorer = Scorer(ready.tokenizer, config["target_tokens"], ready.scorer.chosen)
-        rows = select_rows(ready.prompts["validation"], config["eval_prompts"], seed=0)
         trainer.add_callback(EvaluationCallback(trainer, scorer, rows, config, log.console))
     return log
 

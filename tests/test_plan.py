@@ -13,7 +13,7 @@ from config import CONFIG, PRESETS
 from phi2_grpo.models import base
 from phi2_grpo.models.lora import lora_config
 from phi2_grpo.rollout.cache import cache_bytes_per_token
-from phi2_grpo.training import memory, preflight
+from phi2_grpo.training import memory
 
 CARD, BF16 = torch.device("cuda"), torch.bfloat16
 SIZES = {"phi2": 12e9, "phi2-24gb": 24e9, "phi2-80gb": 80e9}

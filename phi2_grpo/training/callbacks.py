@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import PartialState
@@ -97,8 +98,7 @@ class LogCallback(ProgressBar):
         if done % HEADER_EVERY == 1:
             headers = [header for _, header, _ in self.columns]
             self.console.print("     step", *headers, "s/step", "   left", sep="  ", style="bold")
-        cells = [("-" if row.get(key) is None else format(row[key], spec)).rjust(len(header))
-                 for key, header, spec in self.columns]  # fmt: skip
+        cells = [_format(row.get(key), spec).rjust(len(header)) for key, header, spec in self.columns]
         left = format_duration((now - self.started) / done * (state.max_steps - state.global_step))
         step = f"{state.global_step}/{state.max_steps}"
         self.console.print(f"{step:>9}", *cells, f"{now - self.last_log:6.1f}", f"{left:>7}", sep="  ")
@@ -125,9 +125,13 @@ class LogCallback(ProgressBar):
             prompt, completion = render(self.scorer.tokenizer, [row["prompt"]])[0], row["completion_ids"]
             body = Text.assemble((prompt, "dim"), self.scorer.tokenizer.decode(completion))
             answer, scores = row["answer"], {"reward": row["score"], **row["scores"]}
-            parts = [f"{key} {'-' if value is None else f'{value:.3f}'}" for key, value in scores.items()]
+            parts = [f"{key} {_format(value, '.3f')}" for key, value in scores.items()]
             title = f"step {step}, {name}: {', '.join(parts)}; {answer.tokens} tokens, {answer.why}"
             self.console.print(Panel(body, border_style=color, title=Text(title), title_align="left"))
+
+
+def _format(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def tracks(args, state) -> bool:
@@ -167,37 +171,31 @@ class EvaluationCallback(TrainerCallback):
             generation = rollout_generation_config(self.config, tokenizer)
             ids = complete(self.trainer.engine, tokenizer, texts, generation, self.config["seed"])
             scored = self.scorer.score(self.rows, ids)  # a user's reward may draw, too
-        numbers = self.summarize(scored)
+        means = self.means(scored)
         answers = [{"prompt": asked["prompt"][-1]["content"], "answer": row["answer"].text}
                    for asked, row in zip(self.rows, scored[:SAMPLES], strict=False)]  # fmt: skip
-        state.log_history.append({"step": state.global_step, **numbers, "answers": answers})  # kept by the checkpoints
+        state.log_history.append({"step": state.global_step, **means, "answers": answers})  # kept by the checkpoints
         files.write_rows(Path(args.output_dir) / "evaluation.jsonl", outputs.log_rows(state.log_history, "eval_reward"))
-        mean, low, high = (
-            "-" if numbers[key] is None else f"{numbers[key]:.3f}" for key in ("eval_reward", "eval_low", "eval_high")
-        )
+        known = {key: value for key, value in means.items() if value is not None}
+        mean, low, high = (_format(means[key], ".3f") for key in ("eval_reward", "eval_low", "eval_high"))
         text = f"{state.global_step:>9}  held out: reward {mean} [{low}, {high}] on {len(scored)} prompts"
         self.console.print(text, style="cyan")
-        known = {key: value for key, value in numbers.items() if value is not None}
         # To every tracker of --report_to; `trainer.log` would take the training's metrics with it.
         self.trainer.callback_handler.on_log(args, state, TrainerControl(), known)
         if tracks(args, state):
             log_answers(state.global_step, answers)
 
-    def summarize(self, scored: list[dict]) -> dict[str, float | None]:
-        scores = [row["score"] for row in scored if row["score"] is not None]
-        low, high = interval(scores) or (None, None)
-        means = {"eval_reward": _mean(scores), "eval_low": low, "eval_high": high}
+    def means(self, scored: list[dict]) -> dict[str, float | None]:
+        """Of the reward with its 95 % interval, of each reward where there are several, and of the answers."""
+        columns = {"eval_reward": [row["score"] for row in scored]}
         if len(self.scorer.chosen) > 1:
-            for name in scored[0]["scores"]:
-                means[f"eval_rewards/{name}"] = _mean([row["scores"][name] for row in scored])
-        means["eval_ended"] = _mean([row["answer"].ended for row in scored])
-        means["eval_tokens"] = _mean([row["answer"].tokens for row in scored])
-        return {key: value and round(value, 4) for key, value in means.items()}
-
-
-def _mean(values: list) -> float | None:
-    known = [float(value) for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+            columns |= {f"eval_rewards/{name}": [row["scores"][name] for row in scored] for name in scored[0]["scores"]}
+        columns |= {f"eval_{name}": [getattr(row["answer"], name) for row in scored] for name in ("ended", "tokens")}
+        known = {key: [value for value in column if value is not None] for key, column in columns.items()}
+        means = {key: round(fmean(values), 4) if values else None for key, values in known.items()}
+        ends = interval(known["eval_reward"])
+        low, high = (round(end, 4) for end in ends) if ends else (None, None)
+        return {**means, "eval_low": low, "eval_high": high}
 
 
 class CheckpointCallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The folders of a run: which checkpoints are complete, what may be removed, and which settings a resumed run may change.
+"""The folders of a run: which checkpoints are complete, what is removed, and which settings a resumed run may change.
 
 A checkpoint is complete when its run.json is there, which is written last (see `callbacks.CheckpointCallback`).
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from config import CONFIG
 from phi2_grpo.common import files
+from phi2_grpo.common.cli import num_processes
 
 # What a resumed run may change: how long it goes, what it prints and keeps, and how it is fitted into memory.
 RESUMABLE_KEYS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval_steps", "stop_on_collapse", "report_to",
@@ -35,25 +36,22 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
-def list_checkpoints(output: str | Path) -> list[Path]:
-    """What has a checkpoint's name, oldest first, complete or not."""
-    named = [path for path in Path(output).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+def list_checkpoints(output: Path) -> list[Path]:
+    """Oldest first, complete or not."""
+    named = (path for path in Path(output).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal())
     return sorted(named, key=step_of)
 
 
-def complete_checkpoints(output: str | Path) -> list[Path]:
-    """The complete ones, oldest first."""
-    return [path for path in list_checkpoints(output) if (path / "run.json").is_file()]
+def is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / "run.json").is_file()
+
+
+def complete_checkpoints(output: Path) -> list[Path]:
+    return [path for path in list_checkpoints(output) if is_complete(path)]
 
 
 def newest_complete(output: Path) -> Path | None:
     return next(reversed(complete_checkpoints(output)), None)
-
-
-def what_is_left(output: Path) -> str:
-    """For a message about a run that ended early."""
-    newest = newest_complete(output)
-    return f"{newest} is complete: go on with --resume." if newest else "No checkpoint was written yet."
 
 
 @contextmanager
@@ -63,6 +61,11 @@ def advice_when_interrupted(output: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(what_is_left(output)) from None
+
+
+def what_is_left(output: Path) -> str:
+    newest = newest_complete(output)
+    return f"{newest} is complete: go on with --resume." if newest else "No checkpoint was written yet."
 
 
 def is_result_of(final: Path, checkpoint: Path) -> bool:
@@ -75,7 +78,7 @@ def is_ours(output: Path) -> bool:
     """Whether what a run would replace in `output` is a run's: each begins its metrics.jsonl before its first checkpoint."""
     rows, evaluations = (output / name for name in ROWS)
     if not rows.exists():
-        return not evaluations.exists() and list_checkpoints(output) == complete_checkpoints(output)
+        return not evaluations.exists() and all(map(is_complete, list_checkpoints(output)))
     with rows.open(encoding="utf-8", errors="replace") as lines:
         first = lines.readline()
     return not first or '"step"' in first
@@ -83,16 +86,14 @@ def is_ours(output: Path) -> bool:
 
 def remove(checkpoint: Path) -> None:
     """run.json goes first, so that a removal that is killed leaves an incomplete checkpoint."""
-    if checkpoint.is_symlink() or checkpoint.is_file():
-        return checkpoint.unlink()
     (checkpoint / "run.json").unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def remove_incomplete(output: Path) -> None:
-    """Remove what a save that was killed or failed left behind."""
+    """Remove what a save that was killed or failed has left."""
     for checkpoint in list_checkpoints(output):
-        if not (checkpoint / "run.json").is_file():
+        if not is_complete(checkpoint):
             remove(checkpoint)
 
 
@@ -104,44 +105,27 @@ def remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def changed_settings(then: dict, now: dict, world: int, facts: dict) -> list[str]:
+def changed_settings(then: dict, now: dict, facts: dict) -> list[str]:
     """Where a run that is to go on differs from `then` (its run.json) in what it may not change, in words.
 
-    Args:
-        now: the settings.
-        world: processes of the run.
-        facts: what else run.json holds: dtype, model_commit, and rewards with their digests.
+    `now` are the settings; `facts` what else run.json holds: dtype, model_commit, and rewards with their digests.
     """
-    was, may_change = then.get("config", {}), set(RESUMABLE_KEYS)
+    was, may_change = then.get("config", {}), RESUMABLE_KEYS | {"rewards"}  # rewards are compared by their digests
     if was.get("lr_scheduler_type") in ("linear", "cosine"):
-        may_change.remove("max_steps")  # the rate goes by the number of steps
+        may_change -= {"max_steps"}  # the learning rate goes by it
     if now.get("init_adapter"):
-        may_change |= {key for key in CONFIG if key.startswith("lora_")}  # the adapter's hold, not the settings'
-    if facts.get("rewards"):
-        may_change.add("rewards")  # compared by digest, below
+        may_change |= {key for key in CONFIG if key.startswith("lora_")}  # the adapter's hold
     pairs = {key: (was[key], now[key]) for key in CONFIG if key in was and key in now and key not in may_change}
     pairs |= {key: (then[key], facts[key]) for key in ("dtype", "model_commit") if then.get(key) and facts.get(key)}
-    rewards = [{(r["name"], r["weight"]): r.get("digest") for r in each.get("rewards") or []} for each in (then, facts)]
-    if facts.get("rewards"):
-        names = [", ".join(f"{name} x {weight:g}" for name, weight in each) for each in rewards]
-        pairs["rewards"] = tuple(names)
-    changed = [f"{key} was {old}, is {new}" for key, (old, new) in pairs.items() if not _same(old, new)]
-    if rewards[0].keys() == rewards[1].keys():
-        changed += [f"the reward {name} has another content now" for (name, _), digest in rewards[1].items()
-                    if digest != rewards[0][name, _]]  # fmt: skip
-    sizes = [
-        settings.get("per_device_train_batch_size", 1) * settings.get("gradient_accumulation_steps", 1) * processes
-        for settings, processes in ((was, then.get("processes", 1)), (now, world))
-    ]
-    if sizes[0] != sizes[1]:
-        changed.append(
-            f"an update had {sizes[0]} completions, has {sizes[1]}: per_device_train_batch_size x "
-            "gradient_accumulation_steps x processes must stay the same"
-        )
-    return changed
+    pairs["rewards"] = (_reward_list(then), _reward_list(facts))
+    pairs["completions of an update"] = (_update_size(was, then.get("processes", 1)), _update_size(now, num_processes()))
+    return [f"{key}: was {old}, is {new}" for key, (old, new) in pairs.items() if old != new]
 
 
-def _same(was, now) -> bool:
-    """Equal, or the same path in another form."""
-    paths = isinstance(was, str) and isinstance(now, str) and was and now
-    return was == now or bool(paths and Path(was).resolve() == Path(now).resolve())
+def _reward_list(facts: dict) -> str:
+    rewards = facts.get("rewards") or []
+    return ", ".join(f"{reward['name']} x {reward['weight']:g} {reward.get('digest') or ''}".strip() for reward in rewards)
+
+
+def _update_size(config: dict, processes: int) -> int:
+    return config.get("per_device_train_batch_size", 1) * config.get("gradient_accumulation_steps", 1) * processes

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from peft import PeftModel
@@ -37,19 +38,18 @@ def log_rows(log_history: list[dict], key: str) -> list[dict]:
 
 def first_and_last(rows: list[dict], key: str, count: int = 10) -> tuple[float, float] | None:
     """Means of `key` over the first and the last `count` steps; over half of the steps each where there are fewer."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    count = min(count, len(values) // 2) or len(values)
-    return (sum(values[:count]) / count, sum(values[-count:]) / count) if values else None
+    _, values = _points(rows, key)
+    count = max(1, min(count, len(values) // 2))
+    return (fmean(values[:count]), fmean(values[-count:])) if values else None
 
 
 def git_commit() -> str | None:
     """The commit of this repo, with "-dirty" where files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:  # no git
         return None
-    return done.stdout.strip() or None
 
 
 def hardware_name(device: torch.device) -> str:
@@ -62,13 +62,10 @@ def hardware_name(device: torch.device) -> str:
 def run_metadata(config: dict, preset: str, device: torch.device, dtype: torch.dtype, funnel: dict, model: PeftModel) -> dict:
     """What is known when a run starts. LoRA is the model's, which `init_adapter` may have given."""
     lora = model.peft_config["default"]
-    if config.get("init_adapter"):
-        modules = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
-        config = {**config, "lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout,
-                  "lora_target_modules": modules}  # fmt: skip
+    lora_settings = {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
     return {
         "preset": preset,
-        "config": config,
+        "config": {**config, **lora_settings},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "git_commit": git_commit(),
         "processes": num_processes(),
@@ -96,10 +93,8 @@ def write_adapter_files(folder: Path, tokenizer, facts: dict, log_history: list[
         seconds: wall time of the training so far.
     """
     rows, evaluations = log_rows(log_history, "reward"), log_rows(log_history, "eval_reward")
-    last = rows[-1] if rows else {}
-    steps = last.get("step", 0)
-    names = {"reward": "mean reward", "answers/ended": "ended share", "answers/tokens": "answer tokens",
-             "kl": "KL from the base"}  # fmt: skip
+    last = rows[-1] if rows else {"step": 0}
+    names = {"reward": "mean reward", "answers/ended": "ended share", "answers/tokens": "answer tokens", "kl": "KL to the base"}
     if len(facts["rewards"]) > 1:
         names |= {f"rewards/{reward['name']}/mean": reward["name"] for reward in facts["rewards"]}
     changes = {name: means for key, name in names.items() if (means := first_and_last(rows, key))}
@@ -107,50 +102,46 @@ def write_adapter_files(folder: Path, tokenizer, facts: dict, log_history: list[
     files.write_rows(folder / "metrics.jsonl", rows)
     files.write_rows(folder / "evaluation.jsonl", evaluations)
     draw_curve(rows, facts["config"], folder / "reward.png", evaluations)
-    files.write_text(folder / "README.md", model_card.adapter_card(facts, steps, seconds, changes, finished))
-    ending = {"finished": finished, "steps": steps, "seconds": round(seconds, 1), "last_metrics": last}
-    files.write_json(folder / "run.json", {**facts, **ending})
+    files.write_text(folder / "README.md", model_card.adapter_card(facts, last["step"], seconds, changes, finished))
+    ending = {"finished": finished, "steps": last["step"], "seconds": round(seconds, 1), "last_metrics": last}
+    files.write_json(folder / "run.json", facts | ending)
 
 
 def write_reward_model_files(
     folder: Path, facts: dict, rows: list[dict], seconds: float, scale: dict, measured: dict, accuracy: list[str], left_out: int
 ) -> None:
     """The same for a reward model; `scale` is what its scores are centred and scaled by (see `reward_model.RewardModel`)."""
-    files.write_rows(folder / "metrics.jsonl", rows)
     steps = rows[-1]["step"] if rows else 0
+    files.write_rows(folder / "metrics.jsonl", rows)
     files.write_text(folder / "README.md", model_card.reward_model_card(facts, steps, seconds, accuracy, left_out))
-    ending = {"finished": True, "steps": steps, "seconds": round(seconds, 1)}
-    files.write_json(folder / "run.json", {**facts, **ending, "scores": scale, "validation": measured})
+    ending = {"finished": True, "steps": steps, "seconds": round(seconds, 1), "scores": scale, "validation": measured}
+    files.write_json(folder / "run.json", facts | ending)
 
 
 def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dict]) -> None:
-    """Reward (held-out too), answer length, ended share and KL over the steps; alerts are marked by dotted lines."""
+    """Reward (held-out too), answer length, ended share and KL over the steps; alerts are dotted lines."""
     figure, axes = make_figure(2, 2, 11, 6.5, sharex=True)
     reward, length = axes[:2]
     for each, (key, color, title) in zip(axes, CURVES, strict=True):
         steps, values = _points(rows, key)
         span = max(1, len(values) // 15)  # a centred running mean; the thin line is what was measured
-        windows = [values[max(0, i - span) : i + span + 1] for i in range(len(values))]
+        smooth = [fmean(values[max(0, i - span) : i + span + 1]) for i in range(len(values))]
         each.plot(steps, values, color=color, alpha=0.35, linewidth=1)
-        each.plot(steps, [sum(window) / len(window) for window in windows], color=color, linewidth=2.2)
-        each.set(title=title if values else f"{title}: not measured", xlabel="step", ylim=(None if each is reward else 0, None))
+        each.plot(steps, smooth, color=color, linewidth=2.2)
+        each.set(title=title if values else f"{title}: not measured", xlabel="step")
         each.grid(alpha=0.2)
-        for row in rows:
-            for kind, metric in row.get("alerts", []):
-                each.axvline(row["step"], color=RED if kind == "collapse" else ORANGE, linewidth=1, linestyle=":")
-                if each is reward:
-                    place = {"va": "top", "ha": "right", "transform": each.get_xaxis_transform()}
-                    each.text(row["step"], 1, f" {metric.split('/')[-1]}", rotation=90, fontsize=7, **place)
-    steps, means = _points(evaluations, "eval_reward")
-    reward.plot(steps, means, "o-", color=PURPLE, markersize=4, label="held out, with its 95 % interval")
-    lows, highs = (_points(evaluations, key)[1] for key in ("eval_low", "eval_high"))
-    if len(lows) == len(means):
-        reward.fill_between(steps, lows, highs, color=PURPLE, alpha=0.2, linewidth=0)
-    if means:
-        reward.legend(frameon=False)
+    for row in rows:
+        for kind, metric in row.get("alerts", []):
+            color = RED if kind == "collapse" else ORANGE
+            reward.axvline(row["step"], color=color, linewidth=1, linestyle=":", label=f"{kind}: {metric}")
+    measured = [row for row in evaluations if None not in (row["eval_reward"], row["eval_low"])]
+    steps, means, *ends = ([row[key] for row in measured] for key in ("step", "eval_reward", "eval_low", "eval_high"))
+    reward.plot(steps, means, "o-", color=PURPLE, markersize=4, label="held out, 95 % interval")
+    reward.fill_between(steps, *ends, color=PURPLE, alpha=0.2, linewidth=0)
+    reward.legend(frameon=False, fontsize=8)
     if any(split_weight(item)[0] == "length" for item in config["rewards"]):
         length.axhline(config["target_tokens"], color="grey", linestyle="--", linewidth=1, label="target")
-        length.legend(frameon=False)
+        length.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import UserError, num_processes
+from phi2_grpo.common.cli import UserError
 from phi2_grpo.training import checkpoints
 from phi2_grpo.training.checkpoints import complete_checkpoints
 
@@ -40,7 +40,7 @@ def same_run(config: dict, output: Path, funnel: dict, steps: int, facts: dict):
     if not whole:
         return True, "nothing to go on from"
     then = files.read_run(whole[-1])
-    changed = checkpoints.changed_settings(then, config, num_processes(), facts)
+    changed = checkpoints.changed_settings(then, config, facts)
     if then.get("data", {}).get("fingerprint") != funnel["fingerprint"]:
         changed.append(f"the prompts in {config['data_dir']} are others than those it was trained on")
     if changed:

@@ -3,13 +3,12 @@
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerState
 from trl import GRPOTrainer, RewardTrainer
@@ -54,15 +53,11 @@ class RunMixin:
         Raises UserError for what ends it and is no bug, KeyboardInterrupt or Terminated after a signal, with a checkpoint of
         the last step.
         """
-        output, start = Path(self.args.output_dir), checkpoints.step_of(checkpoint)
-        if len(set(gather_object([start]))) > 1:
-            raise UserError(
-                f"the processes see different checkpoints: all machines must see the same {output}, on a shared disk."
-            )
-        if start >= self.args.max_steps:  # nothing is left to train, and transformers would do one step more
-            return self.load_checkpoint(checkpoint)
+        output, steps = Path(self.args.output_dir), self.args.max_steps
         if checkpoint:
             log.seconds_before = files.read_run(checkpoint).get("seconds", 0.0)
+        if checkpoints.step_of(checkpoint) >= steps:  # nothing is left to train, and transformers would do one step more
+            return self.load_checkpoint(checkpoint)
         if self.args.should_save:
             (checkpoints.remove_incomplete if checkpoint else checkpoints.remove_run)(output)
         stop = GracefulStop()
@@ -76,7 +71,7 @@ class RunMixin:
             raise
         finally:
             log.progress.stop()  # or a failure leaves a terminal without its cursor
-        if self.state.global_step < self.args.max_steps:
+        if self.state.global_step < steps:
             stop.raise_if_asked()
 
     def load_checkpoint(self, checkpoint: Path) -> None:
@@ -129,6 +124,19 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
+def timed(part: str, method: Callable) -> Callable:
+    """A trainer's `method`, with its seconds added to `part`."""
+
+    @wraps(method)
+    def run(self, *arguments, **keywords):
+        started = self.now()
+        result = method(self, *arguments, **keywords)
+        self.seconds[part] += self.now() - started
+        return result
+
+    return run
+
+
 class Trainer(RunMixin, GRPOTrainer):
     """Rolls out with `engine` (rollout/engine.py), unless vLLM does, and logs where the seconds of a step went.
 
@@ -143,13 +151,7 @@ class Trainer(RunMixin, GRPOTrainer):
         self.seconds: dict[str, float] = defaultdict(float)
         super().__init__(*arguments, **keywords)
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        started = self._now()
-        yield
-        self.seconds[part] += self._now() - started
-
-    def _now(self) -> float:
+    def now(self) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # kernels run on behind the host; a few waits a step cost nothing
         return time.perf_counter()
@@ -165,27 +167,25 @@ class Trainer(RunMixin, GRPOTrainer):
         self.sampler.epoch = epoch
         return super()._run_epoch(*arguments, epoch=epoch, **keywords)
 
-    def _generate_single_turn(self, prompt_ids, *arguments, **keywords):
+    def _rollout(self, prompt_ids, *arguments, **keywords):
         """TRL's: token ids of the prompts, a group's next to each other, to (completion ids, log-probs or None)."""
-        with self._timed("rollout"):
-            if self.engine and not self.use_vllm:
-                return self.engine(prompt_ids, self.generation_config), None
-            return super()._generate_single_turn(prompt_ids, *arguments, **keywords)
+        if self.engine and not self.use_vllm:
+            return self.engine(prompt_ids, self.generation_config), None
+        return super()._generate_single_turn(prompt_ids, *arguments, **keywords)
 
-    def _calculate_rewards(self, *arguments, **keywords):
-        with self._timed("rewards"):
-            return super()._calculate_rewards(*arguments, **keywords)
+    _generate_single_turn = timed("rollout", _rollout)
+    _calculate_rewards = timed("rewards", GRPOTrainer._calculate_rewards)
+    _reference_logps = timed("log_probs", GRPOTrainer._get_per_token_logps_and_entropies)
 
     def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
-        if torch.is_grad_enabled():  # the forward pass of the update
-            return super()._get_per_token_logps_and_entropies(*arguments, **keywords)
-        with self._timed("log_probs"):
-            return super()._get_per_token_logps_and_entropies(*arguments, **keywords)
+        in_update = torch.is_grad_enabled()
+        method = super()._get_per_token_logps_and_entropies if in_update else self._reference_logps
+        return method(*arguments, **keywords)
 
     def training_step(self, *arguments, **keywords):
-        started, before = self._now(), sum(self.seconds.values())
+        started, before = self.now(), sum(self.seconds.values())
         loss = super().training_step(*arguments, **keywords)
-        self.seconds["update"] += self._now() - started - (sum(self.seconds.values()) - before)
+        self.seconds["update"] += self.now() - started - (sum(self.seconds.values()) - before)
         return loss
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
