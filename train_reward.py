@@ -2,7 +2,7 @@
 
   python train_reward.py                    # the ranked pairs of data/ -> results/reward-model
   python train_reward.py --check            # look at everything, train nothing
-  python train_reward.py --resume           # go on from the last whole checkpoint
+  python train_reward.py --resume           # go on from the newest complete checkpoint
   python train_reward.py --preset tiny      # on the CPU, in a minute
 
 Then: python train_grpo.py --rewards results/reward-model. The loss is Bradley and Terry's, -log sigmoid(chosen - rejected), by
@@ -26,7 +26,7 @@ KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "l
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS)
     parser.add_argument("--check", action="store_true", help="print the checks and the plan, and stop")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in <reward_dir>-run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in <reward_dir>-run")
     parser.add_argument("--overwrite", action="store_true", help="replace the reward model in reward_dir")
     config, arguments = cli.parse(parser)
     setup.prepare(config["model"])
@@ -35,7 +35,7 @@ def main() -> None:
     from phi2_grpo.common.console import Console
     from phi2_grpo.data import oasst
     from phi2_grpo.models import embedded
-    from phi2_grpo.training import checkpoints, preflight, running
+    from phi2_grpo.training import checkpoints, preflight
 
     console = Console()
     console.print(f"train_reward: {cli.differences(config, KEYS)}")
@@ -46,7 +46,10 @@ def main() -> None:
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    with files.lock_folder(Path(config["reward_dir"])), running.advice_when_interrupted(checkpoints.reward_run_folder(config)):
+    with (
+        files.lock_folder(Path(config["reward_dir"])),
+        checkpoints.advice_when_interrupted(checkpoints.reward_run_folder(config)),
+    ):
         train(config, arguments, console, found)
 
 
@@ -59,17 +62,17 @@ def train(config: dict, arguments, console, found: dict) -> None:
     from phi2_grpo.common.console import format_duration
     from phi2_grpo.evaluation import reward_accuracy
     from phi2_grpo.models.base import load_reward_base
-    from phi2_grpo.models.lora import lora_config, lora_summary
+    from phi2_grpo.models.lora import lora_config
     from phi2_grpo.rewards.reward_model import score_answers
-    from phi2_grpo.training import checkpoints, outputs, running
-    from phi2_grpo.training.callbacks import RewardLogCallback
+    from phi2_grpo.training import checkpoints, outputs
+    from phi2_grpo.training.callbacks import REWARD_MODEL_COLUMNS, CheckpointCallback, LogCallback
     from phi2_grpo.training.trainer import RewardModelTrainer, training_arguments
 
     device, dtype = found["device"]
     tokenizer = found["tokenizer"]
     tokenizer.padding_side = "right"  # the head reads the last token
     run_folder, reward_dir = checkpoints.reward_run_folder(config), Path(config["reward_dir"])
-    whole = checkpoints.complete_checkpoints(run_folder) if arguments.resume else []
+    checkpoint = checkpoints.newest_complete(run_folder) if arguments.resume else None
     read = {key: config[key] for key in KEYS}
 
     set_seed(config["seed"])
@@ -89,11 +92,15 @@ def train(config: dict, arguments, console, found: dict) -> None:
         processing_class=tokenizer,
         peft_config=lora_config(config, base, "SEQ_CLS"),
     )
-    adapted = lora_summary(trainer.model)
-    facts = outputs.run_metadata(read, arguments.preset, device, dtype, found["funnel"], adapted)
-    watch = RewardLogCallback(facts, checkpoints.elapsed_seconds(whole))
-    trainer.add_run_callback(watch)
-    running.train(trainer, config, run_folder, whole, found["steps"])
+    facts = outputs.run_metadata(read, arguments.preset, device, dtype, found["funnel"], trainer.model)
+    log = LogCallback(REWARD_MODEL_COLUMNS, config)
+    trainer.add_callback(log)
+
+    def complete(folder: Path, history: list[dict]) -> None:
+        files.write_json(folder / "run.json", {**facts, "finished": False, "seconds": round(log.seconds(), 1)})
+
+    trainer.add_callback(CheckpointCallback(complete, config["save_total_limit"]))
+    trainer.run(log, checkpoint)
 
     held_out = found["pairs"]["validation"].to_list()
     trained = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -110,7 +117,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
         reward_accuracy.draw(measured, *standard, folder / "scores.png")
         rows = outputs.log_rows(trainer.state.log_history, "loss")
         outputs.write_reward_model_files(
-            folder, facts, rows, watch.seconds(), scale, measured, reward_accuracy.markdown(measured), found["left_out"]
+            folder, facts, rows, log.seconds(), scale, measured, reward_accuracy.markdown(measured), found["left_out"]
         )
     checkpoints.remove_run(run_folder)  # its checkpoints have served
     with contextlib.suppress(OSError):  # not empty: the rest is somebody's
@@ -120,7 +127,7 @@ def train(config: dict, arguments, console, found: dict) -> None:
     console.print(reward_accuracy.verdict(measured), style="bold")
     console.print(
         f"{measured['ties']} ties, counted half. Rank correlation of score and length: {measured['rank_correlation']:.2f}.\n"
-        f"Reward model: {reward_dir}, in {format_duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
+        f"Reward model: {reward_dir}, in {format_duration(log.seconds())}   scores: {reward_dir / 'scores.png'}\n"
         "To train on it:\n"
         f"  python train_grpo.py --preset {arguments.preset} --rewards {shlex.quote(config['reward_dir'] + ',ending')} "
         f"--output_dir results/on-reward-model{cli.flags(config, arguments.preset, *shared)}",

@@ -31,7 +31,7 @@ def kill_and_resume(kills: int, output: Path, flags: tuple, seed: int) -> dict[s
 
     Raises AssertionError where a resume fails.
     """
-    draw, done, saving, steps = random.Random(seed), 0, 0, []
+    draw, done, in_saves, steps = random.Random(seed), 0, 0, []
     farthest = max(1, 2 * flags[0] // kills - 1)  # so that the kills are spread over the whole run
     while done < kills:
         process = subprocess.Popen(
@@ -42,7 +42,7 @@ def kill_and_resume(kills: int, output: Path, flags: tuple, seed: int) -> dict[s
         while process.poll() is None and newest(output) < wanted:  # it is on its way
             time.sleep(0.005)
         if in_a_save:
-            while process.poll() is None and not (output / ".incoming").exists():
+            while process.poll() is None and not saving(output):
                 time.sleep(0.0005)
             time.sleep(draw.uniform(0, 0.05))
         else:
@@ -51,16 +51,21 @@ def kill_and_resume(kills: int, output: Path, flags: tuple, seed: int) -> dict[s
             break
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        saving += (output / ".incoming").exists()
+        in_saves += saving(output)
         done += 1
         steps.append(newest(output))
     last = subprocess.run(command(flags, output, "--resume"), cwd=ROOT, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
-    return {"kills": done, "in a save": saving, "steps": steps}
+    return {"kills": done, "in a save": in_saves, "steps": steps}
 
 
 def newest(output: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
+
+
+def saving(output: Path) -> bool:
+    """Whether a checkpoint is being written, or was when the run was killed."""
+    return any(not (path / "run.json").exists() for path in output.glob("checkpoint-*"))
 
 
 def same(first: Path, second: Path) -> bool:

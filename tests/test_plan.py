@@ -13,7 +13,7 @@ from config import CONFIG, PRESETS
 from phi2_grpo.models import base
 from phi2_grpo.models.lora import lora_config
 from phi2_grpo.rollout.cache import cache_bytes_per_token
-from phi2_grpo.training import memory, preflight, running
+from phi2_grpo.training import memory
 
 CARD, BF16 = torch.device("cuda"), torch.bfloat16
 SIZES = {"phi2": 12e9, "phi2-24gb": 24e9, "phi2-80gb": 80e9}
@@ -123,50 +123,6 @@ def test_an_update_in_parts_is_the_update_in_one(call, quick, tmp_path):
 
 
 # --- out of memory
-
-
-@pytest.mark.parametrize(
-    ("where", "setting"),
-    [("_generate_single_turn", "--rollout_batch_size 4"), ("training_step", "--per_device_train_batch_size 4")],
-)
-def test_out_of_memory_saves_and_says_what_next(call, quick, tmp_path, monkeypatch, where, setting):
-    from phi2_grpo.training.trainer import Trainer
-
-    original = getattr(Trainer, where)
-
-    def runs_out(self, *arguments, **keywords):
-        if self.state.global_step == 2:
-
-            def full(*_, **__):
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ...")
-
-            if where == "_generate_single_turn":
-                self.engine = full
-            else:
-                self._calculate_loss = self.compute_loss = full
-        return original(self, *arguments, **keywords)
-
-    monkeypatch.setattr(Trainer, where, runs_out)
-    options = (*quick, "--activation_checkpointing", "--output_dir", tmp_path / "o", "--save_steps", 50)
-    done = call("train_grpo", 4, *options)
-    part = "rollout" if where == "_generate_single_turn" else "update"
-    assert done.code == 2 and f"memory ran out in the {part} of step 3" in done.err and setting in done.err, done.err
-    assert "checkpoint-2 is whole" in done.err and "Traceback" not in done.err
-    monkeypatch.undo()
-    monkeypatch.chdir(preflight.__file__.rsplit("/", 2)[0])
-    assert call("train_grpo", 4, *options, "--resume").code == 0
-
-
-def test_the_next_smaller_setting():
-    config = {**CONFIG, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 8}
-    assert running.smaller(config, "update") == "--per_device_train_batch_size 2 --gradient_accumulation_steps 12"
-    assert running.smaller({**config, "activation_checkpointing": False}, "log_probs") == "--activation_checkpointing"
-    assert running.smaller({**config, "rollout_batch_size": 6}, "rollout") == "--rollout_batch_size 3"
-    judging = {**config, "per_device_train_batch_size": 1}
-    assert running.smaller(judging, "reward update").startswith("--reward_max_length 512"), "train_reward.py has no other left"
-    assert "--max_completion_length 128 --target_tokens 64" in running.smaller(
-        {**config, "per_device_train_batch_size": 1}, "update"
-    )
 
 
 def test_out_of_memory_while_loading(call, quick, tmp_path, monkeypatch):

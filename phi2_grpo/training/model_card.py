@@ -82,7 +82,7 @@ def _new_card(facts: dict, tag: str, pipeline: str, title: str, body: str, code:
 def adapter_card(facts: dict, steps: int, seconds: float, changes: dict[str, tuple], finished: bool) -> str:
     """`changes`: what is measured, with its means over the first and the last steps."""
     config = facts["config"]
-    rewards = [(reward["name"], f"{reward['weight']:g}", reward["pays_for"]) for reward in facts["rewards"]]
+    rewards = [(reward["name"], f"{reward['weight']:g}", reward["summary"]) for reward in facts["rewards"]]
     changed = [(name, f"{first:.3g}", f"{last:.3g}") for name, (first, last) in changes.items()]
     rewards_table = "\n".join(markdown_table(("reward", "weight", ""), rewards))
     changes_table = "\n".join(markdown_table(("over training, first to last steps", "from", "to"), changed))
