@@ -26,7 +26,6 @@ CONFIG = {
     "max_turns": 1,  # user turns in a prompt: 1 takes first questions, 2 also follow-ups with their history
     "max_toxicity": 1.0,  # keep prompts up to this toxicity label (0-1); 1 keeps all
     "validation_fraction": 0.05,  # share of the trees held out where the source has no validation split
-    "num_proc": 1,  # processes that prepare_data.py works with
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
     "rollout": "auto",  # auto (fast where it can), fast (ours, for Phi), generate (transformers' own)
@@ -155,7 +154,6 @@ LIMITS = {
     "max_grad_norm": (1e-6, 1e6),
     "seed": (0, 2**31 - 1),  # each process adds its number, and numpy's end is 2**32 - 1
     "split_seed": (0, 2**32 - 1),
-    "num_proc": (1, 1024),
     "report_to": {"trackio", "tensorboard", "wandb", "none"},
     "save_steps": (1, 10_000_000),
     "save_total_limit": (2, 10_000),
