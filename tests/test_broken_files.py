@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_bad_input import MESSAGE, lines, refused
+from test_bad_input import refused
 
 from phi2_grpo.training import checkpoints
 
@@ -90,45 +90,6 @@ def test_a_checkpoints_run_json_of_other_types(call, quick, trained, tmp_path, v
     assert done.code == 0 or done.err.startswith("error: "), done.err
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"settings": null, "model": 1, "tokenizer": 1, "fingerprint": 1}'])
-def test_a_funnel(call, micro, prepared, tmp_path, text):
-    data_dir = shutil.copytree(prepared, tmp_path / "d")
-    (data_dir / "funnel.json").write_text(text)
-    done = call("inspect_data", "--preset", "tiny", "--model", micro, "--data_dir", data_dir)
-    refused(done, "half-written", "--overwrite")
-
-
-def test_prompts_that_were_changed(call, micro, prepared, tmp_path):
-    """One letter, in the bytes of the table: neither its shape nor its ids show it."""
-    data_dir = shutil.copytree(prepared, tmp_path / "d")
-    file = next((data_dir / "oasst1_prompts" / "train").glob("*.arrow"))
-    assert b"plant" in file.read_bytes()
-    file.write_bytes(file.read_bytes().replace(b"plant", b"plank"))
-    refused(call("inspect_data", "--preset", "tiny", "--model", micro, "--data_dir", data_dir), "not what its funnel.json")
-
-
-def test_a_link_in_the_place_of_prepared_data(call, micro, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "thesis.txt").write_text("x")
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "oasst1_prompts").symlink_to(tmp_path / "elsewhere")
-    options = ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "d")
-    assert call("prepare_data", *options, "--overwrite").code == 0
-    assert (tmp_path / "elsewhere" / "thesis.txt").exists()
-    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["funnel.json", "oasst1_preferences", "oasst1_prompts"]
-
-
-@pytest.mark.parametrize(
-    ("row", "flags"),
-    [({"rank": 10**12}, []), ({"rank": -1}, []), ({"labels": {"name": {"toxicity": 0}, "value": [1]}}, ["--max_toxicity", "0.5"]),
-     ({"detoxify": {"toxicity": "very"}}, ["--max_toxicity", "0.5"])],
-)  # fmt: skip
-def test_rows(call, micro, tmp_path, row, flags):
-    (tmp_path / "m.jsonl").write_text(lines({**MESSAGE, **row}))
-    done = call("prepare_data", "--model", micro, "--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d", *flags)
-    refused(done, "row 1", "not what oasst1 has")
-
-
 @pytest.mark.parametrize("text", ["---\na: [\n---\n# x", "---\nlicense: {}\nbase_model: 3\n---\n", b"\xff\xfe"])
 def test_a_card(call, final, tmp_path, text):
     adapter = shutil.copytree(final, tmp_path / "adapter")
@@ -138,11 +99,6 @@ def test_a_card(call, final, tmp_path, text):
 
 
 LONG = "a" * 250
-
-
-def test_a_path_that_datasets_cannot_have(call, micro, tmp_path):
-    done = call("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "a::b")
-    refused(done, "has a :: in it", "Choose another folder")
 
 
 @pytest.mark.parametrize("place", ["/", LONG, "nowhere-link", "\udcff"])
@@ -238,17 +194,6 @@ def test_what_is_no_base_and_no_adapter(call, quick, trained, final, tmp_path):
 
 
 # --- what is somebody's
-
-
-def test_prepared_data_takes_nobody_s_place(call, micro, tmp_path):
-    options = ("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", tmp_path)
-    (tmp_path / "oasst1_preferences").mkdir()
-    (tmp_path / "oasst1_preferences" / "thesis.txt").write_text("x")
-    for more in ((), ("--overwrite",)):
-        refused(call(*options, *more), "is no data set, and would be replaced")
-    (tmp_path / "oasst1_preferences" / "thesis.txt").rename(tmp_path / "oasst1_prompts")
-    refused(call(*options, "--overwrite"), "is no data set, and would be replaced")
-    assert (tmp_path / "oasst1_prompts").read_text() == "x"
 
 
 def test_a_report_takes_nobody_s_place(call, quick, final, tmp_path):

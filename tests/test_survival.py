@@ -113,7 +113,7 @@ def test_a_killed_prepare_leaves_old_or_new_data_or_says_so(micro, prepared, tmp
         str(tmp_path / "d"),
         "--overwrite",
     ]
-    scratch = tmp_path / "d" / ".preparing"
+    scratch = tmp_path / "d" / ".oasst1_prompts.incoming"
     for pause in (0.0, 0.3):
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
             while not scratch.exists() and process.poll() is None:
@@ -325,26 +325,6 @@ def test_the_second_signal_stops_at_once(capsys):
     GracefulStop().raise_if_asked()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pause", [0.0, 1.0, 2.5, 4.0])
-def test_ctrl_c_with_several_processes_of_prepare_data(micro, tmp_path, pause):
-    """It reaches all of them at once."""
-    rows = [{"message_id": str(i), "parent_id": None, "message_tree_id": str(i), "text": f"Why {i}?", "role": "prompter",
-             "lang": "en", "rank": None, "review_result": True, "deleted": False} for i in range(20_000)]  # fmt: skip
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--model", micro, "--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d", "--num_proc", 2)
-    command = [sys.executable, "prepare_data.py", *map(str, flags)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
-        while not (tmp_path / "d" / ".preparing").exists():
-            time.sleep(0.01)
-        time.sleep(pause)
-        os.killpg(process.pid, signal.SIGINT)
-        _, error = process.communicate(timeout=20)
-    assert process.returncode == 0 or (process.returncode == 130 and "Traceback" not in error), error
-    assert not (tmp_path / "d" / ".preparing").exists()
-
-
 # --- other settings
 
 
@@ -464,14 +444,3 @@ def test_a_base_of_the_hub_and_secrets_in_the_environment(quick, micro, tmp_path
     for secret in SECRETS.values():
         assert secret not in printed
         assert not [path for path in written if secret.encode() in path.read_bytes()]
-
-
-def test_the_commit_of_a_hub_data_set():
-    from types import SimpleNamespace
-
-    from phi2_grpo.data.sources import _commit
-
-    commit = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
-    sums = {f"hf://datasets/OpenAssistant/oasst1@{commit}/data/train-00000-of-00001.parquet": {"num_bytes": 1}}
-    assert _commit(SimpleNamespace(info=SimpleNamespace(download_checksums=sums))) == commit
-    assert _commit(SimpleNamespace(info=SimpleNamespace(download_checksums=None))) is None
