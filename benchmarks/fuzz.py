@@ -1,4 +1,4 @@
-"""tests/test_fuzz.py with many more cases: anything that can be said to the project is answered, or refused in words.
+"""tests/test_scripts/test_fuzz.py with many more cases: whatever is said to the project is answered, or refused in words.
 
 python benchmarks/fuzz.py [--cases 10000]
 """
@@ -21,9 +21,9 @@ def main() -> None:
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
 
-    command = [sys.executable, "-m", "pytest", "tests/test_fuzz.py", "-v", "--disable-warnings"]
+    command = [sys.executable, "-m", "pytest", "tests/test_scripts/test_fuzz.py", "-v", "--disable-warnings"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "FUZZ_CASES": str(cases)}, capture_output=True, text=True)
-    found = re.findall(r"^tests/test_fuzz.py::(\w+) (PASSED|FAILED)", done.stdout, re.MULTILINE)
+    found = re.findall(r"^tests/test_scripts/test_fuzz.py::(\w+) (PASSED|FAILED)", done.stdout, re.MULTILINE)
     if not found:
         raise SystemExit(done.stdout + done.stderr)
     rows = [(name.removeprefix("test_").replace("_", " "), f"{cases:,}", "none" if end == "PASSED" else "YES, see the test")

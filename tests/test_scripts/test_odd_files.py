@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,62 +10,9 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT
-from test_bad_input import MESSAGE, lines, refused
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", '{"settings": null, "model": 1, "tokenizer": 1, "fingerprint": 1}'])
-def test_a_funnel(call, micro, prepared, tmp_path, text):
-    data_dir = shutil.copytree(prepared, tmp_path / "d")
-    (data_dir / "funnel.json").write_text(text)
-    done = call("inspect_data", "--preset", "tiny", "--model", micro, "--data_dir", data_dir)
-    refused(done, "half-written", "--overwrite")
-
-
-def test_prompts_that_were_changed(call, micro, prepared, tmp_path):
-    """One letter, in the bytes of the table: neither its shape nor its ids show it."""
-    data_dir = shutil.copytree(prepared, tmp_path / "d")
-    file = next((data_dir / "oasst1_prompts" / "train").glob("*.arrow"))
-    assert b"plant" in file.read_bytes()
-    file.write_bytes(file.read_bytes().replace(b"plant", b"plank"))
-    refused(call("inspect_data", "--preset", "tiny", "--model", micro, "--data_dir", data_dir), "not what its funnel.json")
-
-
-def test_a_link_in_the_place_of_prepared_data(call, micro, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "thesis.txt").write_text("x")
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "oasst1_prompts").symlink_to(tmp_path / "elsewhere")
-    options = ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "d")
-    assert call("prepare_data", *options, "--overwrite").code == 0
-    assert (tmp_path / "elsewhere" / "thesis.txt").exists()
-    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["funnel.json", "oasst1_preferences", "oasst1_prompts"]
-
-
-@pytest.mark.parametrize(
-    ("row", "flags"),
-    [({"rank": 10**12}, []), ({"rank": -1}, []), ({"labels": {"name": {"toxicity": 0}, "value": [1]}}, ["--max_toxicity", "0.5"]),
-     ({"detoxify": {"toxicity": "very"}}, ["--max_toxicity", "0.5"])],
-)  # fmt: skip
-def test_rows(call, micro, tmp_path, row, flags):
-    (tmp_path / "m.jsonl").write_text(lines({**MESSAGE, **row}))
-    done = call("prepare_data", "--model", micro, "--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d", *flags)
-    refused(done, "row 1", "not what oasst1 has")
-
-
-@pytest.mark.parametrize("text", ["---\na: [\n---\n# x", "---\nlicense: {}\nbase_model: 3\n---\n", b"\xff\xfe"])
-def test_a_card(call, final, tmp_path, text):
-    adapter = shutil.copytree(final, tmp_path / "adapter")
-    (adapter / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
-    done = call("export_model", "--adapter", adapter, "--out", tmp_path / "m")
-    assert done.code == 0 or "is no model card" in done.err, done.err
-
+from test_bad_input import refused
 
 LONG = "a" * 250
-
-
-def test_a_path_that_datasets_cannot_have(call, micro, tmp_path):
-    done = call("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "a::b")
-    refused(done, "has a :: in it", "Choose another folder")
 
 
 @pytest.mark.parametrize("place", ["/", LONG, "nowhere-link", "\udcff"])
@@ -107,17 +53,6 @@ def test_a_full_disk_behind_stdout(micro, prepared):
 # --- what is somebody's
 
 
-def test_prepared_data_takes_nobody_s_place(call, micro, tmp_path):
-    options = ("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", tmp_path)
-    (tmp_path / "oasst1_preferences").mkdir()
-    (tmp_path / "oasst1_preferences" / "thesis.txt").write_text("x")
-    for more in ((), ("--overwrite",)):
-        refused(call(*options, *more), "is no data set, and would be replaced")
-    (tmp_path / "oasst1_preferences" / "thesis.txt").rename(tmp_path / "oasst1_prompts")
-    refused(call(*options, "--overwrite"), "is no data set, and would be replaced")
-    assert (tmp_path / "oasst1_prompts").read_text() == "x"
-
-
 def test_a_report_takes_nobody_s_place(call, quick, final, tmp_path):
     (tmp_path / "report.md").write_text("my thesis")
     options = ("validate_model", *quick[:6], "--adapter", final, "--validation_dir", tmp_path)
@@ -151,21 +86,6 @@ def test_a_path_that_libraries_take_for_a_pattern(call, micro, prepared, tmp_pat
 def test_the_tiny_sample_is_found_from_elsewhere(call, micro, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", "d").code == 0
-
-
-@pytest.mark.parametrize("values", [{"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}])
-def test_a_part_of_what_torchrun_sets(call, monkeypatch, values):
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    refused(call("inspect_data"), "a part of what torchrun sets")
-
-
-def test_a_folder_that_is_gone(call, tmp_path, monkeypatch):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    refused(call("inspect_data"), "the folder that you are in is gone")
 
 
 # --- rewards of one's own
