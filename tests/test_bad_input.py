@@ -77,7 +77,7 @@ def test_hub_out_of_reach(call, micro, tmp_path):
     options = ("--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d")
     refused(call("prepare_data", *options), "microsoft/phi-2", "cannot be loaded", "--preset tiny")
     options = ("--model", micro, "--data_dir", tmp_path / "d")
-    refused(call("prepare_data", *options), "OpenAssistant/oasst1", "cannot be reached", "--preset tiny")
+    refused(call("prepare_data", *options), "OpenAssistant/oasst1 cannot be read", "--preset tiny")
 
 
 def test_offline_is_noticed(monkeypatch):

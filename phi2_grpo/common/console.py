@@ -60,8 +60,11 @@ def plot_interval(axes, y: float, value: float, ends, color: str, label: str | N
 def save_figure(drawn, path: Path) -> None:
     """As a PNG, whole or not at all."""
     incoming = path.with_name(f".{path.name}.incoming")
-    drawn.savefig(incoming, dpi=120, format="png")
-    os.replace(incoming, path)
+    try:
+        drawn.savefig(incoming, dpi=120, format="png")
+        os.replace(incoming, path)
+    finally:
+        incoming.unlink(missing_ok=True)  # of a disk that is full
 
 
 def format_duration(seconds: float) -> str:
