@@ -106,35 +106,6 @@ def test_data_not_prepared(call, micro, trained, tmp_path, name):
     refused(done, "no prepared data", "python prepare_data.py")
 
 
-def damage(folder, how: str):
-    import datasets
-
-    if how == "no funnel":
-        (folder / "funnel.json").unlink()
-    elif how == "cut arrow":
-        file = next((folder / "oasst1_prompts" / "train").glob("*.arrow"))
-        file.write_bytes(file.read_bytes()[:100])
-    elif how == "schema":
-        shutil.rmtree(folder / "oasst1_prompts")
-        rows = datasets.Dataset.from_list([{"text": "x"}])
-        datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(folder / "oasst1_prompts")
-    elif how == "one split":
-        table = datasets.load_from_disk(str(folder / "oasst1_prompts"))["train"]
-        shutil.rmtree(folder / "oasst1_prompts")
-        table.save_to_disk(folder / "oasst1_prompts")
-
-
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [("no funnel", "is missing"), ("cut arrow", "cannot be used"), ("schema", "cannot be used"), ("one split", "cannot be used")],
-)  # fmt: skip
-def test_damaged_data(call, quick, prepared, tmp_path, how, expected):
-    shutil.copytree(prepared, tmp_path / "d")
-    damage(tmp_path / "d", how)
-    done = call("train_grpo", "--check", *quick, "--data_dir", tmp_path / "d", "--output_dir", tmp_path / "o")
-    refused(done, expected, "prepare_data.py")
-
-
 def test_data_for_another_tokenizer(call, quick, tmp_path):
     other = make_micro(tmp_path / "other", texts=["Quite another text " * 9] * 3)
     done = call("train_grpo", "--check", *quick, "--model", other, "--output_dir", tmp_path / "o")
