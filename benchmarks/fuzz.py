@@ -1,4 +1,4 @@
-"""tests/test_scripts/test_fuzz.py with many more cases: whatever is said to the project is answered, or refused in words.
+"""test_fuzz.py with many more cases: anything that can be said to the project is answered, or refused in words.
 
 python benchmarks/fuzz.py [--cases 10000]
 """

@@ -77,7 +77,7 @@ def test_hub_out_of_reach(call, micro, tmp_path):
     options = ("--dataset", tmp_path / "m.jsonl", "--data_dir", tmp_path / "d")
     refused(call("prepare_data", *options), "microsoft/phi-2", "cannot be loaded", "--preset tiny")
     options = ("--model", micro, "--data_dir", tmp_path / "d")
-    refused(call("prepare_data", *options), "OpenAssistant/oasst1", "cannot be reached", "--preset tiny")
+    refused(call("prepare_data", *options), "OpenAssistant/oasst1 cannot be read", "--preset tiny")
 
 
 def test_offline_is_noticed(monkeypatch):
@@ -104,35 +104,6 @@ def test_data_not_prepared(call, micro, trained, tmp_path, name):
     device = () if name == "inspect_data" else ("--device", "cpu")
     done = call(name, "--model", micro, "--data_dir", tmp_path / "d", *adapter, *device)
     refused(done, "no prepared data", "python prepare_data.py")
-
-
-def damage(folder, how: str):
-    import datasets
-
-    if how == "no funnel":
-        (folder / "funnel.json").unlink()
-    elif how == "cut arrow":
-        file = next((folder / "oasst1_prompts" / "train").glob("*.arrow"))
-        file.write_bytes(file.read_bytes()[:100])
-    elif how == "schema":
-        shutil.rmtree(folder / "oasst1_prompts")
-        rows = datasets.Dataset.from_list([{"text": "x"}])
-        datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(folder / "oasst1_prompts")
-    elif how == "one split":
-        table = datasets.load_from_disk(str(folder / "oasst1_prompts"))["train"]
-        shutil.rmtree(folder / "oasst1_prompts")
-        table.save_to_disk(folder / "oasst1_prompts")
-
-
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [("no funnel", "is missing"), ("cut arrow", "cannot be used"), ("schema", "cannot be used"), ("one split", "cannot be used")],
-)  # fmt: skip
-def test_damaged_data(call, quick, prepared, tmp_path, how, expected):
-    shutil.copytree(prepared, tmp_path / "d")
-    damage(tmp_path / "d", how)
-    done = call("train_grpo", "--check", *quick, "--data_dir", tmp_path / "d", "--output_dir", tmp_path / "o")
-    refused(done, expected, "prepare_data.py")
 
 
 def test_data_for_another_tokenizer(call, quick, tmp_path):

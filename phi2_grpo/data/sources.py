@@ -37,8 +37,8 @@ def read_rows(source: str, revision: str) -> tuple[dict[str, Iterator], str | No
         raise
     except Exception as error:  # datasets, pyarrow and the network raise dozens of kinds
         raise UserError(
-            f"--dataset {source} (revision {revision}) cannot be reached or read: {first_line(error.__cause__ or error)}\n"
-            "  Check the name and the network, or give a local copy: --dataset messages.jsonl.gz\n"
+            f"--dataset {source} cannot be read: {first_line(error.__cause__ or error)}\n"
+            f"  On the Hub: check the name, the revision ({revision}) and the network, or give a copy: --dataset FOLDER\n"
             "  To try everything without the Hub: --preset tiny"
         ) from None
     if len(splits) > 1:

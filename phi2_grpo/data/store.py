@@ -64,7 +64,8 @@ def save(data_dir: Path, prompts: dict[str, list[dict]], pairs: dict[str, list[d
             for split in SPLITS:
                 columns = {column: [row[column] for row in rows[split]] for column in FEATURES[name]}
                 tables[split] = Dataset.from_dict(columns, features=FEATURES[name])
-            tables.save_to_disk(str(stack.enter_context(files.atomic_folder(data_dir / name))))
+            folder = stack.enter_context(files.atomic_folder(data_dir / name))
+            tables.save_to_disk(str(folder), num_shards=dict.fromkeys(SPLITS, 1))  # given, or an empty split would have none
         (data_dir / FUNNEL).unlink(missing_ok=True)
     saved = fingerprint(load_from_disk(str(data_dir / PROMPTS)))
     files.write_json(data_dir / FUNNEL, {**funnel, "fingerprint": saved})

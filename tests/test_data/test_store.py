@@ -5,7 +5,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import make_micro
 
 from config import CONFIG
 from phi2_grpo.common.cli import UserError
@@ -68,12 +67,6 @@ def test_data_that_cannot_be_used(config, harm):
     with pytest.raises(UserError, match="python prepare_data.py .*--data_dir") as error:
         store.load_preferences(config, load_tokenizer(config))
     assert ("--overwrite" in str(error.value)) == (harm != "gone")
-
-
-def test_data_for_another_tokenizer(config, tmp_path):
-    other = {**config, "model": str(make_micro(tmp_path / "other", texts=["Quite another text " * 9] * 3))}
-    with pytest.raises(UserError, match="--max_prompt_tokens 100 --overwrite"):
-        store.load_prompts(other, load_tokenizer(other))
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])

@@ -8,7 +8,6 @@ from conftest import SHARED
 
 import inspect_data
 from phi2_grpo.data import store
-from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer
 
 
 def test_a_source_with_splits_keeps_them(call, micro, tmp_path):
@@ -54,7 +53,4 @@ def test_real_rows_with_the_real_tokenizer(call, tmp_path):
     assert done.code == 0, done.err
     funnel = json.loads((tmp_path / "d" / "funnel.json").read_text())["funnel"]
     assert funnel["train"]["rows"] + funnel["validation"]["rows"] == 1050
-    tokenizer = load_tokenizer({"model": str(model), "model_revision": "main"})
-    roots = [json.loads(line)["prompt"] for line in (SHARED / "oasst1" / "root_prompts.jsonl").open(encoding="utf-8")]
-    lengths = sorted(count_tokens(tokenizer, [[{"role": "user", "content": text}] for text in roots]))
-    assert 20 < lengths[len(lengths) // 2] < 40, "the median oasst1 root has about 26 tokens, and the template adds a few"
+    assert funnel["train"]["kept"] > 100 and funnel["validation"]["kept"] > 2
