@@ -43,7 +43,7 @@ def main() -> None:
     use_adapter_base(adapter, config)
     console.print(f"export_model: {cli.differences(config, KEYS)}")
     if name:
-        hub.check_account(hub.check_name(name))
+        hub.check_account(name)
     if out:
         files.check_writable(out)
         if files.check_replaceable(out, lambda folder: "merged_from" in files.read_run(folder)) and not arguments.overwrite:
