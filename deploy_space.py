@@ -34,10 +34,9 @@ def main() -> None:
 
     from rich.filesize import decimal
 
-    from phi2_grpo.common import hub
     from phi2_grpo.common.console import Console
 
-    console, adapter, name = Console(), Path(config["adapter"]), hub.check_name(arguments.name)
+    console, adapter, name = Console(), Path(config["adapter"]), arguments.name
     with tempfile.TemporaryDirectory(prefix="space-") as temporary:
         folder = Path(temporary)
         left_out = stage(folder, adapter, arguments.with_samples)
@@ -46,7 +45,12 @@ def main() -> None:
             console.print(f"  {decimal(path.stat().st_size):>9}  {path.relative_to(folder)}")
         for each in left_out:
             console.print(f"left out: {each}")
-        problems = check_adapter(adapter) + check_versions(folder) + check_hub(name, adapter, arguments.update)
+        problems = []
+        for check in (check_adapter, check_versions, check_hub):
+            try:
+                check(adapter, name, arguments.update)
+            except cli.UserError as error:
+                problems.append(str(error))
         if arguments.dry_run:
             for problem in problems:
                 console.print(f"would stop a deployment: {problem}", style="yellow")
@@ -78,59 +82,49 @@ def stage(folder: Path, adapter: Path, with_samples: bool) -> list[str]:
     base, _ = base_of_adapter(adapter)
     if hub.is_id(base):
         card = RepoCard.load(folder / "README.md")
-        card.data["models"] = card.data["preload_from_hub"] = [base]
-        card.data["title"] = f"{base.split('/')[-1]} GRPO"
+        for key, value in {"models": [base], "preload_from_hub": [base], "title": f"{base.split('/')[-1]} GRPO"}.items():
+            card.data[key] = value
         card.save(folder / "README.md")
     return left_out
 
 
-def check_adapter(adapter: Path) -> list[str]:
-    """What is wrong with the adapter: incomplete, unreadable, or of a base that no Space can load."""
+def check_adapter(adapter: Path, *_) -> None:
+    """Raise UserError for an adapter that is incomplete or broken, or of a base that no Space can load."""
     from phi2_grpo.common import hub
     from phi2_grpo.models import base, lora
 
-    try:
-        lora.check_adapter(str(adapter))
-    except cli.UserError as error:
-        return [f"adapter: {error}"]
-    name, _ = base.base_of_adapter(adapter)
-    return (
-        [] if hub.is_id(name) else [f"base: {name} is a folder, and a Space loads its base from the Hub. Train on one there."]
-    )
+    name, _ = base.base_of_adapter(lora.check_adapter(str(adapter)))
+    if not hub.is_id(name):
+        raise cli.UserError(f"the adapter's base is the folder {name}; a Space loads it from the Hub. Train on a base there.")
 
 
-def check_versions(folder: Path) -> list[str]:
-    """Which of the app's packages are not of the version that the adapter was trained with."""
-    pins = re.findall(r"^([\w-]+)==(.+)$", (folder / "requirements.txt").read_text(), re.MULTILINE)
-    trained = files.read_run(folder / "model_adapters").get("versions", {})
-    return [
-        f"versions: trained with {package} {trained[package]}, but hf_app/requirements.txt has {pin}. Set it there and test it."
-        for package, pin in pins
-        if package in trained and str(trained[package]).split("+")[0] != pin  # 2.13.0+cpu is 2.13.0
-    ]
+def check_versions(adapter: Path, *_) -> None:
+    """Raise UserError where the adapter was trained with other versions than the app's."""
+    trained = files.read_run(adapter).get("versions", {})
+    for package, pin in re.findall(r"^([\w-]+)==(.+)$", (APP / "requirements.txt").read_text(), re.MULTILINE):
+        if (version := str(trained.get(package, pin)).split("+")[0]) != pin:  # 2.13.0+cpu is 2.13.0
+            raise cli.UserError(
+                f"trained with {package} {version}, hf_app/requirements.txt has {pin}. Set it there and test it."
+            )
 
 
-def check_hub(name: str, adapter: Path, update: bool) -> list[str]:
-    """What the Hub says against it: no token or a wrong one, the name taken, the base unknown."""
+def check_hub(adapter: Path, name: str, update: bool) -> None:
+    """Raise UserError where the Hub is against it: no token or a wrong one, the name taken, the base unknown."""
     from huggingface_hub import HfApi
 
     from phi2_grpo.common import hub
     from phi2_grpo.models.base import base_of_adapter
 
     base, _ = base_of_adapter(adapter)
-    try:
-        hub.check_account(name)
-        with hub.clear_errors(name):
-            exists = HfApi().repo_exists(name, repo_type="space")
-            base_is_there = not hub.is_id(base) or HfApi().repo_exists(base)
-    except cli.UserError as error:
-        return [f"Hub: {error}"]
-    problems = [] if base_is_there else [f"base: {base} is not on the Hub, or your token may not see it."]
-    if exists and not update:
-        problems.append(f"name: the Space {name} exists. --update replaces its files; or choose another name.")
-    if update and not exists:
-        problems.append(f"name: there is no Space {name} to update. Leave --update out.")
-    return problems
+    hub.check_account(name)
+    with hub.clear_errors(name):
+        exists = HfApi().repo_exists(name, repo_type="space")
+        base_exists = not hub.is_id(base) or HfApi().repo_exists(base)
+    if exists != update:
+        remedy = "exists: replace its files with --update" if exists else "does not exist: leave --update out"
+        raise cli.UserError(f"the Space {name} {remedy}, or give another name.")
+    if not base_exists:
+        raise cli.UserError(f"the base {base} is not on the Hub, or your token may not see it. Train on a base there.")
 
 
 def deploy(name: str, folder: Path, arguments) -> None:
@@ -149,18 +143,9 @@ def deploy(name: str, folder: Path, arguments) -> None:
                 space_variables=VARIABLES,
                 private=arguments.private,
             )
-    try:
-        with hub.clear_errors(name):
-            HfApi().upload_folder(
-                repo_id=name,
-                repo_type="space",
-                folder_path=folder,
-                commit_message="The app and its adapter",
-                delete_patterns="*",
-            )
-    except cli.UserError as error:
-        again = "" if arguments.update else f"\n  The Space {name} was made but is empty; go on with --update."
-        raise cli.UserError(f"{error}{again}") from None
+    message = "The app and its adapter"
+    with hub.clear_errors(f"{name} (the Space exists; go on with --update)"):
+        HfApi().upload_folder(repo_id=name, repo_type="space", folder_path=folder, commit_message=message, delete_patterns="*")
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ KEYS = ("model", "model_revision", "dtype", "adapter")
 
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS)
-    parser.add_argument("--out", metavar="DIR", help="folder for the merged model")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder for the merged model")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="send the adapter there, or with --merged the merged model")
     parser.add_argument("--merged", action="store_true", help="send the merged model of --out")
     parser.add_argument("--with_samples", action="store_true", help="send held-out prompts and their answers, too")
     parser.add_argument("--private", action="store_true", help="only you see the model on the Hub")
     config, arguments = cli.parse(parser)
-    out, name = arguments.out and Path(arguments.out), arguments.push_to_hub
+    out, name = arguments.out, arguments.push_to_hub
     if not (out or name) or (arguments.merged and not (out and name)):
         raise cli.UserError("give --out DIR to merge, --push_to_hub USER/NAME to send the adapter, or both with --merged.")
     setup.prepare(config["model"])
@@ -43,7 +43,7 @@ def main() -> None:
     use_adapter_base(adapter, config)
     console.print(f"export_model: {cli.differences(config, KEYS)}")
     if name:
-        hub.check_account(hub.check_name(name))
+        hub.check_account(name)
     if out:
         files.check_writable(out)
         if files.check_replaceable(out, lambda folder: "merged_from" in files.read_run(folder)) and not arguments.overwrite:

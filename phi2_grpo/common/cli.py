@@ -18,11 +18,13 @@ from pathlib import Path
 
 import config as settings
 
+# A folder that cannot be made or written: no permission, a read-only disk, a file or a dangling link in its place.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text gives the value, the rule and the remedy; the exit code is 2."""
+    """Something the user can correct. Its text gives the value, the rule and the remedy; the exit code is 2."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -192,7 +194,7 @@ def print_error(text: str) -> None:
 
 
 def _explain(error: Exception) -> str:
-    """What a user can mend, in words; "" for a bug."""
+    """What a user can correct, in words; "" for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if memory_ran_out(error):
@@ -200,7 +202,7 @@ def _explain(error: Exception) -> str:
         return f"out of memory: {first_line(error)}\n  {advice}"
     if disk_is_full(error):
         return f"no room is left on a disk: {first_line(error)}\n  Existing files were not changed. Make room and run it again."
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in REFUSED:
         return f"{error.strerror}: {error.filename}. Change that, or choose another folder."
     return ""
 

@@ -1,5 +1,6 @@
 """One kind of table on the terminal, one in Markdown, one kind of figure."""
 
+import io
 import os
 import sys
 from collections.abc import Collection, Iterable
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import rich.console
 from rich.table import Table
+
+from phi2_grpo.common.files import write_bytes
 
 GREY, BLUE, ORANGE, GREEN, RED, PURPLE = "#999999", "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3"
 
@@ -56,7 +59,9 @@ def plot_interval(axes, y: float, value: float, ends, color: str, label: str | N
 
 
 def save_figure(figure, path: Path) -> None:
-    figure.savefig(path, dpi=120, format="png")
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_bytes(path, image.getvalue())
 
 
 def format_duration(seconds: float) -> str:

@@ -60,12 +60,19 @@ def open_to_umask(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file, and the folder it stands in, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     incoming = sibling(path, ".{}.incoming")
-    incoming.write_text(text, encoding="utf-8")
-    os.replace(incoming, path)
+    try:
+        incoming.write_bytes(data)
+        os.replace(incoming, path)
+    finally:
+        incoming.unlink(missing_ok=True)  # of a disk that is full
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data) -> None:

@@ -49,28 +49,20 @@ def clear_errors(name: str) -> Iterator[None]:
         meaning, step = REFUSALS.get(error.response.status_code, OTHER_REFUSAL)
         text = f"{name}: {meaning} ({error.server_message or first_line(error)}). {step}"
     except ValueError as error:  # a name or a model card that the Hub does not take
-        text = f"the Hub does not take {name}: {error}"
+        text = f"the Hub does not take {name!r}: {error}"
     except (OSError, HTTPError) as error:
         text = f"the Hub cannot be reached: {error}. Check the network, then run this again."
     raise UserError(text.replace(get_token() or "hf_***", "hf_***"))
 
 
-def check_name(name: str) -> str:
-    """USER/NAME as the Hub takes it. Raises UserError."""
-    with clear_errors(repr(name)):
-        validate_repo_id(name)
-    if "/" not in name:
-        raise UserError(f"{name!r} has no owner. Give USER/NAME, with your user or organization before the slash.")
-    return name
-
-
 def check_account(name: str) -> None:
-    """Raise UserError unless a token is there whose account may write under `name`'s owner."""
+    """Raise UserError unless `name` is USER/NAME, and a token is there whose account may write under USER."""
     with clear_errors(name):
+        validate_repo_id(name)
         account = HfApi().whoami()
     owners = [account["name"], *(group["name"] for group in account.get("orgs", []))]
-    if name.split("/")[0] not in owners:
-        raise UserError(f"{account['name']}'s token may write to {', '.join(owners)}, not to {name}. Name one of those.")
+    if name.rpartition("/")[0] not in owners:
+        raise UserError(f"{name} is no name under {' or '.join(owners)}, where this token may write. Give one: USER/NAME.")
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"the token of {account['name']} can only read. {LOG_IN}")
 

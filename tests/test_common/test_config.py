@@ -96,7 +96,7 @@ def test_wrong_flags(call, flags, expected):
 @pytest.mark.parametrize(
     ("error", "code", "expected"),
     [
-        (cli.UserError("mend it"), 2, "mend it"),
+        (cli.UserError("do this"), 2, "do this"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "Make room"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), 2, "Make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x"),
