@@ -16,7 +16,7 @@ LONG = "a" * 250
 
 @pytest.mark.parametrize(
     ("name", "flag", "place"),
-    [("prepare_data", "--data_dir", LONG), ("train_grpo", "--output_dir", "/"), ("train_reward", "--reward_dir", "\udcff"),
+    [("prepare_data", "--data_dir", LONG), ("train_grpo", "--output_dir", "/"), ("train_reward", "--reward_dir", "/"),
      ("validate_model", "--validation_dir", "dangling"), ("export_model", "--out", LONG)],
 )  # fmt: skip
 def test_a_folder_that_cannot_be_made(call, quick, final, tmp_path, name, flag, place):
