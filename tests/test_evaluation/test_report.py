@@ -2,7 +2,6 @@
 
 import pytest
 
-from phi2_grpo.common.cli import UserError
 from phi2_grpo.evaluation import report
 from phi2_grpo.models.answers import Answer
 from phi2_grpo.rewards.scorer import Scorer, choose_rewards, with_all_built_in
@@ -45,17 +44,12 @@ def test_the_line_names_gaming():
     assert "Gamed?" not in summary(long, [list(range(i, i + 10)) for i in range(30)])["line"]
 
 
+def test_what_cannot_be_computed_is_named():
+    assert {"language", "reference"} <= set(summary(SHORT, RIGHT, "language")["missing"])
+
+
 def test_a_language_with_enough_prompts_has_its_own_row():
     assert list(summary(SHORT, RIGHT)["languages"]) == ["en"] and not summary(SHORT[:19], RIGHT[:19])["languages"]
-
-
-def test_only_a_report_is_replaced(tmp_path):
-    report.check_replaceable(tmp_path)
-    (tmp_path / "report.md").write_text("my thesis")
-    with pytest.raises(UserError, match="another folder"):
-        report.check_replaceable(tmp_path)
-    (tmp_path / "report.json").write_text('{"headline": "length"}')
-    report.check_replaceable(tmp_path)
 
 
 def test_a_text_cannot_leave_its_block():

@@ -7,7 +7,6 @@ import numpy
 import pytest
 from conftest import refused
 
-from phi2_grpo.evaluation import report
 from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
 from phi2_grpo.training import model_card
 
@@ -26,7 +25,6 @@ def test_report(call, options, tmp_path):
     assert done.code == 0, done.err
     assert {path.name for path in (tmp_path / "v").iterdir()} == {"report.json", "report.md", "validation.png", "samples.jsonl"}
     numbers = report_of(tmp_path)
-    assert [sample["prompt"] for sample in numbers["samples"]] == SAMPLE_PROMPTS
     assert numbers["prompts"] == 12 and numbers["headline"] == "length"
     assert set(numbers["metrics"]) == {"length", "ending", "repetition", "language", "reference", "answer tokens", "distinct-2",
                                        "KL to base", "reference NLL"}  # fmt: skip
@@ -65,7 +63,7 @@ def test_another_adapter_instead_of_the_base(call, options, loud, final, tmp_pat
 
 
 def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path):
-    """Target, length and temperature come from the adapter's run.json, unless a flag says otherwise; so does the base."""
+    """Base, target, length and temperature come from the adapter's run.json, unless a flag says otherwise."""
     own = (*quick[4:6], "--adapter", final, "--validation_dir", tmp_path / "v", "--max_prompts", 5)  # --data_dir
     refused(call("validate_model", "--preset", "tiny", *own), "another base")
     assert call("validate_model", "--device", "cpu", *own, "--temperature", 0.5).code == 0
@@ -74,41 +72,19 @@ def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path):
     refused(call("validate_model", "--device", "cpu", *own, "--max_completion_length", 500), "context of 512")
 
 
-def test_rewards_that_cannot_be_computed_are_left_out_and_named(call, micro, final, tmp_path):
-    row = {"parent_id": None, "role": "prompter", "lang": "tlh", "rank": None, "review_result": True, "deleted": False}
-    rows = [{**row, "message_id": str(i), "message_tree_id": str(i), "text": f"nuq {i}?"} for i in range(30)]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    where = ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "d")
-    assert call("prepare_data", *where, "--dataset", tmp_path / "m.jsonl").code == 0
-    options = (*where, "--adapter", final, "--validation_dir", tmp_path / "v", "--max_completion_length", 12)
-    done = call("validate_model", *options, "--rewards", "length,reference", "--target_tokens", 6)
-    assert done.code == 0 and "reference, language, reference NLL" in " ".join(done.out.split()), done.err
-    numbers = report_of(tmp_path)
-    assert set(numbers["missing"]) == {"reference", "language", "reference NLL"} and numbers["headline"] == "total reward"
-
-
-def test_a_full_disk_is_one_message(call, options, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(report, "draw", full)
-    refused(call("validate_model", *options, "--max_prompts", 2), "no room is left on a disk")
-
-
-@pytest.mark.parametrize("reward", ["theirs.py:steal", "os:system", "some/reward-model"])
-def test_code_that_an_adapter_names_is_not_run(call, options, final, tmp_path, reward):
-    adapter = shutil.copytree(final, tmp_path / "other")
-    run = json.loads((adapter / "run.json").read_text())
-    run["config"]["rewards"] = [reward]
-    (adapter / "run.json").write_text(json.dumps(run))
-    refused(call("validate_model", *options, "--adapter", adapter), reward, "--rewards")
+def test_what_is_no_report_is_not_replaced(call, options, tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "report.md").write_text("my thesis")
+    refused(call("validate_model", *options), "report.md", "another folder")
+    assert (tmp_path / "v" / "report.md").read_text() == "my thesis"
 
 
 @pytest.mark.parametrize(
     ("name", "text", "flag", "expected"),
     [
         ("run.json", '{"config": {"temperature": "hot"}}', "--adapter", "--temperature is 'hot'"),
-        ("run.json", '{"config": {"target_tokens": 0}}', "--adapter", "--target_tokens"),
+        ("run.json", '{"config": {"rewards": ["theirs.py:steal"]}}', "--adapter", "--rewards theirs.py:steal"),
+        ("run.json", '{"config": {"rewards": ["some/reward-model"]}}', "--adapter", "--rewards some/reward-model"),
         ("generation_config.json", "{", "--adapter", "generation_config.json is broken"),
         ("adapter_model.safetensors", "{", "--adapter", "damaged"),
         ("adapter_model.safetensors", "{", "--against", "damaged"),
