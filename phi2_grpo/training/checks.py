@@ -94,7 +94,7 @@ def same_run(config: dict, output: Path, funnel: dict, dtype: torch.dtype, steps
         return True, "nothing to go on from"
     then = files.read_run(newest)
     facts = {"dtype": str(dtype).removeprefix("torch."), "model_commit": commit_of(config), **facts}
-    changed = checkpoints.changed_settings(then, config, cli.num_processes(), facts)
+    changed = checkpoints.changed_settings(then, config, facts)
     if then.get("data", {}).get("fingerprint") != funnel["fingerprint"]:
         changed.append(f"the prompts in {config['data_dir']} are not those it was trained on")
     if changed:
@@ -211,7 +211,7 @@ def batch(config: dict, prompts: DatasetDict):
             f"{product} completions take {sampled // group} prompts, and the train split has {len(prompts['train'])}. Raise "
             "num_generations, or lower one of the others."
         )
-    return True, f"{sampled} completions a step = {sampled / group:g} prompts x {group}"
+    return True, f"{sampled} completions an update = {sampled / group:g} prompts x {group}"
 
 
 def rollout(config: dict, policy: PeftModel):
