@@ -88,15 +88,15 @@ def main() -> None:
     prepared()
     flags = (120, "--preset", "tiny", "--max_completion_length", 16, "--target_tokens", 8, "--eval_prompts", 4)
     with tempfile.TemporaryDirectory() as scratch:
-        whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
-        subprocess.run(command(flags, whole), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        found = kill_and_resume(arguments.kills, killed, flags, seed=0)
-        equal = same(*(folder.with_name(f"{folder.name}-final") for folder in (whole, killed)))
+        unkilled, killed = Path(scratch) / "unkilled", Path(scratch) / "killed"
+        subprocess.run(command(flags, unkilled), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        counts = kill_and_resume(arguments.kills, killed, flags, seed=0)
+        equal = same(*(folder.with_name(f"{folder.name}-final") for folder in (unkilled, killed)))
     body = (
-        f"{found['kills']} kills (kill -9), {found['in a save']} of them in a save; after the last resume the adapter is "
+        f"{counts['kills']} kills (kill -9), {counts['in a save']} of them in a save; after the last resume the adapter is "
         f"{'the same, bit for bit, as' if equal else 'NOT that of'} the run that was never killed; its metrics and "
         f"evaluations {'have every step once' if equal else 'differ'}.\n\nPreset tiny, {flags[0]} steps, each saved: "
-        f"three epochs, killed at the steps {', '.join(map(str, found['steps']))}."
+        f"three epochs, killed at the steps {', '.join(map(str, counts['steps']))}."
     )
     write_section(
         "Killed and resumed", f"python benchmarks/kills.py --kills {arguments.kills}", body, "torch", "transformers", "trl"

@@ -17,8 +17,10 @@ RUN = {"config": dict, "data": dict, "versions": dict, "files": dict, "seconds":
 
 
 def sibling(path: Path, form: str) -> Path:
-    """A neighbour of `path`; `form` has a place for its name."""
+    """A neighbour of `path`; `form` has a place for its name. Raises UserError for a disk's root, which has none."""
     path = path if path.name not in ("", "..") else path.resolve()
+    if not path.name:
+        raise UserError(f"{path} is the root of a disk. Choose another folder.")
     return path.with_name(form.format(path.name))
 
 

@@ -9,30 +9,20 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import ROOT
-from test_bad_input import refused
+from conftest import ROOT, refused
 
 LONG = "a" * 250
 
 
-@pytest.mark.parametrize("place", ["/", LONG, "nowhere-link", "\udcff"])
 @pytest.mark.parametrize(
-    ("name", "flag"),
-    [("prepare_data", "--data_dir"), ("train_grpo", "--output_dir"), ("train_reward", "--reward_dir"),
-     ("validate_model", "--validation_dir"), ("export_model", "--out")],
+    ("name", "flag", "place"),
+    [("prepare_data", "--data_dir", LONG), ("train_grpo", "--output_dir", "/"), ("train_reward", "--reward_dir", "/"),
+     ("validate_model", "--validation_dir", "dangling"), ("export_model", "--out", LONG)],
 )  # fmt: skip
-def test_places(call, quick, final, tmp_path, name, flag, place):
-    if place == "nowhere-link":
-        (tmp_path / place).symlink_to(tmp_path / "nowhere" / "at" / "all")
-    options = {
-        "prepare_data": quick[:4],
-        "train_grpo": (2, *quick),
-        "train_reward": quick[:6],
-        "validate_model": (*quick[:6], "--adapter", final),
-        "export_model": ("--adapter", final),
-    }[name]
-    done = call(name, *options, flag, place if place == "/" else tmp_path / place)
-    refused(done, "Choose another folder")
+def test_a_folder_that_cannot_be_made(call, quick, final, tmp_path, name, flag, place):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at" / "all")
+    flags = {"train_grpo": quick, "export_model": ("--adapter", final), "validate_model": (*quick[:6], "--adapter", final)}
+    refused(call(name, *flags.get(name, quick[:4]), flag, tmp_path / place), "another folder")
 
 
 def test_a_path_is_printed_as_it_stands(call, quick, tmp_path):
@@ -50,13 +40,10 @@ def test_a_full_disk_behind_stdout(micro, prepared):
     assert done.returncode != 0 and "no room is left" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-# --- what is somebody's
-
-
 def test_a_report_takes_nobody_s_place(call, quick, final, tmp_path):
     (tmp_path / "report.md").write_text("my thesis")
     options = ("validate_model", *quick[:6], "--adapter", final, "--validation_dir", tmp_path)
-    refused(call(*options, "--overwrite"), "report.md that is no validation's")
+    refused(call(*options), str(tmp_path), "report.md", "another folder")
     assert (tmp_path / "report.md").read_text() == "my thesis"
 
 
@@ -67,13 +54,10 @@ def test_others_may_read_what_is_written(trained, final):
         assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
 
 
-# --- where it runs
-
-
 def test_a_path_that_libraries_take_for_a_pattern(call, micro, prepared, tmp_path):
     place = tmp_path / "[v1]" / "a*b"
     place.mkdir(parents=True)
-    rows = [json.loads(line) for line in (ROOT / "tiny" / "messages.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (ROOT / "sample" / "tiny.jsonl").read_text().splitlines()]
     datasets.Dataset.from_list([{**row, "labels": None, "detoxify": None} for row in rows]).to_parquet(tmp_path / "m.parquet")
     (tmp_path / "m.parquet").rename(place / "[m].parquet")
     options = ("--preset", "tiny", "--model", micro, "--max_prompt_tokens", 100, "--data_dir", place / "$HOME")
@@ -87,8 +71,6 @@ def test_the_tiny_sample_is_found_from_elsewhere(call, micro, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert call("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", "d").code == 0
 
-
-# --- rewards of one's own
 
 ODD_REWARDS = """
 import asyncio, torch
@@ -116,9 +98,6 @@ def test_rewards_of_every_kind(call, quick, final, tmp_path):
     finally:
         torch.set_grad_enabled(True)
     refused(call(*options, f"{tmp_path}/odd.py:cancelled"), "CancelledError")
-    refused(call(*options, "length:1e300"), "takes -1,000,000 to 1,000,000")
-    refused(call(*options, "length", "--report_to", "wandb"), "pip install wandb")
     done = call("validate_model", *quick[:6], "--adapter", final, "--validation_dir", tmp_path / "v", "--rewards",
                 f"{tmp_path}/odd.py:cancelled")  # fmt: skip
     refused(done, "CancelledError")
-    assert not (tmp_path / "v" / "unfinished").exists(), "before anything is drawn"
