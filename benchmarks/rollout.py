@@ -1,10 +1,10 @@
-"""How fast are the rollout engines: tokens a second, milliseconds a decode step, memory, share of the bandwidth limit.
+"""How fast are the rollout engines: tokens a second, milliseconds a decode step, memory.
 
   python benchmarks/rollout.py --model full        # Phi-2's size, random weights, bfloat16; nothing is downloaded
   python benchmarks/rollout.py --model tiny        # on the CPU
 
 Groups of 8 prompts of 64 tokens with a live LoRA; no completion ends early, so both engines do the same work. The engines take
-turns, A B A B, after one turn that is not counted. The limit: weights read once a step, and each live sequence's cache.
+turns, A B A B, after one turn that is not counted.
 """
 
 import argparse
