@@ -7,12 +7,11 @@
 Sent: the four files of hf_app/ and the adapter's own, no checkpoints. The base comes from the Hub when the Space starts.
 """
 
-import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from phi2_grpo.common import cli, files, setup
+from phi2_grpo.common import cli, setup
 
 KEYS = ("adapter",)
 APP = Path(__file__).resolve().parent / "hf_app"
@@ -46,7 +45,7 @@ def main() -> None:
         for each in left_out:
             console.print(f"left out: {each}")
         problems = []
-        for check in (check_adapter, check_versions, check_hub):
+        for check in (check_adapter, check_hub):
             try:
                 check(adapter, name, arguments.update)
             except cli.UserError as error:
@@ -96,16 +95,6 @@ def check_adapter(adapter: Path, *_) -> None:
     name, _ = base.base_of_adapter(lora.check_adapter(str(adapter)))
     if not hub.is_id(name):
         raise cli.UserError(f"the adapter's base is the folder {name}; a Space loads it from the Hub. Train on a base there.")
-
-
-def check_versions(adapter: Path, *_) -> None:
-    """Raise UserError where the adapter was trained with other versions than the app's."""
-    trained = files.read_run(adapter).get("versions", {})
-    for package, pin in re.findall(r"^([\w-]+)==(.+)$", (APP / "requirements.txt").read_text(), re.MULTILINE):
-        if (version := str(trained.get(package, pin)).split("+")[0]) != pin:  # 2.13.0+cpu is 2.13.0
-            raise cli.UserError(
-                f"trained with {package} {version}, hf_app/requirements.txt has {pin}. Set it there and test it."
-            )
 
 
 def check_hub(adapter: Path, name: str, update: bool) -> None:

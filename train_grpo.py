@@ -8,7 +8,7 @@
 
 GRPO samples a group of completions for each prompt, scores them, and makes those above their group's mean likelier. What
 differs from the textbook (DeepSeekMath, arXiv 2402.03300): the loss divides by a constant instead of each answer's length,
-and the advantage is not divided by the group's spread (Dr. GRPO, arXiv 2503.20783), so that neither long answers nor easy
+and the advantage is not divided by the group's std (Dr. GRPO, arXiv 2503.20783), so that neither long answers nor easy
 prompts weigh more. One update per batch, so nothing is ever clipped.
 """
 

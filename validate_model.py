@@ -83,7 +83,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     use_adapter_base(adapters[0], config)
     check_same_base(adapters, None if arguments.model else config)
     files.check_writable(folder)
-    report.check_replaceable(folder)
+    files.check_replaceable(folder, report.is_report)
     device, dtype = choose_device(config)
     tokenizer, base = load_tokenizer(config), meta_model(config)
     check_vocabulary(tokenizer, base)
@@ -102,8 +102,8 @@ def validate(config: dict, arguments, trained: dict) -> None:
     batch = config["rollout_batch_size"] or rows_that_fit(policy, length, reserved_bytes(policy))
     names = side_names(adapters)
     shown = show_samples(console, engine, tokenizer, names, generation, config["seed"], arguments)
-    samples, costs, perplexity = measure(console, engine, tokenizer, scorer, prompts, config, batch, bool(arguments.against))
-    numbers = {**report.summarize(samples, prompts, costs, scorer, names), "perplexity": perplexity}
+    samples, costs = measure(console, engine, tokenizer, scorer, prompts, config, batch, bool(arguments.against))
+    numbers = report.summarize(samples, prompts, costs, scorer, names)
 
     report.show(console, numbers, config["samples_per_prompt"])
     facts = [

@@ -1,10 +1,10 @@
-"""How fast are the rollout engines: tokens a second, milliseconds a decode step, memory, share of the bandwidth limit.
+"""How fast are the rollout engines: tokens a second, milliseconds a decode step, memory.
 
   python benchmarks/rollout.py --model full        # Phi-2's size, random weights, bfloat16; nothing is downloaded
   python benchmarks/rollout.py --model tiny        # on the CPU
 
 Groups of 8 prompts of 64 tokens with a live LoRA; no completion ends early, so both engines do the same work. The engines take
-turns, A B A B, after one turn that is not counted. The limit: weights read once a step, and each live sequence's cache.
+turns, A B A B, after one turn that is not counted.
 """
 
 import argparse
@@ -56,16 +56,12 @@ def main() -> None:
     from benchmarks import models
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
-    from phi2_grpo.rollout.cache import cache_bytes_per_token
     from phi2_grpo.rollout.engine import FastEngine, GenerateEngine
-    from phi2_grpo.training import memory
     from phi2_grpo.training.outputs import hardware_name
 
     device, dtype = models.device_of(arguments.model)
     policy = models.policy_of(arguments.model)
     policy.generation_config.eos_token_id = policy.get_base_model().generation_config.eos_token_id = None
-    weights = sum(p.nbytes for name, p in policy.named_parameters() if "lora_" not in name)
-    bandwidth, _ = memory.speed(device, dtype)
     rows = []
     for batch in map(int, arguments.batches.split(",")):
         for new in map(int, arguments.lengths.split(",")):
@@ -83,18 +79,15 @@ def main() -> None:
                     found[name].append(timed(engine, prompts, new, device))
             ratios = [slow / fast for fast, slow in zip(found["fast"], found["generate"], strict=True)]
             step = min(found["fast"]) / new
-            live = batch * (PROMPT + new / 2) * cache_bytes_per_token(policy.config, dtype)
-            share = memory.decode_seconds(weights, live, bandwidth) / step
-            peaks = f"{peak['graph'] / 1e9:.2f}" if device.type == "cuda" else ""
+            peaks = f"{peak['fast'] / 1e9:.2f}" if device.type == "cuda" else ""
             speeds = [f"{batch * new / min(found[name]):,.4g}" for name in engines]
-            rows.append((batch, new, *speeds, models.middle(ratios), f"{1000 * step:.2f}", f"{share:.0%}", peaks))
+            rows.append((batch, new, *speeds, models.middle(ratios), f"{1000 * step:.2f}", peaks))
             print(*rows[-1], sep="  ", flush=True)
-    columns = ("batch", "tokens", "graph, tokens/s", "generate, tokens/s", "times", "graph, ms a step", "of the limit",
-               "peak, GB")  # fmt: skip
+    columns = ("batch", "tokens", "fast, tokens/s", "generate, tokens/s", "times", "fast, ms a step", "peak, GB")
     body = "\n".join(markdown_table(columns, rows)) + (
-        f"\n\n{hardware_name(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
-        f"Tokens/s and ms of the fastest of {arguments.turns} turns, the prompts' filling in included; times: median [lowest, "
-        "highest] of the turns' ratios. A cache that the processor holds near itself can pass the limit of a copy."
+        f"\n\n{hardware_name(device)}, {str(dtype).removeprefix('torch.')}, "
+        f"Tokens/s and ms of the fastest of {arguments.turns} turns, the prefill included; times: median [lowest, highest] "
+        "of the turns' ratios."
     )
     command = " ".join(["python benchmarks/rollout.py", *sys.argv[1:]])
     write_section(f"Rollout, {arguments.model}", command, body, "torch", "transformers", "peft")

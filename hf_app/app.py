@@ -135,7 +135,7 @@ def ask(
     """Answers one prompt; streams the text so far, the last of which is the whole answer.
 
     model: "tuned" or "base". max_new_tokens, sample, temperature, top_p: the adapter's own where left out; sample: false takes
-    the likeliest token each time. seed: -1 draws a new one. stop: at the end of the first answer; false lets the model run on,
+    the likeliest token each time. seed: -1 takes a new one. stop: at the end of the first answer; false lets the model run on,
     as a base model does.
     """
     settings = sampling_settings((max_new_tokens, sample, temperature, top_p, seed, stop))

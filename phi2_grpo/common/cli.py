@@ -77,7 +77,7 @@ def make_parser(doc: str, keys: tuple[str, ...], trained_with: tuple[str, ...] =
     `trained_with`: keys that are taken from an adapter's training where no flag says otherwise.
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", default="phi2", metavar="NAME", help=f"{', '.join(settings.PRESETS)} (default: phi2)")
+    parser.add_argument("--preset", default="phi2", choices=settings.PRESETS, help="values laid over CONFIG (default: phi2)")
     comments = _comments()
     for key in keys:
         default = settings.CONFIG[key]
@@ -102,8 +102,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tup
         if name in settings.CONFIG:
             hint = f"it is a setting, but {parser.prog} does not read it"
         raise UserError(f"unknown argument {unknown[0]!r}: {hint}")
-    if arguments.preset not in settings.PRESETS:
-        raise UserError(f"--preset is {arguments.preset!r}, but it takes one of: {', '.join(settings.PRESETS)}.")
     config = {**settings.CONFIG, **settings.PRESETS[arguments.preset]}
     given = {key: text for key, text in vars(arguments).items() if key in config and text is not None}
     return config | {key: parse_value(key, text) for key, text in given.items()}, arguments

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from phi2_grpo.common.cli import UserError, first_line
+from phi2_grpo.common.cli import UserError, first_line, load_errors
 
 # What an adapter folder may hold; nothing else of it is sent anywhere.
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -80,13 +80,16 @@ def public_files(paths: list[Path], with_samples: bool = False) -> tuple[dict[st
     """
     public, left_out = {path.name: path for path in paths}, []
     for name in public.keys() & {"run.json", "adapter_config.json"}:
-        data = json.loads(public[name].read_text(encoding="utf-8"))
+        with load_errors(f"{public[name]} is broken", "Copy it again."):
+            data = json.loads(public[name].read_text(encoding="utf-8"))
         if (cleaned := _without_paths(data)) != data:
             public[name] = json.dumps(cleaned, indent=2, ensure_ascii=False).encode()
             left_out.append(f"{name}: paths of this machine, but for their last part")
-    if "evaluation.jsonl" in public and not with_samples:
-        rows = [json.loads(line) for line in public["evaluation.jsonl"].read_text(encoding="utf-8").splitlines()]
-        if count := sum(len(row.pop("answers", ())) for row in rows):
+    if (path := public.get("evaluation.jsonl")) and not with_samples:
+        with load_errors(f"{path} is broken", "Copy it again."):
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            count = sum(len(row.pop("answers", ())) for row in rows)
+        if count:
             public["evaluation.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
             left_out.append(f"evaluation.jsonl: {count} held-out prompts with their answers (sent with --with_samples)")
     return public, left_out

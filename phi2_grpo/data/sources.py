@@ -56,8 +56,8 @@ def _local_splits(path: Path) -> dict[str, Iterable]:
         saved = datasets.load_from_disk(str(path))
         tables = {"": saved} if isinstance(saved, datasets.Dataset) else saved
         return {split: _batch_rows(table.with_format("arrow").iter(1000)) for split, table in tables.items()}
-    found = (sorted(path.rglob(f"*{end}")) for end in FORMATS)
-    paths = [path] if path.is_file() else next(filter(None, found), None)
+    by_format = (sorted(path.rglob(f"*{end}")) for end in FORMATS)
+    paths = [path] if path.is_file() else next(filter(None, by_format), None)
     if not paths:
         raise UserError(f"--dataset {path} is no file, no save_to_disk folder, and no folder of {', '.join(FORMATS)} files.")
     files.check_no_pointer(*paths)

@@ -110,5 +110,5 @@ def first_rows(prompts: DatasetDict) -> list[dict]:
 
 
 def select_rows(table: Dataset, count: int, seed: int) -> list[dict]:
-    """`count` rows, drawn with `seed`; all of them, in that order, where there are fewer."""
+    """`count` rows, sampled with `seed`; all of them, in that order, where there are fewer."""
     return table.shuffle(seed=seed).select(range(min(count, len(table)))).to_list()

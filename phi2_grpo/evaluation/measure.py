@@ -1,6 +1,5 @@
 """Held-out prompts answered by base and tuned, and measured: the samples, their scores, and what the tuning cost."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -33,11 +32,11 @@ def reserved_bytes(model) -> int:
 
 
 def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dict, batch: int, against: bool) -> tuple:
-    """(samples with their scores, cost metric -> side -> a value a prompt, perplexity of the references by side)."""
+    """Samples with their scores; and what the tuning cost: metric -> side -> a value a prompt."""
     count = config["samples_per_prompt"]
     rows = [row for row in prompts for _ in range(count)]
     sides = {"base": "against" if against else None, "tuned": "default"}
-    completions, samples, perplexities = {}, [], {}
+    completions, samples = {}, []
     costs: dict[str, dict[str, list]] = {"KL to base": {}, "reference NLL": {}}
     with progress_bar(console, "held-out prompts", 2 * len(rows)) as advance:
         for side, adapter in sides.items():
@@ -49,11 +48,9 @@ def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dic
             samples += [{**row, "side": side, "prompt": i // count} for i, row in enumerate(scorer.score(rows, ids))]
             with use_adapter(engine.model, adapter):
                 kl = [0.0] * len(rows) if adapter is None else kl_to_base(engine.model, tokenizer, rows, ids, advance)
-                nlls = reference_nll(engine.model, tokenizer, prompts, advance)
+                costs["reference NLL"][side] = reference_nll(engine.model, tokenizer, prompts, advance)
             costs["KL to base"][side] = mean_per_prompt(kl, count)
-            costs["reference NLL"][side] = [value and value[0] / value[1] for value in nlls]
-            perplexities[side] = perplexity(nlls)
-    return samples, costs, perplexities
+    return samples, costs
 
 
 def sample(engine, tokenizer, prompts: list[list[dict]], config: dict, batch_size: int, advance: Advance) -> list[list[int]]:
@@ -93,8 +90,8 @@ def kl_to_base(policy, tokenizer, rows: list[dict], completion_ids: list[list[in
 
 
 @torch.no_grad()
-def reference_nll(policy, tokenizer, rows: list[dict], advance: Advance) -> list[tuple[float, int] | None]:
-    """Negative log-likelihood (nats, summed) of each row's reference after its prompt, and the reference's tokens.
+def reference_nll(policy, tokenizer, rows: list[dict], advance: Advance) -> list[float | None]:
+    """Negative log-likelihood of each row's reference after its prompt, in nats, mean over the reference's tokens.
 
     None where there is no reference. A reference is cut where the context ends.
     """
@@ -102,21 +99,15 @@ def reference_nll(policy, tokenizer, rows: list[dict], advance: Advance) -> list
     # The answer begins with the space behind "Output:", as in training.
     references = tokenizer([f" {row['reference'] or ''}" for row in rows], add_special_tokens=False)["input_ids"]
     references = [ids[: max(0, context_length(policy) - len(prompt))] for prompt, ids in zip(prompts, references, strict=True)]
-    values: list[tuple[float, int] | None] = [None] * len(rows)
+    values: list[float | None] = [None] * len(rows)
     chosen = [i for i, row in enumerate(rows) if row["reference"] and references[i]]
     for part in batches_by_length([len(prompts[i]) + len(references[i]) for i in chosen]):
         batch = [chosen[k] for k in part]
         log_probs = token_log_probs(policy, tokenizer, [prompts[i] for i in batch], [references[i] for i in batch])
         for i, of_tokens in zip(batch, log_probs, strict=True):  # (T, V)
-            values[i] = (-of_tokens[range(len(references[i])), references[i]].sum().item(), len(references[i]))
+            values[i] = -of_tokens[range(len(references[i])), references[i]].sum().item() / len(references[i])
         advance(len(batch))
     return values
-
-
-def perplexity(nlls: list[tuple[float, int] | None]) -> float | None:
-    """Of all references together: exp of the mean negative log-likelihood of a token. None where there is no reference."""
-    known = [value for value in nlls if value]
-    return math.exp(sum(nats for nats, _ in known) / sum(tokens for _, tokens in known)) if known else None
 
 
 def token_log_probs(model, tokenizer, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:

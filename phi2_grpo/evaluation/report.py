@@ -7,13 +7,13 @@ from pathlib import Path
 from rich.text import Text
 
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import UserError
 from phi2_grpo.common.console import make_table, markdown_table
 from phi2_grpo.common.stats import FEW, paired, simultaneous, verdict
 from phi2_grpo.evaluation.plots import draw
 from phi2_grpo.rewards import collapse
 
 SIDES = ("base", "tuned")
+FILES = {"report.md", "report.json", "validation.png", "samples.jsonl"}  # the last has every completion with its scores
 # Metrics that are not rewards: whether more is better (None: neither).
 DIRECTION = {"answer tokens": None, "KL to base": None, "reference NLL": False}
 EXPLAINED = {
@@ -184,10 +184,7 @@ def levels(report: dict) -> str:
 
 def remarks(report: dict) -> list[str]:
     """What stands beside the tables."""
-    lines, perplexity = [levels(report)], report.get("perplexity", {})
-    if perplexity.get("base") is not None:
-        both = ", ".join(f"{perplexity[side]:,.4g} to {name}" for side, name in zip(SIDES, report["names"], strict=True))
-        lines.append(f"Perplexity of the best human replies: {both}.")
+    lines = [levels(report)]
     if report["missing"]:
         lines.append(f"Left out, for they could not be computed on these prompts: {', '.join(report['missing'])}.")
     return lines + [f"Fewer than {FEW} prompts: the intervals are weak."] * (report["prompts"] < FEW)
@@ -257,10 +254,7 @@ def _examples(report: dict, seed: int) -> dict[str, list[int]]:
 
 def write(folder: Path, report: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str],
           config: dict) -> None:  # fmt: skip
-    """report.md, validation.png, samples.jsonl (every completion with its scores), and report.json, which is written last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(report, samples, folder / "validation.png")
-    files.write_text(folder / "report.md", markdown(report, samples, prompts, shown, facts, config["seed"]))
+    """FILES, in the place of an earlier report."""
     lines = []
     for sample in samples:
         row, answer = prompts[sample["prompt"]], sample["answer"]
@@ -268,16 +262,17 @@ def write(folder: Path, report: dict, samples: list[dict], prompts: list[dict], 
                       "answer": answer.text, "tokens": answer.tokens, "ended": answer.ended,
                       "finish_reason": answer.finish_reason, "scores": sample["scores"],
                       "completion_ids": sample["completion_ids"]})  # fmt: skip
-    files.write_rows(folder / "samples.jsonl", lines)
     numbers = {key: value for key, value in report.items() if key != "values"}
-    files.write_json(folder / "report.json", {**numbers, "facts": facts, "config": config, "samples": shown})
+    with files.atomic_folder(folder) as new:
+        draw(report, samples, new / "validation.png")
+        files.write_text(new / "report.md", markdown(report, samples, prompts, shown, facts, config["seed"]))
+        files.write_rows(new / "samples.jsonl", lines)
+        files.write_json(new / "report.json", {**numbers, "facts": facts, "config": config, "samples": shown})
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise UserError where a report would take the place of files that are no report."""
-    names = ("report.md", "report.json", "validation.png", "samples.jsonl")
-    if any((folder / name).exists() for name in names) and "headline" not in files.read_json(folder / "report.json"):
-        raise UserError(f"{folder} has one of {', '.join(names)} that is no report of ours. Choose another folder.")
+def is_report(folder: Path) -> bool:
+    """Whether `folder` holds a report and nothing else."""
+    return {path.name for path in folder.iterdir()} <= FILES and "headline" in files.read_json(folder / "report.json")
 
 
 def _one_line(text: str) -> str:

@@ -117,7 +117,7 @@ def load_base(config: dict, device: torch.device, dtype: torch.dtype):
 
 
 def is_sharded() -> bool:
-    """Whether accelerate launch is to spread the weights over the processes (FSDP, ZeRO): then no GPU has all of them."""
+    """Whether accelerate launch is to shard the weights over the processes (FSDP, ZeRO): then no GPU has all of them."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 

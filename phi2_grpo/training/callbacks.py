@@ -170,7 +170,7 @@ class EvaluationCallback(TrainerCallback):
         with preserve_random_state(model.device):
             generation = rollout_generation_config(self.config, tokenizer)
             ids = complete(self.trainer.engine, tokenizer, texts, generation, self.config["seed"])
-            scored = self.scorer.score(self.rows, ids)  # a user's reward may draw, too
+            scored = self.scorer.score(self.rows, ids)  # a user's reward may use random numbers, too
         means = self.means(scored)
         answers = [{"prompt": asked["prompt"][-1]["content"], "answer": row["answer"].text}
                    for asked, row in zip(self.rows, scored[:SAMPLES], strict=False)]  # fmt: skip

@@ -211,7 +211,7 @@ def batch(config: dict, prompts: DatasetDict):
             f"{product} completions take {sampled // group} prompts, and the train split has {len(prompts['train'])}. Raise "
             "num_generations, or lower one of the others."
         )
-    return True, f"{sampled} completions a step = {sampled / group:g} prompts x {group}"
+    return True, f"{sampled} completions an update = {sampled / group:g} prompts x {group}"
 
 
 def rollout(config: dict, policy: PeftModel):

@@ -23,7 +23,7 @@ CURVES = (
     ("reward", BLUE, "Reward (higher is better)"),
     ("answers/tokens", ORANGE, "Answer length (tokens)"),
     ("answers/ended", GREEN, "Share of answers that ended by themselves"),
-    ("kl", RED, "KL from the base (nats per token)"),
+    ("kl", RED, "KL to the base (nats per token)"),
 )
 
 
@@ -130,6 +130,8 @@ def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dic
         each.plot(steps, smooth, color=color, linewidth=2.2)
         each.set(title=title if values else f"{title}: not measured", xlabel="step")
         each.grid(alpha=0.2)
+        if each is not reward:
+            each.set_ylim(bottom=0)
     for row in rows:
         for kind, metric in row.get("alerts", []):
             color = RED if kind == "collapse" else ORANGE

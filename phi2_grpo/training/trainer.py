@@ -85,7 +85,7 @@ class RunMixin:
         text = None
         if isinstance(error, BadReward):
             self._save_now(output)
-            text = f"{error}\n  With a mended reward start another run: --init_adapter CHECKPOINT and another --output_dir."
+            text = f"{error}\n  With a corrected reward start another run: --init_adapter CHECKPOINT and another --output_dir."
         elif memory_ran_out(error):
             self._save_now(output)
             text = f"memory ran out in step {self.state.global_step + 1}: {first_line(error)}\n  Lower {self.memory_settings}."

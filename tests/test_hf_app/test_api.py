@@ -42,14 +42,10 @@ def test_the_text_is_exact_and_no_stop_is_ever_shown(client, said, expected):
     [
         ("", {}, "empty"),
         ("x" * 100_000, {}, "100,000 characters"),
-        ("plant " * 2_000, {}, "there is room for"),
         ("Why?", {"temperature": 99}, "temperature is 99"),
-        ("Why?", {"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ("Why?", {"top_p": 0}, "top_p is 0"),
         ("Why?", {"seed": "a"}, "seed is 'a'"),
         ("Why?", {"model": "gpt"}, "model is 'gpt', but it takes 'tuned' or 'base'"),
         (7, {}, "The prompt is 7"),
-        (None, {}, "The prompt is None"),
     ],
 )
 def test_bad_input_through_the_api_is_a_readable_error(client, server, question, given, expected):

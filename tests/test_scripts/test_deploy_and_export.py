@@ -86,7 +86,6 @@ def test_a_space_that_exists_is_replaced_only_by_update(run, hub, adapter):
     [
         (lambda a: change(a / "adapter_config.json", base_model_name_or_path="/home/me/base"), "/home/me/base"),
         (lambda a: change(a / "adapter_config.json", base_model_name_or_path="nobody/nothing"), "nobody/nothing"),
-        (lambda a: change(a / "run.json", versions={"peft": "0.1.0"}), "peft 0.1.0"),
         (lambda a: (a / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
         (
             lambda a: (a / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1"),
@@ -192,6 +191,13 @@ def test_what_is_published_holds_no_path_and_no_held_out_prompt(run, hub, adapte
     assert b'"answers"' in hub.repos[("models", "me/adapter")]["evaluation.jsonl"]
     config = json.loads(hub.repos[("models", "me/adapter")]["run.json"])["config"]
     assert config["model"] == micro.name and config["learning_rate"] > 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "evaluation.jsonl"])
+def test_a_broken_file_is_not_sent(run, hub, adapter, name):
+    (adapter / name).write_text('{"config": ')
+    done = run("deploy_space", "me/demo", "--adapter", adapter, hub=hub)
+    assert done.code == 2 and name in done.err and not hub.created
 
 
 def test_what_is_there_is_not_replaced_unasked(run, final, micro, tmp_path):

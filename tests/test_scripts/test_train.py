@@ -212,7 +212,7 @@ def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, 
     assert done.code == 0, done.err
     config = json.loads((end / "run.json").read_text())["config"]
     assert (config["lora_r"], config["lora_alpha"]) == (3, 5), "the adapter's, not the flags'"
-    assert "LoRA r=3, alpha=5" in (end / "README.md").read_text()
+    assert "LoRA: r 3, alpha 5" in (end / "README.md").read_text()
     assert rows_of(end)[0]["kl"] > 0, "the KL is to the base, not to the adapter it started from"
     before, after = weights_of(start), weights_of(end)
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)

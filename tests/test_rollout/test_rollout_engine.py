@@ -110,19 +110,19 @@ def test_log_probs_of_the_decoder_are_those_of_a_fresh_forward(micro, tokenizer_
     prompts = prompts_of(policy, 5, 2)
     torch.manual_seed(0)
     seen = []
-    take = DecodeState.take
+    append_tokens = DecodeState.append_tokens
 
     def watched(self, logits, rows, sampling):
-        origin, made = self.origin[:rows].clone(), int(self.count)
-        take(self, logits, rows, sampling)
-        picked = logits.float().log_softmax(-1)[torch.arange(rows), self.tokens[:rows]]
-        seen.extend(((int(o), made), float(p)) for o, p in zip(origin, picked, strict=True))
+        sample_index, count = self.sample_index[:rows].clone(), int(self.count)
+        append_tokens(self, logits, rows, sampling)
+        log_probs = logits.float().log_softmax(-1)[torch.arange(rows), self.tokens[:rows]]
+        seen.extend(((int(i), count), float(p)) for i, p in zip(sample_index, log_probs, strict=True))
 
-    DecodeState.take = watched
+    DecodeState.append_tokens = watched
     try:
         completions = engine(prompts, sampled(policy, 24))
     finally:
-        DecodeState.take = take
+        DecodeState.append_tokens = append_tokens
     seen = dict(seen)
     with torch.no_grad():
         fresh = measure.token_log_probs(policy, tokenizer, prompts, completions)
@@ -349,7 +349,7 @@ def test_what_each_model_gets(policy, micro, tmp_path):
     assert isinstance(make_engine("auto", other), GenerateEngine)
     base = AutoModelForCausalLM.from_pretrained(micro)
     dora = get_peft_model(base, LoraConfig(r=2, target_modules=["fc1"], use_dora=True))
-    assert "no plain LoRA" in unsupported_reason(dora)
+    assert "not a plain LoRA" in unsupported_reason(dora)
     head = get_peft_model(AutoModelForCausalLM.from_pretrained(micro), LoraConfig(r=2, target_modules=["fc1", "lm_head"]))
     assert "more is adapted" in unsupported_reason(head)
     with torch.device("meta"):  # the checks look at a model that has no weights yet
@@ -363,7 +363,7 @@ def test_a_setting_that_the_engine_does_not_know_goes_to_generate(policy):
     with pytest.raises(ValueError, match="repetition_penalty"):
         Sampling.of(how)
     assert FastEngine(policy)(prompts, how) == GenerateEngine(policy)(prompts, how)
-    usual = chat_generation_config(type("T", (), {"eos_token_id": 0, "pad_token_id": 0}), CONFIG, 2048)
+    usual = chat_generation_config(type("T", (), {"eos_token_id": 0, "pad_token_id": 0, "chat_template": "x"}), CONFIG, 2048)
     assert Sampling.of(usual) == Sampling(False, CONFIG["chat_temperature"], 50, CONFIG["chat_top_p"], (0,))
 
 

@@ -1,4 +1,4 @@
-"""A reward model: trained, measured, and judging on the policy's own weights."""
+"""A reward model: trained, measured, and scoring on the policy's own weights."""
 
 import json
 import re
@@ -30,9 +30,9 @@ def flags(micro, prepared) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def judged(flags, tmp_path_factory):
+def trained_reward(flags, tmp_path_factory):
     """A reward model of the micro base: its folder, and what its training printed."""
-    folder = tmp_path_factory.mktemp("judge") / "reward-model"
+    folder = tmp_path_factory.mktemp("reward-model") / "reward-model"
     done = script("train_reward", *flags, "--reward_dir", folder)
     assert done.code == 0, done.err
     return folder, done.out
@@ -48,16 +48,13 @@ def base_of(config):
 
 
 def loaded(folder, config, base=None) -> RewardModel:
-    judge = RewardModel(str(folder))
-    judge.load(config, base if base is not None else base_of(config), CPU, torch.float32)
-    return judge
+    model = RewardModel(str(folder))
+    model.load(config, base if base is not None else base_of(config), CPU, torch.float32)
+    return model
 
 
-# --- trained
-
-
-def test_what_is_left_and_printed(judged, prepared):
-    folder, printed = judged
+def test_what_is_left_and_printed(trained_reward, prepared):
+    folder, printed = trained_reward
     assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "README.md", "run.json", "metrics.jsonl", "scores.png"}  # fmt: skip
@@ -69,8 +66,7 @@ def test_what_is_left_and_printed(judged, prepared):
     assert 0.6 < everything["longer"] < 0.72, "length and quality disagree often, as in life"
     low, high = everything["longer_interval"]
     assert low < everything["longer"] < high
-    assert "the longer reply wins" in printed and "ties of rank left out" in " ".join(printed.replace("│", " ").split())
-    assert f"{everything['model']:.1%}" in printed and "0 ties, counted half" in printed
+    assert f"{everything['model']:.1%}" in printed
     card = (folder / "README.md").read_text()
     assert f"| all | {everything['pairs']} | {100 * everything['model']:.1f}" in card
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -78,22 +74,22 @@ def test_what_is_left_and_printed(judged, prepared):
     assert sum("lora_B" in name and value.abs().max() > 0 for name, value in tensors.items()) == 12, "each has moved"
 
 
-def test_scores_are_centred_and_scaled_by_validation(judged, config, prepared):
+def test_scores_are_centred_and_scaled_by_validation(trained_reward, config, prepared):
     """On the replies they were measured on: mean 0, spread 1."""
     from datasets import load_from_disk
 
-    judge = loaded(judged[0], config)
+    model = loaded(trained_reward[0], config)
     pairs = load_from_disk(str(prepared / "oasst1_preferences"))["validation"].to_list()
-    scores = [judge(prompts=[pair["prompt"]] * 2, answers=[pair[side][0]["content"] for side in ("chosen", "rejected")])
+    scores = [model(prompts=[pair["prompt"]] * 2, answers=[pair[side][0]["content"] for side in ("chosen", "rejected")])
               for pair in pairs]  # fmt: skip
     assert numpy.mean(scores) == pytest.approx(0, abs=1e-4) and numpy.std(scores) == pytest.approx(1, abs=1e-4)
-    run = json.loads((judged[0] / "run.json").read_text())
+    run = json.loads((trained_reward[0] / "run.json").read_text())
     agreed = reward_accuracy.agreement(*numpy.array(scores).T).mean()
-    assert agreed == pytest.approx(run["validation"]["groups"][0]["model"], abs=1e-4), "what judges is what was measured"
+    assert agreed == pytest.approx(run["validation"]["groups"][0]["model"], abs=1e-4), "the same scores as were measured"
 
 
 def test_its_texts_are_those_of_the_training(micro):
-    """What RewardTrainer makes of a pair, and what a judge makes of prompt and answer, are the same tokens."""
+    """What RewardTrainer makes of a pair, and what a reward model makes of prompt and answer, are the same tokens."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -111,18 +107,18 @@ def test_its_texts_are_those_of_the_training(micro):
     assert table[0]["chosen_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_the_card_s_code_runs(judged, monkeypatch, capsys):
-    code = re.search(r"```python\n(.+?)```", (judged[0] / "README.md").read_text(), re.DOTALL)[1]
-    monkeypatch.chdir(judged[0])
+def test_the_card_s_code_runs(trained_reward, monkeypatch, capsys):
+    code = re.search(r"```python\n(.+?)```", (trained_reward[0] / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(trained_reward[0])
     exec(code, {})
-    judge = RewardModel(str(judged[0]))
-    micro = {**CONFIG, "model": judge.base[0]}
-    judge.load(micro, base_of(micro), CPU, torch.float32)
-    (score,) = judge(prompts=[[{"role": "user", "content": "Why?"}]], answers=["Because it scatters light."])
+    model = RewardModel(str(trained_reward[0]))
+    micro = {**CONFIG, "model": model.base[0]}
+    model.load(micro, base_of(micro), CPU, torch.float32)
+    (score,) = model(prompts=[[{"role": "user", "content": "Why?"}]], answers=["Because it scatters light."])
     assert float(capsys.readouterr().out) == pytest.approx(score, abs=1e-4)
 
 
-def test_resumed_it_ends_the_same(call, judged, flags, tmp_path, monkeypatch):
+def test_resumed_it_ends_the_same(call, trained_reward, flags, tmp_path, monkeypatch):
     """Interrupted while it measures, after the last update; and with the newest checkpoint gone, halfway."""
     options = (*flags, "--reward_dir", tmp_path / "rm", "--save_steps", "3")
     real = reward_accuracy.score_pairs
@@ -130,7 +126,7 @@ def test_resumed_it_ends_the_same(call, judged, flags, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    expected = load_file(judged[0] / "adapter_model.safetensors")
+    expected = load_file(trained_reward[0] / "adapter_model.safetensors")
     for keep in (None, 6):  # two are kept: 6 and 9
         monkeypatch.setattr(reward_accuracy, "score_pairs", interrupted)
         first = call("train_reward", *options, "--overwrite")
@@ -147,29 +143,16 @@ def test_resumed_it_ends_the_same(call, judged, flags, tmp_path, monkeypatch):
         assert [row["step"] for row in rows] == list(range(1, 10))
 
 
-def test_not_replaced_unasked(call, judged, flags):
-    done = call("train_reward", *flags, "--reward_dir", judged[0])
+def test_not_replaced_unasked(call, trained_reward, flags):
+    done = call("train_reward", *flags, "--reward_dir", trained_reward[0])
     assert done.code == 2 and "--overwrite" in done.err
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (("--validation_fraction", "0"), "no ranked pair of replies in its validation split"),
-        (("--validation_fraction", "0.3", "--languages", "xx"), None),
-    ],
-)
-def test_no_pairs(call, micro, tmp_path, options, expected):
-    if expected is None:  # a source in which nobody ranked anything
-        row = {"parent_id": None, "message_tree_id": "a", "role": "prompter", "lang": "en", "rank": None, "review_result": True,
-               "deleted": False}  # fmt: skip
-        rows = [{**row, "message_id": str(i), "message_tree_id": str(i), "text": f"Why {i}?"} for i in range(9)]
-        (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        options, expected = ("--dataset", tmp_path / "m.jsonl"), "no ranked pair of replies in its train split"
+def test_no_pairs(call, micro, tmp_path):
     where = ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "d")
-    assert call("prepare_data", *where, *options).code == 0
+    assert call("prepare_data", *where, "--validation_fraction", "0").code == 0
     done = call("train_reward", *where, "--reward_dir", tmp_path / "rm")
-    assert done.code == 2 and expected in done.err and not (tmp_path / "rm").exists()
+    assert done.code == 2 and "0 validation pairs" in done.err and not (tmp_path / "rm").exists()
 
 
 def test_pairs_too_long_are_left_out_and_said(call, flags, tmp_path):
@@ -179,31 +162,28 @@ def test_pairs_too_long_are_left_out_and_said(call, flags, tmp_path):
     assert done.code == 2 and "Raise --reward_max_length" in done.err
 
 
-# --- one base, three roles
-
-
-def test_it_judges_as_it_does_alone(judged, config, micro):
+def test_it_scores_as_it_does_alone(trained_reward, config, micro):
     """The scores on the shared weights are those of peft's own loading, a whole model by itself."""
     from peft import PeftModel
 
     alone = AutoModelForSequenceClassification.from_pretrained(micro, num_labels=1)
-    alone = PeftModel.from_pretrained(alone, str(judged[0])).eval()
-    tokenizer = AutoTokenizer.from_pretrained(judged[0])
+    alone = PeftModel.from_pretrained(alone, str(trained_reward[0])).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained_reward[0])
     expected = []
     for text in render_conversations(tokenizer, PROMPTS, ANSWERS):  # one by one: no padding either
         with torch.no_grad():
             expected.append(alone(**tokenizer(text, return_tensors="pt")).logits.item())
-    assert loaded(judged[0], config).judge(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-5)
+    assert loaded(trained_reward[0], config).score(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_weights_are_shared_and_the_policy_is_untouched(judged, config):
+def test_the_weights_are_shared_and_the_policy_is_untouched(trained_reward, config):
     from peft import get_peft_model
 
     base = base_of(config)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     torch.manual_seed(5)
     random_state = torch.random.get_rng_state()
-    judge = loaded(judged[0], config, base)
+    model = loaded(trained_reward[0], config, base)
     assert torch.equal(random_state, torch.random.get_rng_state()), "loading draws nothing"
     policy = get_peft_model(base, lora_config(config, base))
     policy.train()
@@ -213,37 +193,37 @@ def test_the_weights_are_shared_and_the_policy_is_untouched(judged, config):
     flags = {name: p.requires_grad for name, p in policy.named_parameters()}
     random_state = torch.random.get_rng_state()
 
-    scores = judge(prompts=PROMPTS, answers=ANSWERS)
+    scores = model(prompts=PROMPTS, answers=ANSWERS)
     assert torch.equal(random_state, torch.random.get_rng_state())
     assert policy.training and flags == {name: p.requires_grad for name, p in policy.named_parameters()}
     assert all(torch.equal(p.grad, gradients[name]) for name, p in policy.named_parameters() if p.grad is not None)
     assert all(torch.equal(before[name], value) for name, value in base_of(config).state_dict().items())
 
     places = {value.data_ptr() for value in policy.state_dict().values()}
-    judges = judge.model.state_dict()
-    shared = [name for name, value in judges.items() if value.data_ptr() in places]
-    own = [name for name, value in judges.items() if value.data_ptr() not in places]
+    state = model.model.state_dict()
+    shared = [name for name, value in state.items() if value.data_ptr() in places]
+    own = [name for name, value in state.items() if value.data_ptr() not in places]
     assert all("lora_" in name or "score" in name for name in own), own
     assert len(shared) == len([name for name in before if not name.startswith("lm_head")])
 
-    # The policy learns, the judge does not change.
+    # The policy learns, the reward model does not change.
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0)
     optimizer.step()
-    assert judge(prompts=PROMPTS, answers=ANSWERS) == scores
+    assert model(prompts=PROMPTS, answers=ANSWERS) == scores
 
 
-def test_in_bfloat16_its_head_stays_in_float32(judged, config):
-    judge = RewardModel(str(judged[0]))
+def test_in_bfloat16_its_head_stays_in_float32(trained_reward, config):
+    model = RewardModel(str(trained_reward[0]))
     base = load_base(config, CPU, torch.bfloat16)
-    judge.load(config, base, CPU, torch.bfloat16)
-    exact = loaded(judged[0], config).judge(PROMPTS, ANSWERS)
-    assert judge.judge(PROMPTS, ANSWERS) == pytest.approx(exact, abs=0.05)
-    assert judge.model.base_model.model.score.modules_to_save["default"].weight.dtype == torch.float32
+    model.load(config, base, CPU, torch.bfloat16)
+    exact = loaded(trained_reward[0], config).score(PROMPTS, ANSWERS)
+    assert model.score(PROMPTS, ANSWERS) == pytest.approx(exact, abs=0.05)
+    assert model.model.base_model.model.score.modules_to_save["default"].weight.dtype == torch.float32
 
 
-def test_grpo_on_it(call, quick, judged, tmp_path):
+def test_grpo_on_it(call, quick, trained_reward, tmp_path):
     """The whole run: chosen by its folder, weighed, named; the policy's folder holds the policy's adapter alone."""
-    flags = ("--rewards", f"{judged[0]}:0.5,ending", "--output_dir", tmp_path / "o")
+    flags = ("--rewards", f"{trained_reward[0]}:0.5,ending", "--output_dir", tmp_path / "o")
     checked = call("train_grpo", "--check", *quick, *flags)
     printed = " ".join(checked.out.replace("│", " ").split())
     assert "on the policy's own weights" in printed and "reward model 0." in printed
@@ -260,17 +240,16 @@ def test_grpo_on_it(call, quick, judged, tmp_path):
     assert "reward-model" in json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
 
 
-# --- beside it
-
-
-def test_on_another_base_it_is_loaded_beside_and_said(call, quick, judged, config, micro, tmp_path):
+def test_on_another_base_it_is_loaded_beside_and_said(call, quick, trained_reward, config, micro, tmp_path):
     """Here the same base in another folder; and a whole classification model, with a tokenizer of its own."""
     elsewhere = shutil.copytree(micro, tmp_path / "elsewhere")
-    moved = shutil.copytree(judged[0], tmp_path / "judge")
+    moved = shutil.copytree(trained_reward[0], tmp_path / "reward-model")
     settings = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(elsewhere)}))
-    assert not RewardModel(str(moved)).shares_base_of(config) and RewardModel(str(judged[0])).shares_base_of(config)
-    assert loaded(moved, config).judge(PROMPTS, ANSWERS) == pytest.approx(loaded(judged[0], config).judge(PROMPTS, ANSWERS))
+    assert not RewardModel(str(moved)).shares_base_of(config) and RewardModel(str(trained_reward[0])).shares_base_of(config)
+    assert loaded(moved, config).score(PROMPTS, ANSWERS) == pytest.approx(
+        loaded(trained_reward[0], config).score(PROMPTS, ANSWERS)
+    )
     done = call("train_grpo", 1, *quick, "--rewards", moved, "--output_dir", tmp_path / "o")
     printed = " ".join(done.out.replace("│", " ").split())
     assert done.code == 0 and "on another base" in printed and "loaded beside" in printed, done.err
@@ -285,123 +264,64 @@ def test_on_another_base_it_is_loaded_beside_and_said(call, quick, judged, confi
     whole = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)
     whole.save_pretrained(tmp_path / "whole")
     AutoTokenizer.from_pretrained(other).save_pretrained(tmp_path / "whole")
-    judge = loaded(tmp_path / "whole", config)
-    assert not judge.scaled and "raw scores" in judge.describe(config)
+    model = loaded(tmp_path / "whole", config)
+    assert (model.mean, model.std) == (0, 1)
     tokenizer = load_tokenizer({"model": str(other), "model_revision": "main"})
     (text,) = render_conversations(tokenizer, PROMPTS[:1], ANSWERS[:1])
     with torch.no_grad():
         expected = whole.eval()(**tokenizer(text, return_tensors="pt")).logits.item()
-    assert judge(prompts=PROMPTS[:1], answers=ANSWERS[:1]) == [pytest.approx(expected, abs=1e-5)]
+    assert model(prompts=PROMPTS[:1], answers=ANSWERS[:1]) == [pytest.approx(expected, abs=1e-5)]
 
 
-SCALES = {"a word": {"mean": "x", "std": 1}, "no mean": {"std": 1}, "a list": [1, 2], "upside down": {"mean": 0, "std": -1},
-          "nothing": {"mean": 0, "std": 0}, "infinite": {"mean": 0.0, "std": float("inf")}}  # fmt: skip
-
-
-def spoil(folder, how: str, micro):
-    if how == "policy":
+def with_tensors(change):
+    def spoil(folder, micro):
         tensors = load_file(folder / "adapter_model.safetensors")
-        save_file({k: v for k, v in tensors.items() if "score" not in k}, folder / "adapter_model.safetensors")
-    elif how == "labels":
-        tensors = load_file(folder / "adapter_model.safetensors")
-        tensors["base_model.model.score.weight"] = torch.zeros(3, 32)
-        save_file(tensors, folder / "adapter_model.safetensors")
-    elif how == "whole labels":
-        shutil.rmtree(folder)
-        AutoModelForSequenceClassification.from_pretrained(micro, num_labels=2).save_pretrained(folder)
-    elif how == "causal":
-        shutil.rmtree(folder)
-        shutil.copytree(micro, folder)
-    elif how == "no weights":
-        (folder / "adapter_model.safetensors").unlink()
-    elif how == "cut":
-        (folder / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes()[:50])
-    elif how == "garbled":
-        (folder / "adapter_config.json").write_text("{")
-    elif how in SCALES:
-        (folder / "run.json").write_text(json.dumps({"scores": SCALES[how]}))
-    elif how == "no base":
-        (folder / "adapter_config.json").write_text("{}")
-    elif how == "base gone":
+        save_file(change(tensors), folder / "adapter_model.safetensors")
+
+    return spoil
+
+
+def with_base(name):
+    def spoil(folder, micro):
         config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/base"}))
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+
+    return spoil
 
 
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [
-        ("policy", "an adapter without a head"),
-        ("labels", "has 3 labels, but a reward is one number"),
-        ("whole labels", "has 2 labels"),
-        ("causal", "PhiForCausalLM, not a sequence-classification"),
-        ("no weights", "adapter_model.safetensors is missing"),
-        ("cut", "is broken"),
-        ("garbled", "is broken"),
-        ("base gone", "/no/such/base"),
-        ("no base", "is broken"),
-        *((how, "is broken") for how in SCALES),
-    ],
-)
-def test_what_is_no_reward_model(call, quick, judged, micro, tmp_path, how, expected):
-    folder = shutil.copytree(judged[0], tmp_path / "judge")
-    spoil(folder, how, micro)
-    done = call("train_grpo", 2, *quick, "--rewards", folder, "--output_dir", tmp_path / "o")
-    assert done.code == 2 and "Traceback" not in done.err and expected in " ".join(done.err.split()), done.err
-    assert not (tmp_path / "o-final").exists()
+def causal(folder, micro):
+    shutil.rmtree(folder)
+    shutil.copytree(micro, folder)
 
 
-def test_a_shallower_base_is_another_base(judged, config, tmp_path):
+HEAD = "base_model.model.score.weight"
+SPOILT = {
+    "a policy's adapter": (with_tensors(lambda t: {k: v for k, v in t.items() if "score" not in k}), "0 outputs"),
+    "three labels": (with_tensors(lambda t: {**t, HEAD: torch.zeros(3, 32)}), "3 outputs"),
+    "a causal model": (causal, "0 outputs"),
+    "no weights": (lambda folder, _: (folder / "adapter_model.safetensors").unlink(), "is broken"),
+    "cut": (lambda folder, _: (folder / "adapter_model.safetensors").write_bytes(b"x" * 50), "is broken"),
+    "garbled": (lambda folder, _: (folder / "adapter_config.json").write_text("{"), "is broken"),
+    "no scale": (lambda folder, _: (folder / "run.json").write_text('{"scores": {"mean": "x"}}'), "is broken"),
+    "a negative scale": (lambda folder, _: (folder / "run.json").write_text('{"scores": {"mean": 0, "std": -1}}'), "std"),
+    "base gone": (with_base("/no/such/base"), "/no/such/base"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_what_is_no_reward_model(trained_reward, config, micro, tmp_path, how):
+    spoil, expected = SPOILT[how]
+    folder = shutil.copytree(trained_reward[0], tmp_path / "folder")
+    spoil(folder, micro)
+    with pytest.raises(UserError) as refused:
+        RewardModel(str(folder)).extra_bytes(config, torch.float32)
+    assert expected in str(refused.value) and str(folder) in str(refused.value)
+
+
+def test_a_shallower_base_is_another_base(trained_reward, config, tmp_path):
     shallow = make_micro(tmp_path / "shallow", num_hidden_layers=1)
-    folder = shutil.copytree(judged[0], tmp_path / "judge")
+    folder = shutil.copytree(trained_reward[0], tmp_path / "reward-model")
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(shallow)}))
-    with pytest.raises(UserError, match="do not fit .* have no place there"):
+    with pytest.raises(UserError, match="do not fit"):
         loaded(folder, config)
-
-
-# --- the numbers
-
-
-def pair(prompt: str, chosen: str, rejected: str, lang: str = "en", distance: int = 1) -> dict:
-    sides = {"chosen": [{"role": "assistant", "content": chosen}], "rejected": [{"role": "assistant", "content": rejected}]}
-    return {"message_id": prompt, "lang": lang, "rank_distance": distance, **sides}
-
-
-def test_accuracies_of_known_pairs():
-    pairs = [pair(str(i), "long reply", "short") for i in range(30)] + [
-        pair(str(i), "x" * 99, "y" * 100, "es", 2) for i in range(30, 50)
-    ]
-    found = reward_accuracy.measure_accuracy(pairs, [1.0] * 20 + [0.0] * 10 + [2.0] * 20, [0.0] * 50)
-    rows = {row["group"]: row for row in found["groups"]}
-    assert rows["all"]["model"] == 0.9 and found["ties"] == 10, "20 right, 10 ties counted half, 20 right"
-    assert rows["all"]["longer"] == 0.6 and rows["nearly equal length"] == {
-        **rows["nearly equal length"],
-        "pairs": 20,
-        "longer": 0.0,
-    }
-    assert rows["language es"]["model"] == 1.0 and rows["rank distance 1"]["model"] == pytest.approx(25 / 30, abs=1e-4)
-    low, high = rows["all"]["model_interval"]
-    assert 0.8 < low < 0.9 < high < 1.0 and "better than" in reward_accuracy.verdict(found)
-
-
-@pytest.mark.parametrize(
-    ("model_right", "words"),
-    [(50, ["better than \"the longer", "better than chance"]), (25, ["no difference shown", "not shown to be better than chance"]),
-     (2, ["worse than", "not shown"])],
-)  # fmt: skip
-def test_the_verdict_s_words_are_fixed_by_the_intervals(model_right, words):
-    pairs = [pair(str(i), *(("long one", "short") if i % 2 else ("short", "long one"))) for i in range(50)]
-    found = reward_accuracy.measure_accuracy(pairs, [float(i < model_right) for i in range(50)], [0.5] * 50)
-    assert all(word in reward_accuracy.verdict(found) for word in words), reward_accuracy.verdict(found)
-
-
-def test_intervals_cover_the_truth():
-    """Pairs of one prompt stand and fall together; the interval knows, where one over pairs would be far too narrow."""
-    draw = numpy.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        values = numpy.repeat((draw.random(60) < 0.65).astype(float), 4)
-        low, high = reward_accuracy.clustered_interval(values, numpy.repeat(numpy.arange(60), 4), seed=trial)
-        covered += low <= 0.65 <= high
-    assert 180 <= covered <= 200, "95 % of 200, give or take"
-    assert reward_accuracy.clustered_interval(numpy.ones(9), list("aaabbbccc")) == (float("-inf"), float("inf"))

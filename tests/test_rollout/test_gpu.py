@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, script
-from test_rollout import make_policy, prompts_of, sampled, settings
+from test_rollout_engine import make_policy, prompts_of, sampled, settings
 
 from benchmarks import models
 from config import CONFIG
@@ -34,13 +34,13 @@ def test_the_main_job_on_a_card(quick, tmp_path):
     assert done.code == 0 and "Largest preset that fits" in " ".join(done.out.replace("│", " ").split()), done.err
 
 
-def test_a_judge_on_a_card(quick, tmp_path):
+def test_a_reward_model_on_a_gpu(quick, tmp_path):
     """Reward model in bfloat16 with its head in float32; GRPO on it, on shared weights."""
     where = (*quick[:6], "--device", "cuda", "--report_to", "none")
-    judge = tmp_path / "judge"
-    done = script("train_reward", *where, "--reward_dir", judge, "--reward_epochs", "1", "--activation_checkpointing", "true")
+    folder = tmp_path / "folder"
+    done = script("train_reward", *where, "--reward_dir", folder, "--reward_epochs", "1", "--activation_checkpointing", "true")
     assert done.code == 0, done.err
-    options = (*quick, "--device", "cuda", "--rewards", f"{judge},ending", "--output_dir", tmp_path / "o")
+    options = (*quick, "--device", "cuda", "--rewards", f"{folder},ending", "--output_dir", tmp_path / "o")
     done = script("train_grpo", "2", *options)
     assert done.code == 0 and "on the policy's own weights" in " ".join(done.out.replace("│", " ").split()), done.err
 
