@@ -21,12 +21,6 @@ def test_intervals_hold_the_truth(draw, monkeypatch):
     assert 0.92 <= covered / 600 <= 0.98, covered
 
 
-def test_an_interval_of_few_or_equal_values():
-    assert stats.interval([1.0]) is None and stats.interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
-    low, high = stats.interval([0.0, 1.0, 2.0])
-    assert (low, high) == pytest.approx((1 - 4.3027 / 3**0.5, 1 + 4.3027 / 3**0.5), rel=1e-4), "Student's t, 2 degrees"
-
-
 def test_paired_numbers():
     pair = stats.paired([0.0, 0.0, 1.0, None], [1.0, 0.0, 0.5, 7.0])
     assert (pair.prompts, pair.base, pair.tuned) == (3, pytest.approx(1 / 3), pytest.approx(0.5))

@@ -15,10 +15,9 @@ from conftest import ROOT, refused
 @pytest.mark.parametrize(
     ("name", "flag", "place"),
     [("prepare_data", "--data_dir", "a" * 250), ("train_grpo", "--output_dir", "/"), ("train_reward", "--reward_dir", "/"),
-     ("validate_model", "--validation_dir", "dangling"), ("export_model", "--out", "a" * 250)],
+     ("validate_model", "--validation_dir", "a" * 250), ("export_model", "--out", "a" * 250)],
 )  # fmt: skip
 def test_a_folder_that_cannot_be_made(call, quick, final, tmp_path, name, flag, place):
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at" / "all")
     flags = {"train_grpo": quick, "export_model": ("--adapter", final), "validate_model": (*quick[:6], "--adapter", final)}
     refused(call(name, *flags.get(name, quick[:4]), flag, tmp_path / place), "another folder")
 

@@ -75,7 +75,7 @@ def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path):
 def test_what_is_no_report_is_not_replaced(call, options, tmp_path):
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "report.md").write_text("my thesis")
-    refused(call("validate_model", *options), "report.md", "another folder")
+    refused(call("validate_model", *options), str(tmp_path / "v"), "another folder")
     assert (tmp_path / "v" / "report.md").read_text() == "my thesis"
 
 

@@ -141,27 +141,10 @@ def test_a_machine_that_dies(quick, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "o-final")] == list(range(1, step + 2))
 
 
-def test_a_machine_that_never_comes_and_a_port_in_use():
-    """torchrun's own messages, which docs/multi_gpu.md quotes, in bounded time."""
-    own = ("--nproc_per_node", 1, "--master_addr", "127.0.0.1", "train_grpo.py", "--preset", "tiny", "--check")
-    alone = ("--nnodes", 2, "--node_rank", 0, "--master_port", free_port(), "--rdzv-conf", "timeout=5")
-    done = run(torchrun(*alone, *own), timeout=60)
-    assert done.returncode != 0 and "1/2 clients joined" in done.stderr
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        done = run(torchrun("--master_port", taken.getsockname()[1], *own), timeout=60)
-    assert done.returncode != 0 and "address already in use" in done.stderr
-
-
 def test_machines_with_unequal_numbers_of_processes(quick, tmp_path):
-    """One process on one machine and two on the other; then refused where an update could not be divided."""
-    processes = {}
-    for name, size in (("o", 4), ("p", 5)):
-        own = ("--per_device_train_batch_size", size, "--output_dir", tmp_path / name)
-        both = start_machines("train_grpo.py", 2, *quick, *own, processes=(1, 2))
-        errors = [process.communicate(timeout=120)[1] for process in both]
-        processes[name] = [process.returncode for process in both]
-    assert processes["o"] == [0, 0] and all(processes["p"]) and "15 completions" in errors[0], errors
+    own = (2, *quick, *HALF, "--output_dir", tmp_path / "o")
+    for process in start_machines("train_grpo.py", *own, processes=(1, 2)):
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
     assert json.loads((tmp_path / "o-final" / "run.json").read_text())["processes"] == 3
     assert [row["step"] for row in rows_of(tmp_path / "o-final")] == [1, 2]
