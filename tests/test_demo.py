@@ -17,13 +17,14 @@ RESULTS = (ROOT / "benchmarks" / "RESULTS.md").read_text()
 # What the scripts leave, and files of the user's own.
 MADE = {"reward.png", "metrics.jsonl", "run.json", "inspect.png", "report.json", "report.md", "samples.jsonl", "scores.png",
         "evaluation.jsonl", "funnel.json", "my_rewards.py", "adapter_config.json", "generation_config.json",
-        "adapter_model.safetensors", "trainer_state.json", "validation.png"}  # fmt: skip
+        "adapter_model.safetensors", "trainer_state.json", "validation.png", "config.json",
+        "tokenizer_config.json"}  # fmt: skip
 # Flags of the scripts that are no settings, and of other programs (accelerate, torchrun, uv, pip, llama.cpp).
 FLAGS = {"against", "preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt", "dry_run",
          "out", "push_to_hub", "merged", "host", "share", "port", "base", "update", "with_samples", "reward_model", "private",
          "hardware", "torch-backend", "extra-index-url", "outfile", "seed", "multi_gpu", "num_processes", "nproc_per_node",
          "nnodes", "node_rank", "master_addr", "master_port", "config_file", "rdzv-conf", "model", "mixed_precision",
-         "steps", "seeds", "build"}  # fmt: skip
+         "steps", "seeds", "build", "reports", "kills", "lora_"}  # fmt: skip
 
 
 def test_the_tiny_chain(call, tmp_path):

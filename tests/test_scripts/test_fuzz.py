@@ -100,7 +100,7 @@ def test_flags_of_any_kind(words):
 @given(st.data())
 def test_adapters_of_any_kind(base, final, tmp_path_factory, data):
     """A real folder with one of its files replaced, by other JSON or by other bytes."""
-    from validate_model import TRAINED_WITH, take_settings_of
+    from validate_model import TRAINED_WITH, use_training_settings
 
     folder = tmp_path_factory.getbasetemp() / "any-adapter"
     shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +115,7 @@ def test_adapters_of_any_kind(base, final, tmp_path_factory, data):
     else:
         path.write_bytes(data.draw(st.binary(max_size=60)) + path.read_bytes()[data.draw(st.integers(0, 400)) :])
     with contextlib.suppress(cli.UserError):
-        take_settings_of(folder, {**CONFIG, "adapter": str(folder)}, SimpleNamespace(**dict.fromkeys(TRAINED_WITH)))
+        use_training_settings({**CONFIG, "adapter": str(folder)}, SimpleNamespace(**dict.fromkeys(TRAINED_WITH)))
     with contextlib.suppress(cli.UserError):
         use_adapter_base(check_adapter(str(folder)), {**CONFIG})
     try:

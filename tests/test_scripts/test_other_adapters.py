@@ -17,16 +17,16 @@ IDS = torch.arange(40)[None]
 
 @pytest.fixture
 def app(monkeypatch):
-    """Status of the app on an adapter and a base."""
+    """The app's engine on an adapter and a base."""
     monkeypatch.syspath_prepend(ROOT / "hf_app")
     from engine import Engine
 
-    def status(adapter, base):
+    def load(adapter, base):
         engine = Engine(adapter, str(base))
         engine.close()
-        return engine.status
+        return engine
 
-    return status
+    return load
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_base_whose_folder_moved(call, app, make_adapter, micro, tmp_path):
     base.rename(tmp_path / "moved")
     for name, place in (("export_model", "--out"), ("validate_model", "--validation_dir")):
         refused(call(name, "--adapter", adapter, place, tmp_path / "out"), str(base), "--model")
-    with pytest.raises(NoBase, match="the folder is gone"):
+    with pytest.raises(NoBase, match="cannot be loaded"):
         app(adapter, "")
     done = call("export_model", "--adapter", adapter, "--model", tmp_path / "moved", "--out", tmp_path / "out")
     assert done.code == 0, done.err
