@@ -102,12 +102,6 @@ def test_a_validation(call, quick, final, tmp_path, flags, expected):
     refused(call("validate_model", *quick[:6], "--adapter", final, "--validation_dir", tmp_path / "v", *flags), expected)
 
 
-def test_a_validation_without_held_out_prompts(call, quick, final, tmp_path):
-    options = (*quick[:4], "--data_dir", tmp_path / "d")
-    assert call("prepare_data", *options, "--validation_fraction", 0).code == 0
-    refused(call("validate_model", *options, "--adapter", final), "no validation prompt")
-
-
 @pytest.mark.parametrize(("flag", "value"), [("--language", "xx"), ("--search", "qqqqq"), ("--samples", "-1")])
 def test_an_inspection(call, quick, flag, value):
     refused(call("inspect_data", *quick[:6], flag, value), value)

@@ -57,11 +57,6 @@ def test_a_path_that_is_also_a_pattern(call, micro, prepared, tmp_path):
     assert first["fingerprint"] == second["fingerprint"]
 
 
-def test_the_tiny_sample_is_found_from_elsewhere(call, micro, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert call("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", "d").code == 0
-
-
 ODD_REWARDS = """
 import asyncio, torch
 def clears(prompts, answers, **_):
