@@ -32,7 +32,7 @@ def kill_and_resume(kills: int, output: Path, flags: tuple, seed: int) -> dict[s
     Raises AssertionError where a resume fails.
     """
     draw, done, in_saves, steps = random.Random(seed), 0, 0, []
-    farthest = max(1, 2 * flags[0] // kills - 1)  # so that the kills are spread over the whole run
+    farthest = max(1, 2 * flags[0] // kills - 1)  # so that the kills cover the run evenly
     while done < kills:
         process = subprocess.Popen(
             command(flags, output, "--resume"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

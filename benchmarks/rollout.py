@@ -73,14 +73,14 @@ def main() -> None:
                     torch.cuda.reset_peak_memory_stats()
                 timed(engine, prompts, new, device)
                 peak[name] = models.peak_bytes(device)
-            found = {name: [] for name in engines}
+            seconds = {name: [] for name in engines}
             for _ in range(arguments.turns):
                 for name, engine in engines.items():
-                    found[name].append(timed(engine, prompts, new, device))
-            ratios = [slow / fast for fast, slow in zip(found["fast"], found["generate"], strict=True)]
-            step = min(found["fast"]) / new
+                    seconds[name].append(timed(engine, prompts, new, device))
+            ratios = [slow / fast for fast, slow in zip(seconds["fast"], seconds["generate"], strict=True)]
+            step = min(seconds["fast"]) / new
             peaks = f"{peak['fast'] / 1e9:.2f}" if device.type == "cuda" else ""
-            speeds = [f"{batch * new / min(found[name]):,.4g}" for name in engines]
+            speeds = [f"{batch * new / min(seconds[name]):,.4g}" for name in engines]
             rows.append((batch, new, *speeds, models.middle(ratios), f"{1000 * step:.2f}", peaks))
             print(*rows[-1], sep="  ", flush=True)
     columns = ("batch", "tokens", "fast, tokens/s", "generate, tokens/s", "times", "fast, ms a step", "peak, GB")

@@ -41,15 +41,15 @@ def main() -> None:
     from phi2_grpo.common.console import markdown_table
 
     prepared()
-    found = {1: [], 2: []}
+    speeds_of = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(arguments.turns):
-            for processes, speeds in found.items():
+            for processes, speeds in speeds_of.items():
                 speeds.append(samples_a_second(processes, arguments.steps, Path(scratch) / f"{turn}-{processes}"))
                 print(f"turn {turn + 1}, {processes}: {speeds[-1]:.1f} samples/s", flush=True)
-    rows = [(processes, middle(speeds, 1)) for processes, speeds in found.items()]
+    rows = [(processes, middle(speeds, 1)) for processes, speeds in speeds_of.items()]
     lines = markdown_table(("processes", "samples/s, median [lowest, highest]"), rows)
-    ratios = [two / one for one, two in zip(*found.values(), strict=True)]
+    ratios = [two / one for one, two in zip(*speeds_of.values(), strict=True)]
     body = (
         "\n".join(lines)
         + f"\n\n{BATCH} completions a process and step, a thread each.\n\ntwo processes {middle(ratios)} times one"

@@ -105,30 +105,30 @@ def main() -> None:
     from phi2_grpo.common.console import markdown_table
 
     prepared()
-    found = {side: [] for side in SIDES}
+    runs_of = {side: [] for side in SIDES}
     for turn in range(arguments.turns):
         for side in SIDES:
             command = [sys.executable, __file__, "--side", side, "--model", arguments.model, "--steps", str(arguments.steps)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"turn {turn + 1}, {side}: {found[side][-1]['step']:.2f} s a step", flush=True)
+            runs_of[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"turn {turn + 1}, {side}: {runs_of[side][-1]['step']:.2f} s a step", flush=True)
     rows = []
-    for side, runs in found.items():
+    for side, runs in runs_of.items():
         of = {key: [run[key] for run in runs] for key in ("samples", "step", *PARTS, "tokens", "peak")}
         parts = [f"{sum(of[part]) / len(runs):.3f}" for part in PARTS]
         tokens, peak = f"{sum(of['tokens']) / len(runs):.1f}", f"{max(of['peak']) / 1e9:.2f}"
         rows.append((side, middle(of["samples"]), middle(of["step"]), *parts, tokens, peak))
     lines = markdown_table(("", "samples/s", "s a step", *PARTS, "tokens a completion", "peak, GB"), rows)
-    pairs = list(zip(*found.values(), strict=True))
+    pairs = list(zip(*runs_of.values(), strict=True))
     ratios = {
         "step {} times stock TRL": [ours["samples"] / stock["samples"] for ours, stock, _ in pairs],
         "rollout {} times stock TRL": [stock["rollout"] / ours["rollout"] for ours, stock, _ in pairs],
         "samples {} times the copied recipe": [ours["samples"] / recipe["samples"] for ours, _, recipe in pairs],
     }
     sentences = [text.format(middle(values)) for text, values in ratios.items()][::-1]
-    note = f"{found['ours'][0]['machine']}; {arguments.turns} turns of {arguments.steps} steps, the first {WARM} not counted."
+    note = f"{runs_of['ours'][0]['machine']}; {arguments.turns} turns of {arguments.steps} steps, the first {WARM} not counted."
     body = "\n".join(lines) + f"\n\n{note} Medians [lowest, highest].\n\n" + "\n\n".join(sentences)
     command = " ".join(["python benchmarks/step.py", *sys.argv[1:]])
     write_section(f"A GRPO step, {arguments.model}", command, body, "torch", "transformers", "trl", "peft")

@@ -26,9 +26,13 @@ class Check:
 
 @dataclass
 class Checklist:
-    """Checks, one after another."""
+    """Checks, one after another, and what they loaded: None where a check failed."""
 
     results: list[Check] = field(default_factory=list)
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    tokenizer: PreTrainedTokenizerFast | None = None
+    funnel: dict | None = None
 
     def run(self, name: str, check: Callable, *inputs):
         """The value of `check(*inputs)`, which returns (value, text). None where it raises a UserError, or where an input is
@@ -57,13 +61,9 @@ class Checklist:
 
 @dataclass
 class Preflight(Checklist):
-    """The checks of a GRPO run, and what they loaded; None where a check failed."""
+    """Of a GRPO run."""
 
-    device: torch.device | None = None
-    dtype: torch.dtype | None = None
-    tokenizer: PreTrainedTokenizerFast | None = None
     prompts: DatasetDict | None = None
-    funnel: dict | None = None
     lora: LoraConfig | None = None
     scorer: Scorer | None = None
     memory: dict[str, int] | None = None  # estimated bytes by part
@@ -71,13 +71,9 @@ class Preflight(Checklist):
 
 @dataclass
 class RewardPreflight(Checklist):
-    """The same for the training of a reward model."""
+    """Of the training of a reward model."""
 
-    device: torch.device | None = None
-    dtype: torch.dtype | None = None
-    tokenizer: PreTrainedTokenizerFast | None = None
     pairs: DatasetDict | None = None
-    funnel: dict | None = None
     steps: int | None = None  # optimizer steps
     left_out: int = 0  # pairs that are too long
     longest: int | None = None  # tokens of prompt and reply
