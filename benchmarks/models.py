@@ -86,7 +86,7 @@ def policy_of(name: str) -> PeftModel:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: on the card, or of this process."""
+    """Most memory held so far: on the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
