@@ -3,8 +3,8 @@
   python benchmarks/reward_memory.py [--model full|tiny]
 
 full is Phi-2's size with random weights in bfloat16: nothing is downloaded, about 6 GB are written to a temporary folder. Each
-variant is a process of its own, which loads policy and reward model, and scores two answers: its resident memory on the
-CPU, its allocated memory on a CUDA GPU.
+variant is a process of its own, which loads policy and reward model, and scores two answers: its resident memory on the CPU,
+its allocated memory on a CUDA GPU.
 """
 
 import argparse
@@ -87,17 +87,17 @@ def main() -> None:
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
 
-    memory = {}
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), arguments.model)
         for variant in VARIANTS:
             command = [sys.executable, __file__, "--measure", folder, variant]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            memory[variant] = [int(size) for size in done.stdout.rpartition("memory ")[2].split()]
+            found[variant] = [int(size) for size in done.stdout.rpartition("memory ")[2].split()]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, resident memory of the whole process"
-    alone = memory["policy alone"][0]
+    alone = found["policy alone"][0]
     rows = [
-        (variant, *(f"{size / 1e9:.2f} GB" for size in (held, held - alone, peak))) for variant, (held, peak) in memory.items()
+        (variant, *(f"{size / 1e9:.2f} GB" for size in (held, held - alone, peak))) for variant, (held, peak) in found.items()
     ]
     lines = markdown_table(("", "held", "more than the policy alone", "peak, loading included"), rows)
     size = "Phi-2's size, random weights in bfloat16" if arguments.model == "full" else "the tiny model"

@@ -228,6 +228,6 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if not (text := _explain(error)):
             raise
-        time.sleep(0 if first else 2)  # the first process says the same, and the launcher ends the others meanwhile
+        time.sleep(0 if first else 10)  # the first process says the same, and the launcher ends the others meanwhile
         print_error(f"error: {text}")
         raise SystemExit(2) from None
