@@ -21,7 +21,7 @@ def complete_prompts(engine, tokenizer, texts: list[str], config: dict, side: st
     done = {index for found, index in drawn.found if found == side}
     advance(len(done))
     drawing = rollout_generation_config(config, tokenizer)
-    for completions in complete_in_batches(engine, tokenizer, texts, drawing, drawn.batch, config["seed"], done):
+    for completions in complete_in_batches(engine, tokenizer, texts, drawing, drawn.batch, config["seed"]):
         new = {index: ids for index, ids in completions.items() if index not in done}
         drawn.add(side, new)
         advance(len(new))
