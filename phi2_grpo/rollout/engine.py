@@ -33,8 +33,7 @@ def choose_engine(name: str, model) -> tuple[str, str]:
 
 def make_engine(name: str, model, rows: int = 0, reserve: int = 0) -> "GenerateEngine":
     """The engine that `choose_engine` names."""
-    kind = FastEngine if choose_engine(name, model)[0] == "fast" else GenerateEngine
-    return kind(model, rows, reserve)
+    return (FastEngine if choose_engine(name, model)[0] == "fast" else GenerateEngine)(model, rows, reserve)
 
 
 @contextmanager
@@ -92,7 +91,7 @@ class FastEngine(GenerateEngine):
         self.max_rows = 0
         self.cuda = self.decode_step.device.type == "cuda"
         self.stream = torch.cuda.Stream() if self.cuda else None  # one for all captures: libraries keep a workspace a stream
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.graphs = {}  # by rows, cache length and sampling
 
     @torch.no_grad()
     def __call__(self, prompt_ids, generation_config, tokenizer=None):
@@ -121,7 +120,7 @@ class FastEngine(GenerateEngine):
             self.max_rows = self.rows or rows_that_fit(self.model, length, self.reserve)
             self.state = DecodeState(self.decode_step, min(rows, self.max_rows), length)
 
-    def _complete_batch(self, prompt_ids: list[list[int]], uniforms: torch.Tensor, sampling: Sampling) -> list[list[int]]:
+    def _complete_batch(self, prompt_ids, uniforms, sampling):
         state, (rows, new) = self.state, uniforms.shape
         position = max(map(len, prompt_ids))  # of the next token, in the longest row
         state.reset(prompt_ids, uniforms)
@@ -167,13 +166,13 @@ class FastEngine(GenerateEngine):
         else:
             self.graphs[key] = self._step_and_capture(*key)
 
-    def _step(self, rows: int, length: int, sampling: Sampling) -> None:
+    def _step(self, rows, length, sampling):
         state = self.state
         logits = self.decode_step.logits(state.tokens[:rows], state.positions[:rows], state.cache, length)
         state.positions[:rows] += 1  # of finished rows, too: none gets further than a live row could, so all stay in the cache
         state.append_tokens(logits, sampling)
 
-    def _step_and_capture(self, rows: int, length: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
+    def _step_and_capture(self, rows, length, sampling):
         """Run one step, then capture the same step; the capture itself computes nothing."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # libraries initialize and allocate at their first call, outside of the graph

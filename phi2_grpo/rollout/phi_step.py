@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 QKV_FC1 = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")
@@ -23,30 +25,20 @@ def unsupported_reason(model) -> str | None:
     config = model.config
     if config.model_type != "phi":
         return f"it is written for Phi, and this is {config.model_type}"
-    if config.qk_layernorm or config.num_key_value_heads != config.num_attention_heads:
-        return "its attention differs from Phi-2's"
-    if config.hidden_act != "gelu_new" or config.rope_parameters.get("rope_type", "default") != "default":
-        return "its activation or its rotary embedding differs from Phi-2's"
-    layers = model.model.layers
-    others = [
-        model.lm_head,
-        model.model.embed_tokens,
-        model.model.final_layernorm,
-        *(layer.input_layernorm for layer in layers),
-    ]
-    if not {type(module) for module in others} <= {nn.Linear, nn.Embedding, nn.LayerNorm}:
-        return "the adapter reaches beyond the linear layers of attention and MLP"
-    if not all(_is_plain(layer.get_submodule(name)) for layer in layers for names in LINEARS for name in names):
-        return "its linear layers are quantized, or have another adapter than a single, unmerged, plain LoRA"
+    if config.qk_layernorm or config.num_key_value_heads != config.num_attention_heads or config.hidden_act != "gelu_new":
+        return "its attention or its activation differs from Phi-2's"
+    linears = {layer.get_submodule(name) for layer in model.model.layers for names in LINEARS for name in names}
+    adapted = {module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    if not adapted <= linears or not all(map(_is_plain, linears)):
+        return "it needs a single, plain, unmerged LoRA on unquantized linear layers of attention and MLP, and nothing else"
     return None
 
 
 def _is_plain(linear) -> bool:
-    if type(linear) is LoraLinear:
-        if linear.lora_variant or any(linear.lora_bias.values()) or linear.merged or len(linear.active_adapters) > 1:
-            return False
-        linear = linear.base_layer
-    return type(linear) is nn.Linear
+    if type(linear) is not LoraLinear:
+        return type(linear) is nn.Linear
+    other_kind = linear.lora_variant or any(linear.lora_bias.values()) or linear.merged or len(linear.active_adapters) > 1
+    return not other_kind and type(linear.base_layer) is nn.Linear
 
 
 def _unwrap(model):
@@ -62,7 +54,7 @@ class PhiDecodeStep:
         config, weight = self.model.config, self.model.lm_head.weight
         self.dtype, self.device = weight.dtype, weight.device
         self.heads, self.hidden_size = config.num_attention_heads, config.hidden_size
-        self.qkv_fc1_sizes = [self.hidden_size] * 3 + [config.intermediate_size]
+        self.sizes = [self.hidden_size] * 3 + [config.intermediate_size]  # of q, k, v, fc1
         self.context = config.max_position_embeddings
         cos, sin = self.model.model.rotary_emb(weight, torch.arange(self.context, device=self.device)[None])  # (1, T, rotary)
         self.cos = cos[0, :, None].contiguous()  # (T, 1, rotary)
@@ -96,7 +88,7 @@ class PhiDecodeStep:
         first `length` positions; those after a row's own are masked.
         """
         model, rows, heads, hidden_size = self.model.model, len(tokens), self.heads, self.hidden_size
-        row_index = torch.arange(rows, device=self.device)
+        row_index, rotary = torch.arange(rows, device=self.device), self.cos.shape[-1]
         mask = torch.zeros(rows, length, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill_(torch.arange(length, device=self.device) > positions[:, None], -torch.inf)[:, None, None]
         cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, rotary)
@@ -104,17 +96,17 @@ class PhiDecodeStep:
         lora = iter(self.lora)
         for (norm, linears, dense, fc2, bias), layer_cache in zip(self.weights, cache, strict=True):
             h = norm(x)
-            qkv_fc1 = torch.empty(rows, sum(self.qkv_fc1_sizes), dtype=self.dtype, device=self.device)
-            for (weight, offset), out in zip(linears, qkv_fc1.split(self.qkv_fc1_sizes, 1), strict=True):
+            qkv_fc1 = torch.empty(rows, sum(self.sizes), dtype=self.dtype, device=self.device)
+            q, _, _, fc1 = outputs = qkv_fc1.split(self.sizes, 1)
+            for (weight, offset), out in zip(linears, outputs, strict=True):
                 torch.addmm(offset, h, weight, out=out)
             _add_lora(qkv_fc1, h, lora)
-            rotated_qk = qkv_fc1[:, : 2 * hidden_size].view(rows, 2 * heads, -1)[..., : cos.shape[-1]]
-            rotated_qk.copy_(torch.addcmul(rotated_qk * cos, rotated_qk.roll(cos.shape[-1] // 2, -1), sin))
+            rotated_qk = qkv_fc1[:, : 2 * hidden_size].view(rows, 2 * heads, -1)[..., :rotary]
+            rotated_qk.copy_(torch.addcmul(rotated_qk * cos, rotated_qk.roll(rotary // 2, -1), sin))
             layer_cache[row_index, :, :, positions] = qkv_fc1[:, hidden_size : 3 * hidden_size].view(rows, 2, heads, -1)
-            queries = qkv_fc1[:, :hidden_size].view(rows, heads, 1, -1)
             keys, values = layer_cache[:rows, :, :, :length].unbind(1)
-            attn_out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(rows, hidden_size)
-            mlp_hidden = F.gelu(qkv_fc1[:, 3 * hidden_size :], approximate="tanh")
+            attn_out = F.scaled_dot_product_attention(q.view(rows, heads, 1, -1), keys, values, attn_mask=mask)
+            attn_out, mlp_hidden = attn_out.view(rows, hidden_size), F.gelu(fc1, approximate="tanh")
             x = torch.addmm(x, attn_out, dense).addmm_(mlp_hidden, fc2)
             _add_lora(x, attn_out, lora)
             _add_lora(x, mlp_hidden, lora)
