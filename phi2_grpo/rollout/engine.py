@@ -8,7 +8,6 @@ https://pytorch.org/blog/accelerating-generative-ai-2/). On a CPU the same steps
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -36,17 +35,6 @@ def make_engine(name: str, model, rows: int = 0, reserve: int = 0) -> "GenerateE
     return (FastEngine if choose_engine(name, model)[0] == "fast" else GenerateEngine)(model, rows, reserve)
 
 
-@contextmanager
-def eval_mode(model) -> Iterator[None]:
-    """`model` in eval mode: in training mode activation checkpointing disables the cache."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 class GenerateEngine:
     """transformers' generate, with the weights and the adapter that `model` has at each call.
 
@@ -61,18 +49,24 @@ class GenerateEngine:
     @torch.no_grad()
     def __call__(self, prompt_ids: list[list[int]], generation_config: GenerationConfig, tokenizer=None) -> list[list[int]]:
         """Completion ids of each prompt, with the end token and without padding. Stop strings need the `tokenizer`."""
+        training = self.model.training
+        self.model.eval()  # in training mode activation checkpointing disables the cache
+        try:
+            return self._complete(prompt_ids, generation_config, tokenizer)
+        finally:
+            self.model.train(training)
+
+    def _complete(self, prompt_ids, generation_config, tokenizer):
         length = max(map(len, prompt_ids)) + generation_config.max_new_tokens
         rows = self.rows or rows_that_fit(self.model, length, self.reserve)
         eos_ids, completions = generation_eos_ids(generation_config), []
-        with eval_mode(self.model):
-            for start in range(0, len(prompt_ids), rows):
-                prompts = [torch.tensor(ids, device=self.model.device) for ids in prompt_ids[start : start + rows]]
-                ids = pad_sequence(prompts, True, generation_config.pad_token_id or 0, padding_side="left")
-                mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, padding_side="left")
-                output = self.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=generation_config, tokenizer=tokenizer
-                )
-                completions += [truncate_at_eos(row, eos_ids) for row in output[:, ids.shape[1] :].tolist()]
+        for start in range(0, len(prompt_ids), rows):
+            prompts = [torch.tensor(ids, device=self.model.device) for ids in prompt_ids[start : start + rows]]
+            ids = pad_sequence(prompts, True, generation_config.pad_token_id or 0, padding_side="left")
+            mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, padding_side="left")
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            output = self.model.generate(**inputs, generation_config=generation_config, tokenizer=tokenizer)
+            completions += [truncate_at_eos(row, eos_ids) for row in output[:, ids.shape[1] :].tolist()]
         return completions
 
 
@@ -93,11 +87,10 @@ class FastEngine(GenerateEngine):
         self.stream = torch.cuda.Stream() if self.cuda else None  # one for all captures: libraries keep a workspace a stream
         self.graphs = {}  # by rows, cache length and sampling
 
-    @torch.no_grad()
-    def __call__(self, prompt_ids, generation_config, tokenizer=None):
+    def _complete(self, prompt_ids, generation_config, tokenizer):
         sampling = Sampling.of(generation_config)
         if sampling is None:
-            return super().__call__(prompt_ids, generation_config, tokenizer)
+            return super()._complete(prompt_ids, generation_config, tokenizer)
         longest = max(map(len, prompt_ids))
         new = max(0, min(generation_config.max_new_tokens, self.decode_step.context - longest))
         draw = torch.zeros if sampling.greedy else torch.rand
@@ -106,9 +99,8 @@ class FastEngine(GenerateEngine):
             self.graphs.clear()
         self._allocate(len(prompt_ids), longest + new)
         completions, rows = [], self.state.rows
-        with eval_mode(self.model):
-            for start in range(0, len(prompt_ids), rows):
-                completions += self._complete_batch(prompt_ids[start : start + rows], uniforms[start : start + rows], sampling)
+        for start in range(0, len(prompt_ids), rows):
+            completions += self._complete_batch(prompt_ids[start : start + rows], uniforms[start : start + rows], sampling)
         return completions
 
     def _allocate(self, rows: int, length: int) -> None:

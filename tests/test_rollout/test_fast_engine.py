@@ -73,9 +73,6 @@ def assert_as_generate(policy, prompts, generation_config):
     return completions
 
 
-# --- greedy: token for token, in float32
-
-
 def test_ragged_prompts_in_groups_by_one_engine_whose_cache_grows(policy):
     engine, lengths = FastEngine(policy), set()
     for count, group, longest, new in ((1, 1, 20, 1), (1, 1, 20, 2), (6, 3, 20, 40), (5, 3, 200, 150), (6, 3, 20, 40),
@@ -87,10 +84,9 @@ def test_ragged_prompts_in_groups_by_one_engine_whose_cache_grows(policy):
     assert len(lengths) > 5, "some end early"
 
 
-def test_other_shapes_and_a_base_without_an_adapter(micro, tmp_path):
-    # Phi-2's own head size and rotary part: 80, of which 32.
-    phi2_heads = make_policy(make_micro(tmp_path / "base", hidden_size=160, num_attention_heads=2, partial_rotary_factor=0.4))
-    for model in (phi2_heads, load_micro(micro)):
+def test_phi2_s_head_size_and_a_base_without_an_adapter(micro, tmp_path):
+    folder = make_micro(tmp_path / "base", hidden_size=160, num_attention_heads=2, partial_rotary_factor=0.4)  # 32 of 80 rotate
+    for model in (make_policy(folder), load_micro(micro)):
         assert_as_generate(model, prompts_of(model, 5, 2), greedy(model, 25))
 
 
@@ -151,9 +147,6 @@ def test_a_setting_that_the_engine_does_not_support_goes_to_generate(micro):
     assert Sampling.of(usual) == Sampling(False, CONFIG["chat_temperature"], 50, CONFIG["chat_top_p"], (0,))
 
 
-# --- sampled
-
-
 @pytest.mark.parametrize(("dtype", "head", "tolerance"), [(torch.float32, 0.3, 1e-4), (torch.bfloat16, 0.1, 2e-2)])
 def test_log_probs_are_those_of_a_fresh_forward_pass(micro, monkeypatch, dtype, head, tolerance):
     """Decoded one by one over the cache, against one pass over the whole text. bfloat16 keeps 8 bits of a logit of about 1."""
@@ -203,28 +196,12 @@ def test_sampled_tokens_have_the_model_s_distribution(byte_policy, others):
         .bincount(minlength=len(exact)) for engine in (FastEngine, GenerateEngine)
     )  # fmt: skip
     assert not ours[exact == 0].any(), "a token that the cut forbids"
-    assert_distribution(ours, exact)
+    expected = exact * ours.sum()
+    common = expected >= 5  # the rare tokens are taken together
+    observed, expected = (torch.cat((counts[common], counts[~common].sum(0, keepdim=True))) for counts in (ours, expected))
+    assert chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
     table = torch.stack((ours, theirs))[:, ours + theirs >= 10]
     assert chi2_contingency(table.numpy()).pvalue > 1e-3
-
-
-def assert_distribution(observed, exact):
-    """Chi-squared, with the rare tokens taken together."""
-    expected = exact * observed.sum()
-    common = expected >= 5
-    observed, expected = (torch.cat((x[common], x[~common].sum(0, keepdim=True))) for x in (observed, expected))
-    assert chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
-
-
-def test_the_second_token_depends_on_the_first(micro):
-    """Its distribution after the most common first token: the cache and its rows are right."""
-    policy = make_policy(micro)
-    prompt, eos = prompts_of(policy, 1, 1)[0], policy.config.eos_token_id
-    completions = draw(FastEngine(policy), [prompt] * 6000, sampled(policy, 2))
-    first = torch.tensor([ids[0] for ids in completions if ids[0] != eos]).mode().values.item()
-    with torch.no_grad():
-        exact = policy(torch.tensor([[*prompt, first]])).logits[0, -1].double().softmax(-1)
-    assert_distribution(torch.tensor([ids[1] for ids in completions if ids[0] == first]).bincount(minlength=len(exact)), exact)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -264,9 +241,6 @@ def test_the_base_is_the_same_bits_after_100_updates(micro):
     assert not any(torch.equal(old, new) for old, new in zip(before, adapter, strict=True))
 
 
-# --- what a GPU does differently, as far as a machine without one can tell
-
-
 class Replayed:
     """Instead of a CUDA graph: the captured step again, with the rows and the length that it was captured with."""
 
@@ -277,7 +251,7 @@ class Replayed:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_way_of_a_gpu(micro, monkeypatch, seed):
-    """Finished rows checked now and then, rows by powers of two, lengths by multiples: the same completions."""
+    """Without one: finished rows checked now and then, rows by powers of two, lengths by multiples; the same completions."""
     policy = make_policy(micro, seed=seed)
     policy.get_base_model().lm_head.bias.data[policy.config.eos_token_id] -= 2  # so that some need two cache lengths
     prompts, generation_config, captured = prompts_of(policy, 9, 4, seed, longest=70), sampled(policy, 90), []
@@ -306,9 +280,6 @@ def test_no_step_waits_for_the_device(micro):
     engine(prompts_of(policy, 3, 2), generation_config)
     with torch.no_grad(), NoWait():
         engine._step(4, 64, Sampling.of(generation_config))
-
-
-# --- the choice
 
 
 def test_which_models_get_which_engine(micro):

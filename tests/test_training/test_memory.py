@@ -8,13 +8,11 @@ from conftest import make_micro
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import GRPOTrainer
 
 from benchmarks import models
 from config import CONFIG, PRESETS
 from phi2_grpo.models.lora import lora_config
 from phi2_grpo.rollout.cache import cache_bytes_per_token
-from phi2_grpo.rollout.engine import FastEngine
 from phi2_grpo.training import memory
 
 GPU, BF16, LONGEST = torch.device("cuda"), torch.bfloat16, CONFIG["max_prompt_tokens"]
@@ -96,24 +94,6 @@ def test_an_update_in_parts_is_the_update_at_once(call, quick, tmp_path):
         assert (weight - weights[1][name]).abs().mean() < 2e-5, name
 
 
-@pytest.mark.parametrize(("owner", "method"), [(FastEngine, "__call__"), (GRPOTrainer, "compute_loss")])
-def test_out_of_memory_leaves_a_checkpoint(call, quick, tmp_path, monkeypatch, owner, method):
-    original, calls = getattr(owner, method), []
-
-    def runs_out(*arguments, **keywords):
-        calls.append(method)
-        if len(calls) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ...")
-        return original(*arguments, **keywords)
-
-    options = (*quick, "--output_dir", tmp_path / "o", "--save_steps", 50, "--eval_prompts", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, method, runs_out)
-        done = call("train_grpo", 4, *options)
-    assert done.code == 2 and "memory" in done.err and "checkpoint-2" in done.err and "Traceback" not in done.err, done.err
-    assert call("train_grpo", 4, *options, "--resume").code == 0
-
-
 def test_another_architecture_trains_with_generate(call, quick, micro, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -125,8 +105,3 @@ def test_another_architecture_trains_with_generate(call, quick, micro, tmp_path)
     flags = ("--model", folder, "--lora_target_modules", "all-linear", "--output_dir", tmp_path / "o", "--eval_prompts", 4)
     done = call("train_grpo", 2, *quick, *flags)
     assert done.code == 0 and "llama" in done.out, done.err
-
-
-def test_vllm_that_is_not_installed(call, quick, tmp_path):
-    done = call("train_grpo", 1, *quick, "--use_vllm", "--output_dir", tmp_path / "o")
-    assert done.code == 2 and "pip install" in done.err and not (tmp_path / "o").exists()
