@@ -42,7 +42,7 @@ bench: .venv/ready-dev
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/seeds.py
-	$(BIN)/python benchmarks/seeds.py --judge
+	$(BIN)/python benchmarks/seeds.py --reward_model
 	$(BIN)/python benchmarks/reward_memory.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/kills.py

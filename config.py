@@ -26,15 +26,14 @@ CONFIG = {
     "max_turns": 1,  # user turns in a prompt: 1 takes first questions, 2 also follow-ups with their history
     "max_toxicity": 1.0,  # keep prompts up to this toxicity label (0-1); 1 keeps all
     "validation_fraction": 0.05,  # share of the trees held out where the source has no validation split
-    "num_proc": 1,  # processes that prepare_data.py works with
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
     "rollout": "auto",  # auto (fast where it can), fast (ours, for Phi), generate (transformers' own)
     "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With fast the training does not depend on it
-    "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts (launch/README.md)
+    "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts (docs/rollout.md)
     "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
     "vllm_server_base_url": "",  # of that server, http://HOST:8000
-    "vllm_gpu_memory_utilization": 0.3,  # of the card, for vLLM in colocate mode
+    "vllm_gpu_memory_utilization": 0.3,  # share of the GPU's memory for vLLM in colocate mode
     "num_generations": 8,  # completions per prompt, the group that GRPO compares (4 small, 16 large)
     "max_completion_length": 256,  # tokens; at least twice target_tokens, or ending late looks like ending well
     "temperature": 1.0,  # of the rollouts; 1 is the policy itself
@@ -44,11 +43,11 @@ CONFIG = {
     "chat_top_p": 0.9,  # as above
     # --- reward
     "rewards": ["length:1.0"],  # name:weight,...: a built-in, path/file.py:function, package.module:function, a reward model
-    "target_tokens": 128,  # length of answer that the length reward pays most for
+    "target_tokens": 128,  # length of answer that the length reward rewards most
     # --- reward model (train_reward.py; what is not here is as in training below)
     "reward_dir": "./results/reward-model",  # folder of the finished reward model
     "reward_learning_rate": 1e-4,  # TRL's for a LoRA reward model; the head and the adapter start from nothing
-    "reward_epochs": 1,  # passes over the ranked pairs; more than 2 learn the pairs by heart
+    "reward_epochs": 1,  # passes over the ranked pairs; more than 2 overfit
     "reward_max_length": 1024,  # tokens of prompt and reply; pairs with a longer one are left out of the training
     # --- training (sources: TRL's LoRA and paper guides, Dr. GRPO arXiv 2503.20783, DeepSeekMath 2402.03300)
     "max_steps": 100,  # optimizer steps: 100 to see it work, 200-300 for a demo, 500 and more for a claim
@@ -57,7 +56,7 @@ CONFIG = {
     "warmup_steps": 5,  # optimizer steps
     "beta": 0.03,  # weight of the KL to the base; 0.02-0.04 where length is the only reward
     "loss_type": "dr_grpo",  # no length bias in the loss (TRL's default is dapo)
-    "scale_rewards": "none",  # advantage = reward - group mean, not divided by the group's spread: rewards are bounded
+    "scale_rewards": "none",  # advantage = reward - group mean, not divided by the group's std: rewards are bounded
     "per_device_train_batch_size": 4,  # completions in one forward and backward pass; what training memory depends on
     "gradient_accumulation_steps": 8,  # x the above = 32 completions in one optimizer step
     "activation_checkpointing": True,  # recompute activations in the backward pass: slower, but far less memory
@@ -66,11 +65,11 @@ CONFIG = {
     # --- what a run leaves
     "output_dir": "./results/phi2-grpo",  # checkpoints; the finished adapter goes to <output_dir>-final
     "save_steps": 25,  # optimizer steps between checkpoints
-    "save_total_limit": 2,  # checkpoints kept; 2 at least, so that one is whole while the next is written
-    "sample_steps": 10,  # optimizer steps between best and worst completions printed in full
+    "save_total_limit": 2,  # checkpoints kept; 2 at least, so that one is complete while the next is written
+    "sample_steps": 10,  # optimizer steps between the best and worst completions printed in full
     "eval_steps": 25,  # optimizer steps between evaluations on held-out prompts, beside those at the start and at the end
     "eval_prompts": 32,  # held-out prompts of these evaluations, always the same; 0 for none
-    "stop_on_collapse": False,  # end the run at the first sign of collapse, with the last good checkpoint as the result
+    "stop_on_collapse": False,  # stop at the first collapse alert, as Ctrl-C does; the checkpoints stay
     "report_to": "trackio",  # trackio (local, offline: make dashboard), tensorboard, wandb, none
     # --- validation
     "adapter": "./results/phi2-grpo-final",  # adapter folder that validate_model.py compares with its base
@@ -82,7 +81,7 @@ CONFIG = {
 PRESETS = {
     # One GPU of 12 GB or more. The values above are its values. What each preset holds: python train_grpo.py --check
     "phi2": {},
-    # 24 GB: room for all activations of a smaller pass, so nothing is computed twice.
+    # 24 GB: all activations of a smaller pass fit, so nothing is computed twice.
     "phi2-24gb": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 16, "activation_checkpointing": False},
     # 80 GB: larger groups, more of them, longer answers.
     "phi2-80gb": {
@@ -155,7 +154,6 @@ LIMITS = {
     "max_grad_norm": (1e-6, 1e6),
     "seed": (0, 2**31 - 1),  # each process adds its number, and numpy's end is 2**32 - 1
     "split_seed": (0, 2**32 - 1),
-    "num_proc": (1, 1024),
     "report_to": {"trackio", "tensorboard", "wandb", "none"},
     "save_steps": (1, 10_000_000),
     "save_total_limit": (2, 10_000),

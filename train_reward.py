@@ -2,7 +2,7 @@
 
   python train_reward.py                    # the ranked pairs of data/ -> results/reward-model
   python train_reward.py --check            # look at everything, train nothing
-  python train_reward.py --resume           # go on from the last whole checkpoint
+  python train_reward.py --resume           # go on from the newest complete checkpoint
   python train_reward.py --preset tiny      # on the CPU, in a minute
 
 Then: python train_grpo.py --rewards results/reward-model. The loss is Bradley and Terry's, -log sigmoid(chosen - rejected), by
@@ -26,7 +26,7 @@ KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "l
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS)
     parser.add_argument("--check", action="store_true", help="print the checks and the plan, and stop")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in <reward_dir>-run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in <reward_dir>-run")
     parser.add_argument("--overwrite", action="store_true", help="replace the reward model in reward_dir")
     config, arguments = cli.parse(parser)
     setup.prepare(config["model"])
@@ -35,95 +35,122 @@ def main() -> None:
     from phi2_grpo.common.console import Console
     from phi2_grpo.data import oasst
     from phi2_grpo.models import embedded
-    from phi2_grpo.training import checkpoints, preflight, running
+    from phi2_grpo.training import checkpoints
+    from phi2_grpo.training.preflight import preflight_reward
 
-    console = Console()
+    console, run_folder = Console(), checkpoints.reward_run_folder(config)
     console.print(f"train_reward: {cli.differences(config, KEYS)}")
     embedded.prepare(config["model"], oasst.sample_dialogues)
-    checklist, found = preflight.preflight_reward(config, arguments.resume, arguments.overwrite)
-    console.print(checklist.table())
-    checklist.complain()
+    ready = preflight_reward(config, arguments.resume, arguments.overwrite)
+    console.print(ready.table())
+    ready.raise_errors()
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    with files.lock_folder(Path(config["reward_dir"])), running.advice_when_interrupted(checkpoints.reward_run_folder(config)):
-        train(config, arguments, console, found)
+    with files.lock_folder(Path(config["reward_dir"])), checkpoints.advice_when_interrupted(run_folder):
+        train(config, arguments, console, ready, run_folder)
 
 
-def train(config: dict, arguments, console, found: dict) -> None:
+def train(config: dict, arguments, console, ready, run_folder: Path) -> None:
     """Train, measure on the validation pairs, and leave the finished reward model in reward_dir."""
     from transformers import set_seed
-    from trl import RewardConfig
 
-    from phi2_grpo.common import files, progress
-    from phi2_grpo.common.console import format_duration
+    from phi2_grpo.common import files
     from phi2_grpo.evaluation import reward_accuracy
-    from phi2_grpo.models.base import load_reward_base
-    from phi2_grpo.models.lora import lora_config, lora_summary
-    from phi2_grpo.rewards.reward_model import score_answers
-    from phi2_grpo.training import checkpoints, outputs, running
-    from phi2_grpo.training.callbacks import RewardLogCallback
-    from phi2_grpo.training.trainer import RewardModelTrainer, training_arguments
-
-    device, dtype = found["device"]
-    tokenizer = found["tokenizer"]
-    tokenizer.padding_side = "right"  # the head reads the last token
-    run_folder, reward_dir = checkpoints.reward_run_folder(config), Path(config["reward_dir"])
-    whole = checkpoints.complete_checkpoints(run_folder) if arguments.resume else []
-    read = {key: config[key] for key in KEYS}
+    from phi2_grpo.training import checkpoints, outputs
+    from phi2_grpo.training.callbacks import REWARD_MODEL_COLUMNS, CheckpointCallback, LogCallback
 
     set_seed(config["seed"])
-    base = load_reward_base(config, device, dtype)
-    own = {
-        "output_dir": str(run_folder),
-        "run_name": reward_dir.name,
-        "project": "phi2-reward",
-        "learning_rate": config["reward_learning_rate"],
-        "max_steps": found["steps"],
-        "max_length": None,  # too long pairs are left out before, and counted
-    }
-    trainer = RewardModelTrainer(
-        model=base,
-        args=training_arguments(RewardConfig, read, device, dtype, **own),
-        train_dataset=found["pairs"]["train"],
-        processing_class=tokenizer,
-        peft_config=lora_config(config, base, "SEQ_CLS"),
-    )
-    adapted = lora_summary(trainer.model)
-    facts = outputs.run_metadata(read, arguments.preset, device, dtype, found["funnel"], adapted)
-    watch = RewardLogCallback(facts, checkpoints.elapsed_seconds(whole))
-    trainer.add_run_callback(watch)
-    running.train(trainer, config, run_folder, whole, found["steps"])
+    trainer = make_trainer(config, ready, run_folder)
+    settings = {key: config[key] for key in KEYS}
+    facts = outputs.run_metadata(settings, arguments.preset, ready.device, ready.dtype, ready.funnel, trainer.model)
+    log = LogCallback(REWARD_MODEL_COLUMNS, config)
 
-    held_out = found["pairs"]["validation"].to_list()
-    trained = trainer.accelerator.unwrap_model(trainer.model).eval()
-    with progress.progress_bar(console, "judging held-out replies", 2 * len(held_out)) as advance:
-        chosen, rejected = reward_accuracy.score_pairs(
-            lambda prompts, replies: score_answers(trained, tokenizer, prompts, replies), held_out, advance
-        )
-    scale = reward_accuracy.scale(chosen, rejected)
-    measured = reward_accuracy.measure_accuracy(held_out, chosen, rejected)
-    with files.atomic_folder(reward_dir) as folder:
-        trained.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        standard = [[(score - scale["mean"]) / scale["std"] for score in scores] for scores in (chosen, rejected)]
-        reward_accuracy.draw(measured, *standard, folder / "scores.png")
-        rows = outputs.log_rows(trainer.state.log_history, "loss")
-        outputs.write_reward_model_files(
-            folder, facts, rows, watch.seconds(), scale, measured, reward_accuracy.markdown(measured), found["left_out"]
-        )
-    checkpoints.remove_run(run_folder)  # its checkpoints have served
+    def complete(folder: Path, history: list[dict]) -> None:
+        files.write_json(folder / "run.json", {**facts, "finished": False, "seconds": round(log.seconds(), 1)})
+
+    trainer.add_callback(log)
+    trainer.add_callback(CheckpointCallback(complete, config["save_total_limit"]))
+    trainer.run(log, checkpoints.newest_complete(run_folder) if arguments.resume else None)
+
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    chosen, rejected = score_held_out(console, model, ready)
+    accuracy = reward_accuracy.measure_accuracy(ready.pairs["validation"].to_list(), chosen, rejected)
+    save(config, model, ready, facts, trainer.state.log_history, log.seconds(), accuracy, (chosen, rejected))
+    checkpoints.remove_run(run_folder)
     with contextlib.suppress(OSError):  # not empty: the rest is somebody's
         run_folder.rmdir()
-    shared = ("model", "model_revision", "data_dir", "device", "dtype")
-    console.print(reward_accuracy.table(measured))
-    console.print(reward_accuracy.verdict(measured), style="bold")
+    print_result(config, arguments.preset, console, accuracy, log.seconds())
+
+
+def make_trainer(config: dict, ready, run_folder: Path):
+    """TRL's reward trainer around the base with a new head and LoRA."""
+    from trl import RewardConfig
+
+    from phi2_grpo.models.base import load_reward_base
+    from phi2_grpo.models.lora import lora_config
+    from phi2_grpo.training.trainer import RewardModelTrainer, training_arguments
+
+    ready.tokenizer.padding_side = "right"  # the head reads the last token
+    base = load_reward_base(config, ready.device, ready.dtype)
+    own = {
+        "output_dir": str(run_folder),
+        "run_name": Path(config["reward_dir"]).name,
+        "project": "phi2-reward",
+        "learning_rate": config["reward_learning_rate"],
+        "max_steps": ready.steps,
+        "max_length": None,  # too long pairs were left out before, and counted
+    }
+    return RewardModelTrainer(
+        model=base,
+        args=training_arguments(RewardConfig, {key: config[key] for key in KEYS}, ready.device, ready.dtype, **own),
+        train_dataset=ready.pairs["train"],
+        processing_class=ready.tokenizer,
+        peft_config=lora_config(config, base, "SEQ_CLS"),
+    )
+
+
+def score_held_out(console, model, ready) -> tuple[list[float], list[float]]:
+    """Scores of the chosen and of the rejected replies of the validation pairs."""
+    from phi2_grpo.common.progress import progress_bar
+    from phi2_grpo.evaluation.reward_accuracy import score_pairs
+    from phi2_grpo.rewards.reward_model import score_answers
+
+    pairs = ready.pairs["validation"].to_list()
+    with progress_bar(console, "scoring held-out replies", 2 * len(pairs)) as advance:
+        return score_pairs(lambda prompts, replies: score_answers(model, ready.tokenizer, prompts, replies), pairs, advance)
+
+
+def save(config: dict, model, ready, facts: dict, history: list[dict], seconds: float, accuracy: dict, scores: tuple) -> None:
+    """The reward model with its card, the picture of its scores, and what they are standardised by."""
+    from phi2_grpo.common.files import atomic_folder
+    from phi2_grpo.evaluation import reward_accuracy
+    from phi2_grpo.training.outputs import log_rows, write_reward_model_files
+
+    scale = reward_accuracy.scale(*scores)
+    with atomic_folder(Path(config["reward_dir"])) as folder:
+        model.save_pretrained(folder)
+        ready.tokenizer.save_pretrained(folder)
+        standardised = [[(score - scale["mean"]) / scale["std"] for score in side] for side in scores]
+        reward_accuracy.draw(accuracy, *standardised, folder / "scores.png")
+        rows, lines = log_rows(history, "loss"), reward_accuracy.markdown(accuracy)
+        write_reward_model_files(folder, facts, rows, seconds, scale, accuracy, lines, ready.left_out)
+
+
+def print_result(config: dict, preset: str, console, accuracy: dict, seconds: float) -> None:
+    from phi2_grpo.common.console import format_duration
+    from phi2_grpo.evaluation import reward_accuracy
+
+    reward_dir = Path(config["reward_dir"])
+    console.print(reward_accuracy.table(accuracy))
+    console.print(reward_accuracy.verdict(accuracy), style="bold")
+    rewards = shlex.quote(f"{config['reward_dir']},ending")
+    shared = cli.flags(config, preset, "model", "model_revision", "data_dir", "device", "dtype")
     console.print(
-        f"{measured['ties']} ties, counted half. Rank correlation of score and length: {measured['rank_correlation']:.2f}.\n"
-        f"Reward model: {reward_dir}, in {format_duration(watch.seconds())}   scores: {reward_dir / 'scores.png'}\n"
+        f"{accuracy['ties']} ties, counted half. Rank correlation of score and length: {accuracy['rank_correlation']:.2f}.\n"
+        f"Reward model: {reward_dir}, in {format_duration(seconds)}   scores: {reward_dir / 'scores.png'}\n"
         "To train on it:\n"
-        f"  python train_grpo.py --preset {arguments.preset} --rewards {shlex.quote(config['reward_dir'] + ',ending')} "
-        f"--output_dir results/on-reward-model{cli.flags(config, arguments.preset, *shared)}",
+        f"  python train_grpo.py --preset {preset} --rewards {rewards} --output_dir results/on-reward-model{shared}",
         soft_wrap=True,
     )
 

@@ -37,10 +37,10 @@ def ask(url: str, model: str, seed: int) -> str | None:
             return None
         raise
     stream = urllib.request.urlopen(f"{url}/gradio_api/call/ask/{event}", timeout=120).read().decode()
-    found = re.search(r"event: complete\ndata: (.*)", stream)
-    if not found:
+    answer = re.search(r"event: complete\ndata: (.*)", stream)
+    if not answer:
         raise OSError(f"no answer: {stream[-300:]}")
-    return json.loads(found[1])[0]
+    return json.loads(answer[1])[0]
 
 
 def memory(pid: int) -> float:
@@ -99,16 +99,16 @@ def main() -> None:
             if "Running on" in line:
                 break
         threading.Thread(target=server.stdout.read, daemon=True).start()
-        found = crowd(f"http://127.0.0.1:{arguments.port}", server.pid, arguments.callers, arguments.seconds)
+        counts = crowd(f"http://127.0.0.1:{arguments.port}", server.pid, arguments.callers, arguments.seconds)
     finally:
         server.terminate()
         server.wait(30)
-    waits = sorted(found["waits"])
+    waits = sorted(counts["waits"])
     columns = ("right answers", "refused, queue full", "mixed up", "failed", "seconds to an answer: median, 95th percentile",
                "server's memory after a quarter, at the end")  # fmt: skip
     took = f"{statistics.median(waits):.1f}, {waits[int(0.95 * len(waits))]:.1f}"
-    row = [*(found[kind] for kind in ("right", "refused", "mixed", "failed")), took,
-           f"{found['early']:.0f} MB, {found['late']:.0f} MB"]  # fmt: skip
+    row = [*(counts[kind] for kind in ("right", "refused", "mixed", "failed")), took,
+           f"{counts['early']:.0f} MB, {counts['late']:.0f} MB"]  # fmt: skip
     body = "\n".join(markdown_table(columns, [row])) + (
         f"\n\n{arguments.callers} callers for {arguments.seconds:.0f} s, tiny model, 32 tokens an answer, tuned and base in "
         "turn; the callers share the two cores with the server."

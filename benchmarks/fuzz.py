@@ -1,4 +1,4 @@
-"""tests/test_fuzz.py with many more cases: anything that can be said to the project is answered, or refused in words.
+"""test_fuzz.py with many more cases: any input gets an answer or a message that refuses it.
 
 python benchmarks/fuzz.py [--cases 10000]
 """
@@ -21,14 +21,14 @@ def main() -> None:
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
 
-    command = [sys.executable, "-m", "pytest", "tests/test_fuzz.py", "-v", "--disable-warnings"]
+    command = [sys.executable, "-m", "pytest", "tests/test_scripts/test_fuzz.py", "-v", "--disable-warnings"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "FUZZ_CASES": str(cases)}, capture_output=True, text=True)
-    found = re.findall(r"^tests/test_fuzz.py::(\w+) (PASSED|FAILED)", done.stdout, re.MULTILINE)
-    if not found:
+    results = re.findall(r"^tests/test_scripts/test_fuzz.py::(\w+) (PASSED|FAILED)", done.stdout, re.MULTILINE)
+    if not results:
         raise SystemExit(done.stdout + done.stderr)
     rows = [(name.removeprefix("test_").replace("_", " "), f"{cases:,}", "none" if end == "PASSED" else "YES, see the test")
-            for name, end in found]  # fmt: skip
-    lines = markdown_table(("what was made up", "cases", "traceback or hang"), rows)
+            for name, end in results]  # fmt: skip
+    lines = markdown_table(("made-up input", "cases", "traceback or hang"), rows)
     write_section("Fuzzed", f"python benchmarks/fuzz.py --cases {cases}", "\n".join(lines), "hypothesis")
     if done.returncode:
         raise SystemExit(done.stdout)

@@ -31,7 +31,7 @@ def kill_and_resume(kills: int, output: Path, flags: tuple, seed: int) -> dict[s
 
     Raises AssertionError where a resume fails.
     """
-    draw, done, saving, steps = random.Random(seed), 0, 0, []
+    draw, done, in_saves, steps = random.Random(seed), 0, 0, []
     farthest = max(1, 2 * flags[0] // kills - 1)  # so that the kills are spread over the whole run
     while done < kills:
         process = subprocess.Popen(
@@ -42,7 +42,7 @@ def kill_and_resume(kills: int, output: Path, flags: tuple, seed: int) -> dict[s
         while process.poll() is None and newest(output) < wanted:  # it is on its way
             time.sleep(0.005)
         if in_a_save:
-            while process.poll() is None and not (output / ".incoming").exists():
+            while process.poll() is None and not saving(output):
                 time.sleep(0.0005)
             time.sleep(draw.uniform(0, 0.05))
         else:
@@ -51,16 +51,21 @@ def kill_and_resume(kills: int, output: Path, flags: tuple, seed: int) -> dict[s
             break
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        saving += (output / ".incoming").exists()
+        in_saves += saving(output)
         done += 1
         steps.append(newest(output))
     last = subprocess.run(command(flags, output, "--resume"), cwd=ROOT, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
-    return {"kills": done, "in a save": saving, "steps": steps}
+    return {"kills": done, "in a save": in_saves, "steps": steps}
 
 
 def newest(output: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
+
+
+def saving(output: Path) -> bool:
+    """Whether a checkpoint is being written, or was when the run was killed."""
+    return any(not (path / "run.json").exists() for path in output.glob("checkpoint-*"))
 
 
 def same(first: Path, second: Path) -> bool:
@@ -83,15 +88,15 @@ def main() -> None:
     prepared()
     flags = (120, "--preset", "tiny", "--max_completion_length", 16, "--target_tokens", 8, "--eval_prompts", 4)
     with tempfile.TemporaryDirectory() as scratch:
-        whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
-        subprocess.run(command(flags, whole), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        found = kill_and_resume(arguments.kills, killed, flags, seed=0)
-        equal = same(*(folder.with_name(f"{folder.name}-final") for folder in (whole, killed)))
+        unkilled, killed = Path(scratch) / "unkilled", Path(scratch) / "killed"
+        subprocess.run(command(flags, unkilled), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        counts = kill_and_resume(arguments.kills, killed, flags, seed=0)
+        equal = same(*(folder.with_name(f"{folder.name}-final") for folder in (unkilled, killed)))
     body = (
-        f"{found['kills']} kills (kill -9), {found['in a save']} of them in a save; after the last resume the adapter is "
+        f"{counts['kills']} kills (kill -9), {counts['in a save']} of them in a save; after the last resume the adapter is "
         f"{'the same, bit for bit, as' if equal else 'NOT that of'} the run that was never killed; its metrics and "
         f"evaluations {'have every step once' if equal else 'differ'}.\n\nPreset tiny, {flags[0]} steps, each saved: "
-        f"three epochs, killed at the steps {', '.join(map(str, found['steps']))}."
+        f"three epochs, killed at the steps {', '.join(map(str, counts['steps']))}."
     )
     write_section(
         "Killed and resumed", f"python benchmarks/kills.py --kills {arguments.kills}", body, "torch", "transformers", "trl"

@@ -1,4 +1,4 @@
-"""How long prepare_data.py takes on as many rows as oasst1 has, and how its time and memory grow.
+"""Seconds and memory of prepare_data.py on as many rows as oasst1 has.
 
   python benchmarks/prepare.py
 
@@ -18,11 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-ROWS = {88_838: 3, 1_000_000: 1}  # as many as the ready trees of oasst1 have, and a million; how often each is measured
+ROWS = 88_838  # as many as the ready trees of oasst1 have
+RUNS = 3
 
 
 def make_rows(path: Path, count: int) -> None:
-    sample = [json.loads(line) for line in (ROOT / "tiny" / "messages.jsonl").open(encoding="utf-8")]
+    sample = [json.loads(line) for line in (ROOT / "sample" / "tiny.jsonl").open(encoding="utf-8")]
     with path.open("w", encoding="utf-8") as lines:
         for i in range(count):
             row, copy = dict(sample[i % len(sample)]), i // len(sample)
@@ -50,16 +51,13 @@ def main() -> None:
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
 
-    lines = []
     with tempfile.TemporaryDirectory() as scratch:
-        for rows, runs in ROWS.items():
-            source = Path(scratch) / f"{rows}.jsonl"
-            make_rows(source, rows)
-            found = [measure(source, Path(scratch) / "data") for _ in range(runs)]
-            seconds, memory = zip(*found, strict=True)
-            size, spread = f"{source.stat().st_size / 1e6:.0f} MB", f"{min(seconds):.1f} to {max(seconds):.1f}"
-            lines.append((f"{rows:,}", size, runs, spread, f"{max(memory):.2f} GB"))
-    table = markdown_table(("rows", "file", "runs", "seconds, lowest to highest", "peak memory"), lines)
+        source = Path(scratch) / "messages.jsonl"
+        make_rows(source, ROWS)
+        seconds, memory = zip(*(measure(source, Path(scratch) / "data") for _ in range(RUNS)), strict=True)
+        size = f"{source.stat().st_size / 1e6:.0f} MB"
+    line = (f"{ROWS:,}", size, RUNS, f"{min(seconds):.1f} to {max(seconds):.1f}", f"{max(memory):.2f} GB")
+    table = markdown_table(("rows", "file", "runs", "seconds, lowest to highest", "peak memory"), [line])
     write_section("prepare_data", "python benchmarks/prepare.py", "\n".join(table), "datasets", "tokenizers")
 
 

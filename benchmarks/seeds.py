@@ -1,7 +1,7 @@
 """The tiny run over several seeds: what the README's tables of seeds say.
 
   python benchmarks/seeds.py [--seeds 3] [--steps 100]
-  python benchmarks/seeds.py --judge      # with a reward model of its own for each seed, and GRPO on that and on `ending`
+  python benchmarks/seeds.py --reward_model   # train a reward model for each seed, then GRPO on it and `ending`
 
 Trains and validates preset tiny for each seed; the numbers are those of validate_model.py's report.json.
 """
@@ -34,50 +34,51 @@ def gain(seed: str, metric: dict, ended: dict) -> list[str]:
     return [seed, base, tuned, spread, f"{ended['base']:.2f}", f"{ended['tuned']:.2f}"]
 
 
-def train_judge(seed: str, folder: str) -> list[str]:
+def train_reward_model(seed: str, folder: str) -> list[str]:
     """A reward model's accuracy on held-out pairs."""
     run("train_reward.py", "--seed", seed, "--reward_dir", folder, "--overwrite")
-    found = json.loads((ROOT / folder / "run.json").read_text())["validation"]
-    everything = found["groups"][0]
+    validation = json.loads((ROOT / folder / "run.json").read_text())["validation"]
+    everything = validation["groups"][0]
 
     def accuracy(of: str) -> str:
         low, high = everything[f"{of}_interval"]
         return f"{everything[of]:.1%} [{low:.0%}, {high:.0%}]"
 
-    return [seed, str(everything["pairs"]), accuracy("model"), accuracy("longer"), f"{found['rank_correlation']:.2f}"]
+    return [seed, str(everything["pairs"]), accuracy("model"), accuracy("longer"), f"{validation['rank_correlation']:.2f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--judge", action="store_true", help="GRPO on a reward model learnt from the sample's rankings")
+    parser.add_argument("--reward_model", action="store_true", help="GRPO on a reward model learnt from the sample's rankings")
     arguments = parser.parse_args()
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
 
     run("prepare_data.py", "--overwrite")
-    judges, gains = [], []
+    accuracies, gains = [], []
     for seed in map(str, range(arguments.seeds)):
         name = f"tiny-seed-{seed}"
-        if arguments.judge:
-            judge = f"{name}-judge"
-            judges.append(train_judge(seed, f"results/{judge}"))
-            metrics = train(seed, f"{name}-judged", arguments.steps, "--rewards", f"results/{judge},ending")
-            gains.append(gain(seed, metrics[judge], metrics["ending"]))
+        if arguments.reward_model:
+            reward_model = f"{name}-reward-model"
+            accuracies.append(train_reward_model(seed, f"results/{reward_model}"))
+            metrics = train(seed, f"{name}-on-reward-model", arguments.steps, "--rewards", f"results/{reward_model},ending")
+            gains.append(gain(seed, metrics[reward_model], metrics["ending"]))
         else:
             metrics = train(seed, name, arguments.steps)
             gains.append(gain(seed, metrics["length"], metrics["ending"]))
-    what = "judge's score" if arguments.judge else "reward"
+    what = "reward model's score" if arguments.reward_model else "reward"
     columns = ("seed", f"{what}, base", f"{what}, tuned", "difference, 95 % interval", "ended, base", "ended, tuned")
     lines = markdown_table(columns, gains)
     note = f"Preset tiny, {arguments.steps} steps, held-out prompts at the training temperature."
     title, command = "The tiny run, over seeds", "python benchmarks/seeds.py"
-    if arguments.judge:
+    if arguments.reward_model:
         columns = ("seed", "held-out pairs", "reward model right", "the longer reply wins", "correlation of score and length")
-        lines = [*markdown_table(columns, judges), "", *lines]
-        note += " The judge's score is 0 for the mean human reply and 1 a standard deviation above; GRPO on it and on ending."
-        title, command = "The tiny reward model, over seeds", f"{command} --judge"
+        lines = [*markdown_table(columns, accuracies), "", *lines]
+        note += " The reward model's score is 0 for the mean human reply and 1 a standard deviation above; "
+        note += "GRPO on it and on ending."
+        title, command = "The tiny reward model, over seeds", f"{command} --reward_model"
     write_section(title, command, "\n".join([*lines, "", note]), "torch", "transformers", "trl", "peft")
 
 

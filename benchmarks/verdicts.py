@@ -3,8 +3,8 @@
   python benchmarks/verdicts.py [--reports 2000]
 
 Both models' values are drawn alike, so every better or worse is false. A report is seven metrics, the first its headline,
-and that in four languages; the words are those of validate_model.py. Beside it, what 95 % percentile bootstrap intervals for
-every row, a common choice, would have said.
+and that in four languages; the verdicts follow validate_model.py's rule. Beside it, what 95 % percentile bootstrap intervals
+for every row, a common choice, would have said.
 """
 
 import argparse
@@ -36,19 +36,19 @@ def ended(draw, prompts: int) -> numpy.ndarray:
 
 def few_differ(draw, prompts: int) -> numpy.ndarray:
     """One prompt in twenty differs, by as much each."""
-    found = numpy.zeros((2, prompts))
+    values = numpy.zeros((2, prompts))
     which = numpy.flatnonzero(draw.random(prompts) < 0.05)
-    found[draw.integers(0, 2, len(which)), which] = 1.0
-    return found
+    values[draw.integers(0, 2, len(which)), which] = 1.0
+    return values
 
 
-def false_words(values: list[numpy.ndarray], interval: Callable, level: float) -> tuple[float, bool]:
-    """Of a report: the share of metrics whose word would be false as the headline's; and is any other row's false?"""
+def false_verdicts(values: list[numpy.ndarray], interval: Callable, level: float) -> tuple[float, bool]:
+    """Of a report: the share of metrics whose verdict would be false as the headline's; and whether any other row's is false"""
     languages = [values[0][:, start::LANGUAGES] for start in range(LANGUAGES)]
 
     def wrong(sides: numpy.ndarray, level: float) -> bool:
-        found = interval(sides[1] - sides[0], level)
-        return bool(found and not found[0] <= 0 <= found[1])
+        ends = interval(sides[1] - sides[0], level)
+        return bool(ends and not ends[0] <= 0 <= ends[1])
 
     return numpy.mean([wrong(sides, 0.95) for sides in values]), any(wrong(sides, level) for sides in [*values[1:], *languages])
 
@@ -78,13 +78,13 @@ def main() -> None:
             draw = numpy.random.default_rng(0)
             reports = [[kind(draw, prompts) for _ in range(METRICS)] for _ in range(arguments.reports)]
             level = simultaneous(METRICS - 1 + LANGUAGES)
-            ours = numpy.mean([false_words(values, sign_flip_interval, level) for values in reports], 0)
-            usual = numpy.mean([false_words(values, bootstrap, 0.95) for values in reports], 0)
+            ours = numpy.mean([false_verdicts(values, sign_flip_interval, level) for values in reports], 0)
+            usual = numpy.mean([false_verdicts(values, bootstrap, 0.95) for values in reports], 0)
             rows.append([kind.__name__.replace("_", " "), str(prompts), *(f"{share:.1%}" for share in (*ours, *usual))])
     columns = ("values", "prompts", "headline", "any other row", "headline, bootstrap", "any other row, bootstrap at 95 %")
     body = "\n".join(markdown_table(columns, rows)) + (
-        f"\n\nShare of {arguments.reports} reports with a false word, no effect in any. A report: {METRICS} metrics, and the "
-        f"headline in {LANGUAGES} languages. Each metric was taken for the headline in turn. Standard errors at 5 %: "
+        f"\n\nShare of {arguments.reports} reports with a false verdict, no effect in any. A report: {METRICS} metrics, and "
+        f"the headline in {LANGUAGES} languages. Each metric was taken for the headline in turn. Standard errors at 5 %: "
         f"{error(arguments.reports * METRICS):.2f} points of a headline's share, {error(arguments.reports):.2f} of the rest."
     )
     write_section("False verdicts", f"python benchmarks/verdicts.py --reports {arguments.reports}", body, "numpy", "scipy")

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -26,28 +27,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def check_port(host: str, port: int) -> None:
-    if not 1 <= port <= 65535:
-        fail(f"--port is {port}, but it takes 1 to 65535.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            fail(f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or leave it out.")
-
-
-def password() -> tuple[str, str] | None:
-    given = os.environ.get("APP_AUTH", "")
-    user, colon, secret = given.partition(":")
-    if given and not (user and colon and secret):
-        fail("APP_AUTH must be user:password, both not empty.")
-    return (user, secret) if given else None
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,9 +42,16 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers, for a week")
     parser.add_argument("--check", action="store_true", help="load, answer one question, print what answers, and end")
     options = parser.parse_args(argv)
-    password()
+    user, _, password = os.environ.get("APP_AUTH", "").partition(":")
+    options.auth = (user, password) if user else None
+    if bool(user) != bool(password):
+        fail("APP_AUTH must be user:password, both not empty.")
     if options.port is not None and not options.check:
-        check_port(options.host or "127.0.0.1", options.port)
+        host = options.host or "127.0.0.1"
+        try:
+            socket.create_server((host, options.port)).close()
+        except (OSError, OverflowError) as error:
+            fail(f"cannot listen on {host}:{options.port}: {error}. Choose another --port (1 to 65535), or leave it out.")
     return options
 
 
@@ -76,42 +65,26 @@ except ImportError:
 ZERO_GPU = spaces is not None and spaces.config.Config.zero_gpu  # elsewhere the package does nothing
 
 import gradio as gr
+import torch
 import transformers
-from engine import (
-    BASE,
-    MAX_CHARACTERS,
-    MAX_SECONDS,
-    RUNNING,
-    TEMPERATURE,
-    TOP_P,
-    TUNED,
-    Answer,
-    BadInput,
-    Engine,
-    NoBase,
-    Settings,
-    read_json,
-)
+from engine import BASE, LIMITS, MAX_CHARACTERS, MAX_SECONDS, RUNNING, TUNED, Answer, BadInput, Engine, NoBase, Settings
 
+NOTE = '<div class="note">'  # cannot stand in an escaped text
 EXAMPLES = [
     "Explain the theory of relativity to a 5 year old.",
     "Write a python function to calculate fibonacci numbers.",
     "What are the benefits of exercise?",
     "Tengo un problema con mi coche, hace un ruido extraño.",
 ]
-GPU_START = 20  # seconds that ZeroGPU may take to bring the model onto its card
+GPU_START = 20  # seconds that ZeroGPU may take to bring the model onto its GPU
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # one queue for chat, comparison and API
 MAX_WAITING = 32  # people in the queue; more are told to come back
-HERE = Path(__file__).resolve().parent
 
 engine: Engine  # set by main, before the page opens; ZeroGPU's processes are forked with it
 
 
-# --- answers
-
-
 def gpu_seconds(messages: list[dict], model: str, settings: Settings) -> int:
-    """How long ZeroGPU reserves its card for an answer: moving the model there, and ten tokens a second at worst."""
+    """How long ZeroGPU reserves its GPU for an answer: moving the model there, and ten tokens a second at worst."""
     return GPU_START + settings.max_new_tokens // 10
 
 
@@ -121,16 +94,11 @@ def answer_seconds(settings: Settings) -> float:
 
 
 def generate(messages: list[dict], model: str, settings: Settings) -> Iterator[Answer]:
-    """On ZeroGPU this runs in a process of its own, which is killed when the reserved time is over: so an answer ends before.
-
-    Only a gr.Error comes out of that process with its text.
-    """
+    """On ZeroGPU this runs in a process of its own, which is killed after the reserved time; only a gr.Error keeps its text."""
     with shown_as_error():
         try:
             yield from engine.stream(messages, model, settings, answer_seconds(settings))
-        except (MemoryError, RuntimeError) as error:  # torch's error for a full card is a RuntimeError
-            if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
-                raise
+        except (MemoryError, torch.OutOfMemoryError):
             raise BadInput("There is not enough memory for this. Ask for a shorter answer.") from None
 
 
@@ -139,15 +107,15 @@ if spaces:
 
 
 def answer(messages: list[dict], model: str, **given) -> Iterator[Answer]:
-    """The answer as it grows. Raises BadInput for what the asker can mend."""
+    """The answer as it grows. Raises BadInput for what the visitor can change."""
     settings = engine.settings(**given)
-    engine.prompt(messages, settings.max_new_tokens)  # before a card is asked for
+    engine.prompt(messages, settings.max_new_tokens)  # before a GPU is asked for
     yield from generate(messages, model, settings)
 
 
 @contextmanager
 def shown_as_error() -> Iterator[None]:
-    """BadInput as a readable error, on the page and through the API. Gradio reads HTML in it."""
+    """BadInput as a readable error, on the page and through the API; Gradio reads HTML in it."""
     try:
         yield
     except BadInput as error:
@@ -167,44 +135,36 @@ def ask(
     """Answers one prompt; streams the text so far, the last of which is the whole answer.
 
     model: "tuned" or "base". max_new_tokens, sample, temperature, top_p: the adapter's own where left out; sample: false takes
-    the likeliest token each time. seed: -1 draws a new one. stop: at the end of the first answer; false lets the model run on,
+    the likeliest token each time. seed: -1 takes a new one. stop: at the end of the first answer; false lets the model run on,
     as a base model does.
     """
-    given = {"max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature, "top_p": top_p}
-    given = {name: value for name, value in given.items() if value is not None}
+    settings = sampling_settings((max_new_tokens, sample, temperature, top_p, seed, stop))
     with shown_as_error():
-        for so_far in answer([{"role": "user", "content": prompt}], model, **given, seed=seed, stop=stop):
+        for so_far in answer([{"role": "user", "content": prompt}], model, **settings):
             yield so_far.text
-
-
-# --- the page
 
 
 def plain(content: str | list) -> str:
     """The text of a chat message: a plain string from the API, a list of blocks from the page."""
-    blocks = [content] if isinstance(content, str) else content
-    return "".join(block if isinstance(block, str) else block.get("text", "") for block in blocks)
-
-
-LINE = '<div class="note">'  # cannot stand in an escaped text
+    return content if isinstance(content, str) else "".join(block.get("text", "") for block in content)
 
 
 def to_page(message: dict) -> dict:
     """A message with its text escaped, and the line about it, `metadata["log"]`, below."""
     line = (message.get("metadata") or {}).get("log")
-    text = html.escape(plain(message["content"])) + (f"{LINE}{html.escape(line)}</div>" if line else "")
-    # As a block, not a string: of a string, Gradio removes the indentation.
+    text = html.escape(plain(message["content"])) + (note(line) if line else "")
+    # A block, not a string: of a string, Gradio removes the indentation.
     return {"role": message["role"], "content": [{"type": "text", "text": text}], "metadata": {}}
 
 
 def from_page(message: dict) -> dict:
     """What `to_page` was given."""
-    text, _, line = plain(message["content"]).partition(LINE)
+    text, _, line = plain(message["content"]).partition(NOTE)
     metadata = {"log": html.unescape(line.removesuffix("</div>"))} if line else {}
     return {"role": message["role"], "content": html.unescape(text), "metadata": metadata}
 
 
-def show_exactly(chatbot: gr.Chatbot) -> gr.Chatbot:
+def show_exact_text(chatbot: gr.Chatbot) -> gr.Chatbot:
     """gr.Chatbot reads HTML in messages even with render_markdown=False: escape on the way to the page, undo on the way back.
 
     By wrapping, not in a subclass: Gradio writes an app.pyi beside any file that defines a component.
@@ -215,87 +175,82 @@ def show_exactly(chatbot: gr.Chatbot) -> gr.Chatbot:
     return chatbot
 
 
-# The box for questions, while an answer is being written and after it.
+# The question's box, while an answer is being written and after it.
 BUSY = gr.update(interactive=False, submit_btn=False, stop_btn=True)
 READY = gr.update(interactive=True, submit_btn=True, stop_btn=False)
 
 
-def put_question(question: str, talk: list[dict]) -> tuple[dict, list[dict]]:
-    """The question into the conversation. Raises gr.Error for one that nobody could answer."""
+def submit(question: str, history: list[dict]) -> tuple[dict, list[dict]]:
     with shown_as_error():
         engine.check_question(question)
-    return {**BUSY, "value": ""}, [*talk, {"role": "user", "content": question}]
+    return {**BUSY, "value": ""}, [*history, {"role": "user", "content": question}]
 
 
-def put_example(talk: list[dict], chosen: gr.SelectData) -> tuple[dict, list[dict]]:
-    return put_question(chosen.value["text"], talk)
+def submit_example(history: list[dict], chosen: gr.SelectData) -> tuple[dict, list[dict]]:
+    return submit(chosen.value["text"], history)
 
 
-def ask_again(talk: list[dict], chosen: gr.RetryData) -> tuple[dict, list[dict]]:
-    """The conversation up to the question that is to be answered anew."""
-    return BUSY, talk[: chosen.index + 1]
+def retry(history: list[dict], chosen: gr.RetryData) -> tuple[dict, list[dict]]:
+    return BUSY, history[: chosen.index + 1]
 
 
-def take_back(talk: list[dict], chosen: gr.UndoData) -> tuple[str, list[dict]]:
-    """The last question back into the box."""
-    return talk[chosen.index]["content"], talk[: chosen.index]
+def undo(history: list[dict], chosen: gr.UndoData) -> tuple[str, list[dict]]:
+    """The last question goes back into the box."""
+    return history[chosen.index]["content"], history[: chosen.index]
 
 
-def chat(talk: list[dict], earlier: bool, *drawing) -> Iterator[list[dict]]:
-    """The conversation with the answer to its last question, as that grows. What went wrong is said in the answer's place."""
+def chat(history: list[dict], earlier: bool, *sampling_params) -> Iterator[list[dict]]:
+    """The conversation with the answer to its last question, as that grows; or with the error in the answer's place."""
+    messages = past(history) + history[-1:] if earlier else history[-1:]
     try:
-        for so_far in answer(past(talk) + talk[-1:] if earlier else talk[-1:], TUNED, **drawing_settings(drawing)):
-            yield [*talk, {"role": "assistant", "content": so_far.text, "metadata": {"log": so_far.summary()}}]
+        for so_far in answer(messages, TUNED, **sampling_settings(sampling_params)):
+            yield [*history, {"role": "assistant", "content": so_far.text, "metadata": {"log": so_far.summary()}}]
     except (BadInput, gr.Error) as error:
-        yield [*talk, {"role": "assistant", "content": "", "metadata": {"log": f"Not answered. {in_words(error)}"}}]
+        yield [*history, {"role": "assistant", "content": "", "metadata": {"log": f"Not answered. {error_text(error)}"}}]
 
 
-def in_words(error: BadInput | gr.Error) -> str:
+def error_text(error: BadInput | gr.Error) -> str:
     """ZeroGPU says with a gr.Error, in HTML, that a visitor's time is used up; ours is escaped for the page."""
     if isinstance(error, BadInput):
         return str(error)
     text = html.unescape(re.sub(r"<[^>]+>", "", str(error.message)))
-    if "quota" in f"{error.title} {text}".lower() or "GPU limit" in text:
-        text += " Log in to Hugging Face for more of it, or run the app on your own machine (see About)."
-    return text
+    return text + " Log in to Hugging Face for more of it, or run the app on your own machine." * ("quota" in text)
 
 
-def past(talk: list[dict]) -> list[dict]:
+def past(history: list[dict]) -> list[dict]:
     """The questions before the last, and their answers; one without an answer is passed over."""
-    pairs = [
-        (one, two) for one, two in zip(talk, talk[1:], strict=False) if (one["role"], two["role"]) == ("user", "assistant")
-    ]
+    roles = [message["role"] for message in history]
+    pairs = [history[i : i + 2] for i in range(len(history) - 1) if roles[i : i + 2] == ["user", "assistant"]]
     return [message for pair in pairs if pair[1]["content"] for message in pair]
 
 
-def say_stopped(talk: list[dict]) -> list[dict]:
+def mark_stopped(history: list[dict]) -> list[dict]:
     """After Stop: the line below the part that is there says so."""
-    if talk and (log := talk[-1].get("metadata", {}).get("log", "")).endswith(RUNNING):
-        talk[-1]["metadata"]["log"] = log.removesuffix(RUNNING) + "stopped by you"
-    return talk
+    if history and (log := history[-1].get("metadata", {}).get("log", "")).endswith(RUNNING):
+        history[-1]["metadata"]["log"] = log.removesuffix(RUNNING) + "stopped by you"
+    return history
 
 
-def compare(question: str, *drawing) -> Iterator[tuple[str, str, str, str]]:
+def compare(question: str, *sampling_params) -> Iterator[list[str]]:
     """Base, then tuned, on the same question with the same seed."""
-    settings = {"seed": -1, **drawing_settings(drawing)}
+    settings = {"seed": -1, **sampling_settings(sampling_params)}
     settings["seed"] = settings["seed"] if settings["seed"] >= 0 else secrets.randbelow(2**31)
-    shown = {BASE: ("", "waits for its turn"), TUNED: ("", "waits for its turn")}
+    panes = {model: ("", note("waits for its turn")) for model in (BASE, TUNED)}
     with shown_as_error():
-        for model in shown:
+        for model in panes:
             for so_far in answer([{"role": "user", "content": question}], model, **settings):
-                shown[model] = (so_far.text, so_far.summary())
-                yield *_pane(shown[BASE]), *_pane(shown[TUNED])
+                panes[model] = so_far.text, note(so_far.summary())
+                yield [*panes[BASE], *panes[TUNED]]
 
 
-def _pane(shown: tuple[str, str]) -> tuple[str, str]:
-    text, line = shown
-    return text, f'<div class="note">{html.escape(line)}</div>'
+def note(line: str) -> str:
+    return f"{NOTE}{html.escape(line)}</div>"
 
 
-def drawing_settings(drawing: tuple) -> dict:
+def sampling_settings(sampling_params: tuple) -> dict:
     """The parameters' values, in the page's order, by their names. A cleared number field means: the default."""
     names = ("max_new_tokens", "sample", "temperature", "top_p", "seed", "stop")
-    return {name: value for name, value in zip(names, drawing, strict=True) if value is not None}
+    return {name: value for name, value in zip(names, sampling_params, strict=True) if value is not None}
 
 
 CSS = """
@@ -309,19 +264,15 @@ CSS = """
 .status a { margin-left: .9em; }
 .note { min-height: 1.4em; margin-top: .4em; white-space: normal; }
 #chat .md { white-space: pre-wrap; overflow-wrap: anywhere; }
-#facts td:not(:first-child) { white-space: nowrap; }
 """
 
 
 def status_line() -> str:
-    status = engine.status
-    links = {"GRPO": "https://arxiv.org/abs/2402.03300", "oasst1": "https://huggingface.co/datasets/OpenAssistant/oasst1"}
-    if not Path(engine.base).exists():
-        links = {engine.base_name: f"https://huggingface.co/{engine.base}", **links}
-    anchors = "".join(f'<a href="{url}" target="_blank" rel="noopener">{name}</a>' for name, url in links.items())
+    on_hub = not Path(engine.base).exists()
+    link = f'<a href="https://huggingface.co/{engine.base}" target="_blank" rel="noopener">{engine.base}</a>' * on_hub
     return (
-        f'<div class="status {status.kind}"><span class="dot"></span><span>{html.escape(status.text)}'
-        f"<br><small>{html.escape(status.device)}{anchors}</small></span></div>"
+        f'<div class="status {engine.kind}"><span class="dot"></span><span>{html.escape(engine.status)}'
+        f"<br><small>{html.escape(engine.device)}{link}</small></span></div>"
     )
 
 
@@ -339,17 +290,17 @@ def make_page() -> gr.Blocks:
                 earlier = gr.Checkbox(True, label="Use earlier turns", info="Chat: the model sees the conversation so far")
             with gr.Column(min_width=280):
                 sample = gr.Checkbox(own.sample, label="Sampling", info="off: always the likeliest token")
-                temperature = gr.Slider(*TEMPERATURE, own.temperature, step=0.05, label="Temperature")
-                top_p = gr.Slider(*TOP_P, own.top_p, step=0.05, label="Top-p")
+                temperature = gr.Slider(*LIMITS["temperature"], own.temperature, step=0.05, label="Temperature")
+                top_p = gr.Slider(*LIMITS["top_p"], own.top_p, step=0.05, label="Top-p")
                 seed = gr.Number(-1, precision=0, minimum=-1, maximum=2**31 - 1, label="Seed", info="-1: a new one each time")
-        drawing = [length, sample, temperature, top_p, seed, stop]
+        sampling_params = [length, sample, temperature, top_p, seed, stop]
         with gr.Tab("Chat"):
-            conversation([earlier, *drawing])
+            conversation([earlier, *sampling_params])
         with gr.Tab("Compare"):
             if engine.tuned:
-                comparison(drawing)
+                comparison(sampling_params)
             else:
-                gr.Markdown("There is nothing to compare: " + html.escape(engine.status.text))
+                gr.Markdown("There is nothing to compare: " + html.escape(engine.status))
         with gr.Tab("About"):
             about()
         parameters.render()
@@ -358,28 +309,19 @@ def make_page() -> gr.Blocks:
 
 
 def conversation(parameters: list) -> None:
-    chatbot = gr.Chatbot(
-        examples=[{"text": example} for example in EXAMPLES],
-        elem_id="chat",
-        show_label=False,
-        height="55vh",
-        min_height=280,
-        render_markdown=False,
-        latex_delimiters=[],
-        allow_tags=False,
-        buttons=[],
-        layout="bubble",
-    )
-    show_exactly(chatbot)
+    exact = {"render_markdown": False, "latex_delimiters": [], "allow_tags": False}
+    look = {"height": "55vh", "min_height": 280, "show_label": False, "buttons": []}
+    chatbot = gr.Chatbot(examples=[{"text": example} for example in EXAMPLES], elem_id="chat", **exact, **look)
+    show_exact_text(chatbot)
     box = gr.Textbox(
-        placeholder="Ask something", show_label=False, label="Question", submit_btn=True, max_lines=8, elem_id="ask"
+        label="Question", show_label=False, placeholder="Ask something", submit_btn=True, max_lines=8, elem_id="ask"
     )
     at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     asked = [
         # Through the queue, though it has nothing to wait for: the page shows the errors of queued events only.
-        box.submit(put_question, [box, chatbot], [box, chatbot], **{**at_once, "queue": True}),
-        chatbot.example_select(put_example, chatbot, [box, chatbot], **at_once),
-        chatbot.retry(ask_again, chatbot, [box, chatbot], **at_once),
+        box.submit(submit, [box, chatbot], [box, chatbot], **{**at_once, "queue": True}),
+        chatbot.example_select(submit_example, chatbot, [box, chatbot], **at_once),
+        chatbot.retry(retry, chatbot, [box, chatbot], **at_once),
     ]
     answered = [
         event.success(chat, [chatbot, *parameters], chatbot, show_progress="full", api_visibility="private", **ONE_AT_A_TIME)
@@ -388,12 +330,12 @@ def conversation(parameters: list) -> None:
     for event in answered:
         for ended in (event.then, event.failure):  # `then` alone would leave the box shut after an error
             ended(lambda: READY, None, box, **at_once)
-    # After the cancelling, not with it: an answer on its way to the page would wipe out what say_stopped has said.
-    box.stop(None, cancels=answered, api_visibility="private").then(say_stopped, chatbot, chatbot, **at_once)
-    chatbot.undo(take_back, chatbot, [box, chatbot], **at_once)
+    # After the cancelling, not with it: an answer on its way to the page would wipe out what mark_stopped has said.
+    box.stop(None, cancels=answered, api_visibility="private").then(mark_stopped, chatbot, chatbot, **at_once)
+    chatbot.undo(undo, chatbot, [box, chatbot], **at_once)
 
 
-def comparison(drawing: list) -> None:
+def comparison(sampling_params: list) -> None:
     question = gr.Textbox(label="One question to both, with the same seed", value=EXAMPLES[2], lines=2, max_lines=8)
     with gr.Row():
         go = gr.Button("Compare", variant="primary", min_width=100, elem_id="compare")
@@ -402,35 +344,21 @@ def comparison(drawing: list) -> None:
     with gr.Row():
         for name in ("Base", "Tuned"):
             with gr.Column(min_width=300):
-                panes.append(
-                    gr.Textbox(label=name, lines=8, max_lines=24, interactive=False, buttons=["copy"], elem_id=name.lower())
-                )
-                panes.append(gr.HTML('<div class="note"></div>', padding=False))
-    running = gr.on(
-        [go.click, question.submit],
-        compare,
-        [question, *drawing],
-        panes,
-        show_progress="minimal",
-        api_visibility="private",
-        **ONE_AT_A_TIME,
-    )
+                look = {"lines": 8, "max_lines": 24, "interactive": False, "buttons": ["copy"]}
+                panes += [gr.Textbox(label=name, elem_id=name.lower(), **look), gr.HTML(note(""), padding=False)]
+    options = {"show_progress": "minimal", "api_visibility": "private", **ONE_AT_A_TIME}
+    running = gr.on([go.click, question.submit], compare, [question, *sampling_params], panes, **options)
     halt.click(None, cancels=[running], api_visibility="private")
 
 
 def about() -> None:
-    """What was trained and how, from the adapter's own files, as far as they are there."""
-    if engine.tuned:
-        run = read_json(engine.adapter / "run.json")
-        try:
-            facts = training_facts(run, engine.adapter / "metrics.jsonl")
-        except (AttributeError, TypeError, ValueError):  # a run.json of any kind: the app is for any adapter
-            facts = "How it was trained is not shown, for its run.json is not what a training writes."
-        gr.Markdown(facts, elem_id="facts")
-        if (engine.adapter / "reward.png").is_file():
-            gr.Image(str(engine.adapter / "reward.png"), show_label=False, buttons=[], container=False)
-    shown, _ = engine.prompt([{"role": "user", "content": EXAMPLES[2]}], engine.settings().max_new_tokens)
-    gr.Textbox(shown, label="A prompt, as the model sees it", lines=2, interactive=False)
+    """The adapter's own model card, the prompt as sent, limits and privacy."""
+    if card := model_card(engine.adapter / "README.md") if engine.tuned else "":
+        gr.Markdown(card, elem_id="card")
+        if (curve := engine.adapter / "reward.png").is_file():
+            gr.Image(str(curve), show_label=False, buttons=[], container=False)
+    prompt, _ = engine.prompt([{"role": "user", "content": EXAMPLES[2]}], engine.settings().max_new_tokens)
+    gr.Textbox(prompt, label="A prompt, as the model sees it", lines=2, interactive=False)
     stops = ", ".join(json.dumps(stop.strip()) for stop in engine.defaults.stop_strings or [])
     gr.Markdown(
         f"""
@@ -439,8 +367,8 @@ the next question or exercise; *Stop at the first answer*, switched off, shows h
 
 **Limits.** {MAX_CHARACTERS:,} characters of question; {engine.context:,} tokens of question and answer together, at most
 {engine.longest_answer:,} of them answer; {answer_seconds(Settings(engine.longest_answer)):.0f} seconds an answer;
-one answer at a time, {MAX_WAITING} waiting. A small model
-states false things fluently. It was trained on what its reward paid for, and on nothing else.
+one answer at a time, {MAX_WAITING} waiting. A small model states false things fluently. It was trained on what its reward
+rewards, and on nothing else.
 
 **Privacy.** Nothing you write is stored or sent on: there is no log and no analytics. On a Space it passes through Hugging
 Face's servers.
@@ -448,40 +376,11 @@ Face's servers.
     )
 
 
-def training_facts(run: dict, metrics: Path) -> str:
-    """A table of what changed over the training, and how it was done."""
-    lines = ["| over training, first to last steps | from | to |", "|---|---|---|"]
-    try:
-        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        rows = []
-    names = {"reward": "mean reward", "answers/ended": "answers that ended by themselves", "answers/tokens": "answer tokens",
-             "kl": "KL from the base"}  # fmt: skip
-    for key, name in names.items():
-        kept = [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= (run.get("steps") or float("inf"))]
-        values = [row[key] for row in kept if isinstance(row.get(key), (int, float))]
-        if values:
-            count = min(10, len(values) // 2) or 1  # of a short run, half each
-            first, last = (sum(part) / len(part) for part in (values[:count], values[-count:]))
-            lines.append(f"| {name} | {first:.3g} | {last:.3g} |")
-    text = "\n".join(lines) + "\n\n" if len(lines) > 2 else ""
-    config = run.get("config") or {}
-    facts = {
-        "Base": engine.base_name,
-        "Data": Path(data).name if (data := (run.get("data") or {}).get("dataset")) and Path(data).exists() else data,
-        "LoRA": config and f"r {config.get('lora_r')}, alpha {config.get('lora_alpha')}, on {run.get('adapted')}",
-        "GRPO": config
-        and f"{run.get('steps')} steps, {config.get('num_generations')} answers per prompt, learning rate "
-        f"{config.get('learning_rate')}, beta {config.get('beta')}, seed {config.get('seed')}",
-        "Rewards": "; ".join(f"{r.get('name')} x {r.get('weight')}: {r.get('pays_for')}" for r in run.get("rewards") or []),
-        "Target": config and f"{config.get('target_tokens')} tokens",
-        "Made on": run.get("hardware") and f"{run['hardware']}, {run.get('seconds', 0) / 60:.0f} minutes",
-        "Versions": ", ".join(f"{name} {number}" for name, number in (run.get("versions") or {}).items()),
-    }
-    return text + "\n".join(f"- **{name}**: {html.escape(str(fact))}" for name, fact in facts.items() if fact)
-
-
-# --- start
+def model_card(path: Path) -> str:
+    """The text of a model card, without its YAML header, and without what would fetch an image or be read as HTML."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    return re.sub(r"!\[.*?\]\(.*?\)", "", text).replace("![", "[").replace("<", "&lt;")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -489,28 +388,20 @@ def main(options: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
-        engine = Engine(Path(options.adapter or HERE / "model_adapters"), options.base)
+        engine = Engine(Path(options.adapter or Path(__file__).resolve().parent / "model_adapters"), options.base)
     except NoBase as error:
         fail(str(error))
-    print(engine.status.text, engine.status.device, sep="\n", flush=True)
+    print(engine.status, engine.device, sep="\n", flush=True)
     try:
         if options.check:
             run_check(strict=bool(options.adapter))
         else:
             page = make_page().queue(max_size=MAX_WAITING, default_concurrency_limit=1)
-            page.launch(
-                server_name=options.host,
-                server_port=options.port,
-                share=options.share,
-                auth=password(),
-                ssr_mode=False,
-                state_session_capacity=100,  # the page keeps nothing there, and each caller of the API opens a session
-                footer_links=["api"],
-                theme=gr.themes.Default(
-                    primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-                ),
-                css=CSS,
-            )
+            where = {"server_name": options.host, "server_port": options.port, "share": options.share, "auth": options.auth}
+            # The page keeps nothing in a session, and each caller of the API opens one.
+            rest = {"ssr_mode": False, "state_session_capacity": 100, "footer_links": ["api"]}
+            fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+            page.launch(theme=gr.themes.Default(primary_hue="indigo", **fonts), css=CSS, **where, **rest)
     finally:
         engine.close()
 

@@ -26,6 +26,14 @@ def script(name: str, *arguments: str) -> SimpleNamespace:
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
+def refused(done: SimpleNamespace, *expected: str) -> None:
+    """A script ended with one message that has the `expected` parts, exit code 2 and no traceback."""
+    assert done.code == 2, (done.code, done.out, done.err)
+    assert done.err.startswith("error: ") and "Traceback" not in done.err, done.err
+    flat = " ".join(done.err.split())
+    assert all(part in flat for part in expected), flat
+
+
 @pytest.fixture
 def call(monkeypatch, capfd):
     """Run a script's main in this process: the same code without the seconds that importing torch takes."""

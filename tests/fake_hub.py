@@ -19,7 +19,6 @@ class FakeHub(ThreadingHTTPServer):
         self.refuse: dict[str, tuple[int, str]] = {}
         self.created: list[dict] = []
         self.requests: list[str] = []
-        self.blobs: dict[str, bytes] = {}
         self.role = "write"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -30,13 +29,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def answer(self, data, status: int = 200, **headers):
-        body = data if isinstance(data, bytes) else json.dumps(data).encode()
+    def answer(self, data: dict | list, status: int = 200, **headers):
+        body = json.dumps(data).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    def refuse(self, status: int, message: str):
+        self.answer({"error": message}, status, **{"X-Error-Message": message})
 
     def handle_any(self):
         hub, path = self.server, unquote(urlparse(self.path).path)
@@ -47,57 +49,42 @@ class _Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
         hub.requests.append(f"{self.command} {path}")
-        for start, (status, message) in hub.refuse.items():
+        for start, refusal in hub.refuse.items():
             if path.startswith(start):
-                return self.answer({"error": message}, status, **{"X-Error-Message": message})
-        if path.startswith("/blob/"):  # storage, addressed as a signed URL is: no token
-            hub.blobs[path.removeprefix("/blob/")] = body
-            return self.answer({})
+                return self.refuse(*refusal)
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self.answer({"error": "Invalid user token."}, 401, **{"X-Error-Message": "Invalid user token."})
+            return self.refuse(401, "Invalid user token.")
         if path == "/api/whoami-v2":
             auth = {"accessToken": {"role": hub.role}}
             return self.answer({"name": "me", "type": "user", "orgs": [{"name": "lab"}], "auth": auth})
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            kind = f"{asked.get('type', 'model')}s"
+            name, kind = f"{asked.get('organization') or 'me'}/{asked['name']}", f"{asked.get('type', 'model')}s"
             if (kind, name) in hub.repos:
                 return self.answer({"error": "You already created this repo", "url": f"{hub.url}/{name}"}, 409)
             hub.created.append(asked)
             hub.repos[(kind, name)] = {}
             return self.answer({"url": f"{hub.url}/{'' if kind == 'models' else kind + '/'}{name}", "name": name, "id": name})
-        if path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        if path.endswith(".git/info/lfs/objects/batch"):
-            wanted = json.loads(body)["objects"]
-            actions = [{**o, "actions": {"upload": {"href": f"{hub.url}/blob/{o['oid']}"}}} for o in wanted]
-            return self.answer({"transfer": "basic", "objects": actions})
         kind, owner, name, *rest = path.removeprefix("/api/").split("/")
         repo = hub.repos.get((kind, f"{owner}/{name}"))
         if repo is None:
             return self.answer({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
         if not rest or rest[0] == "revision":
-            files = [{"rfilename": path} for path in repo]
-            return self.answer({"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": files, "private": False, "tags": []})
+            siblings = [{"rfilename": path} for path in repo]
+            return self.answer({"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": siblings, "private": False, "tags": []})
         if rest[0] == "tree":
             return self.answer([{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in repo.items()])
-        if rest[0] == "preupload":
-            asked = json.loads(body)["files"]
-            mode = {True: "lfs", False: "regular"}
-            return self.answer({"files": [{"path": f["path"], "uploadMode": mode[f["path"].endswith(".safetensors")],
-                                           "shouldIgnore": False, "oid": None} for f in asked]})  # fmt: skip
-        if rest[0] == "commit":
-            for line in body.decode().splitlines():
-                part = json.loads(line)
-                if part["key"] == "file":
-                    repo[part["value"]["path"]] = base64.b64decode(part["value"]["content"])
-                elif part["key"] == "lfsFile":
-                    repo[part["value"]["path"]] = hub.blobs[part["value"]["oid"]]
-                elif part["key"] == "deletedFile":
-                    del repo[part["value"]["path"]]
-            url = f"{hub.url}/{owner}/{name}/commit/{'1' * 40}"
-            return self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": url, "hookOutput": ""})
-        return self.answer({"error": f"the fake Hub has no {path}"}, 501)
+        if rest[0] == "preupload":  # all in the commit itself; the real Hub wants large files in its storage first
+            asked = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return self.answer({"files": [{**file, "shouldIgnore": False, "oid": None} for file in asked]})
+        for part in map(json.loads, body.decode().splitlines()):
+            if part["key"] == "file":
+                repo[part["value"]["path"]] = base64.b64decode(part["value"]["content"])
+            elif part["key"] == "deletedFile":
+                del repo[part["value"]["path"]]
+        url = f"{hub.url}/{owner}/{name}/commit/{'1' * 40}"
+        return self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": url, "hookOutput": ""})
 
-    do_GET = do_POST = do_PUT = do_HEAD = handle_any
+    do_GET = do_POST = do_HEAD = handle_any

@@ -1,5 +1,6 @@
-"""How results look: one kind of table on the terminal, one in Markdown, one kind of figure."""
+"""One kind of table on the terminal, one in Markdown, one kind of figure."""
 
+import io
 import os
 import sys
 from collections.abc import Collection, Iterable
@@ -8,14 +9,14 @@ from pathlib import Path
 import rich.console
 from rich.table import Table
 
+from phi2_grpo.common.files import write_bytes
+
 GREY, BLUE, ORANGE, GREEN, RED, PURPLE = "#999999", "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3"
 
 
 class Console(rich.console.Console):
-    """Prints text as it stands (a path may hold what rich takes for markup), and goes on where nobody reads any more.
-
-    `| head` has seen enough, and a `| tee` dies of the Ctrl-C after which a training still has to save.
-    """
+    """Prints text as it is (a path may hold what rich takes for markup), and goes on where its pipe is closed: `| head` has
+    read enough, and a `| tee` dies of the Ctrl-C after which a training still has to save."""
 
     def __init__(self, **options):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
@@ -26,11 +27,11 @@ class Console(rich.console.Console):
 
 
 def make_table(title: str, *columns: str, words: Collection[int] = (0,), **options) -> Table:
-    """A rich table of numbers, which stand on the right; the columns `words` hold words."""
-    shown = Table(*columns, title=title, title_justify="left", **options)
-    for i, column in enumerate(shown.columns):
+    """A rich table of numbers, aligned to the right; the columns `words` hold words."""
+    table = Table(*columns, title=title, title_justify="left", **options)
+    for i, column in enumerate(table.columns):
         column.justify = "left" if i in words else "right"
-    return shown
+    return table
 
 
 def markdown_table(columns: Collection[str], rows: Iterable[Iterable]) -> list[str]:
@@ -43,11 +44,11 @@ def make_figure(rows: int, columns: int, width: float, height: float, **options)
     """A matplotlib figure of `width` x `height` inches, and its axes."""
     from matplotlib.figure import Figure  # no pyplot: nothing to close, no window
 
-    drawn = Figure(figsize=(width, height), layout="constrained")
-    axes = list(drawn.subplots(rows, columns, **options).flat)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, **options).flat)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
-    return drawn, axes
+    return figure, axes
 
 
 def plot_interval(axes, y: float, value: float, ends, color: str, label: str | None = None) -> None:
@@ -57,11 +58,10 @@ def plot_interval(axes, y: float, value: float, ends, color: str, label: str | N
     axes.plot(value, y, "o", color=color, label=label)
 
 
-def save_figure(drawn, path: Path) -> None:
-    """As a PNG, whole or not at all."""
-    incoming = path.with_name(f".{path.name}.incoming")
-    drawn.savefig(incoming, dpi=120, format="png")
-    os.replace(incoming, path)
+def save_figure(figure, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_bytes(path, image.getvalue())
 
 
 def format_duration(seconds: float) -> str:

@@ -1,89 +1,70 @@
-"""Talking to the Hub: who we are there, and its refusals in plain words. The token is never printed nor written."""
+"""Uploads to the Hub: the account, what may leave the machine, and refusals in plain words. The token is never printed."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from phi2_grpo.common import files
-from phi2_grpo.common.cli import UserError, first_line
+from phi2_grpo.common.cli import UserError, first_line, load_errors
 
 # What an adapter folder may hold; nothing else of it is sent anywhere.
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
                  "chat_template.jinja", "generation_config.json", "run.json", "metrics.jsonl", "evaluation.jsonl",
                  "reward.png")  # fmt: skip
-
-
-LOG_IN = "`hf auth login` asks for a token and keeps it, HF_TOKEN=... gives one; it needs the right to write"
+LOG_IN = "`hf auth login` stores a token, or set HF_TOKEN; the token needs write access."
+# Status of the Hub's answer: what it means, what to do next.
+REFUSALS = {
+    401: ("the Hub does not know the token", LOG_IN),
+    402: (
+        "the Hub wants a paid plan for this",
+        "A free account can host Gradio Spaces on ZeroGPU (--hardware zero-a10g); CPU ones need PRO. Here it is free: make app",
+    ),
+    403: ("the token may not write there", LOG_IN),
+    409: ("the name is taken", "Choose another name, or --update to replace the files there."),
+    429: ("too many requests", "Wait some minutes, then run this again."),
+}
+OTHER_REFUSAL = ("the Hub refused", "Run this again; what is uploaded already is not sent twice.")
 
 
 def is_id(name: str) -> bool:
-    """Whether it looks like a Hub id, and is no path of this machine."""
+    """Whether it has the form of a Hub id, and is no path of this machine."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).exists()
 
 
-def check_name(name: str) -> str:
-    """USER/NAME as the Hub takes it. Raises UserError."""
+@contextmanager
+def clear_errors(name: str) -> Iterator[None]:
+    """Turns a refusal of the Hub, or an unreachable Hub, into a UserError with the next step."""
     try:
+        yield
+        return
+    except LocalTokenNotFoundError:
+        text = f"no token for the Hub. {LOG_IN}"
+    except HfHubHTTPError as error:
+        meaning, step = REFUSALS.get(error.response.status_code, OTHER_REFUSAL)
+        text = f"{name}: {meaning} ({error.server_message or first_line(error)}). {step}"
+    except ValueError as error:  # a name or a model card that the Hub does not take
+        text = f"the Hub does not take {name!r}: {error}"
+    except (OSError, HTTPError) as error:
+        text = f"the Hub cannot be reached: {error}. Check the network, then run this again."
+    raise UserError(text.replace(get_token() or "hf_***", "hf_***"))
+
+
+def check_account(name: str) -> None:
+    """Raise UserError unless `name` is USER/NAME, and a token is there whose account may write under USER."""
+    with clear_errors(name):
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"{name!r} is no name on the Hub: {first_line(error)} Give USER/NAME.") from None
-    if not re.fullmatch(r"[^/]+/[^/]+", name):
-        raise UserError(f"{name!r} is no name on the Hub. Give USER/NAME, with your user or organization before the slash.")
-    return name
-
-
-# The settings that name a place on the user's machine.
-PATH_KEYS = {"data_dir", "output_dir", "reward_dir", "adapter", "init_adapter", "validation_dir", "merged_from"}
-
-
-SAMPLES_FILE = "evaluation.jsonl"
-
-
-def public_files(paths: list[Path], with_samples: bool = False) -> tuple[dict[str, Path | bytes], list[str]]:
-    """What of `paths` may leave the machine, by name: a path as it is, or bytes without what is private; and what was left out.
-
-    Paths of this machine become the last part of their name, wherever they stand in the text files. Held-out prompts and their
-    answers go only `with_samples`.
-    """
-    texts = {path.name: path.read_text(encoding="utf-8") for path in paths if path.suffix in (".json", ".jsonl", ".md")
-             and path.name != "tokenizer.json"}  # fmt: skip
-    private = _private(*(files.read_json(path) for path in paths if path.name in ("run.json", "adapter_config.json")))
-    left_out, found = [], {path.name: path for path in paths}
-    for name, text in texts.items():
-        if name == SAMPLES_FILE and not with_samples:
-            rows = [json.loads(line) for line in text.splitlines()]
-            count = sum(len(row.pop("answers", ())) for row in rows)
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            left_out += [f"{name}: {count} held-out prompts with their answers (sent with --with_samples)"] if count else []
-        cleaned = text
-        for path in sorted(private, key=len, reverse=True):
-            cleaned = cleaned.replace(json.dumps(path)[1:-1], private[path]).replace(path, private[path])
-        left_out += [f"{name}: paths of this machine, but for their last part"] if cleaned != text else []
-        if cleaned != texts[name]:
-            found[name] = cleaned.encode()
-    return found, left_out
-
-
-def _private(*values, key: str = "") -> dict[str, str]:
-    """The texts in JSON `values` that say where something is on this machine, and what may be said instead."""
-    found = {}
-    for value in values:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                found |= _private(inner, key=name)
-        elif isinstance(value, list):
-            found |= _private(*value, key=key)
-        elif isinstance(value, str) and key == "vllm_server_base_url":
-            found |= {value: ""} if value else {}
-        elif isinstance(value, str) and re.search(r"[/\\]", value) and (key in PATH_KEYS or not is_id(value)):
-            found[value] = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return found
+        account = HfApi().whoami()
+    owners = [account["name"], *(group["name"] for group in account.get("orgs", []))]
+    if name.rpartition("/")[0] not in owners:
+        raise UserError(f"{name} is no name under {' or '.join(owners)}, where this token may write. Give one: USER/NAME.")
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(f"the token of {account['name']} can only read. {LOG_IN}")
 
 
 def adapter_files(folder: Path) -> list[Path]:
@@ -91,57 +72,35 @@ def adapter_files(folder: Path) -> list[Path]:
     return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
 
 
-def check_account(name: str) -> str:
-    """Who is logged in, if they may write under `name`'s owner. Raises UserError."""
-    if not get_token():
-        raise UserError(f"no token for the Hub. {LOG_IN}.")
-    with clear_errors(name):
-        me = HfApi().whoami()
-    owner = name.split("/")[0]
-    mine = [me["name"], *(group["name"] for group in me.get("orgs", []))]
-    if owner not in mine:
-        raise UserError(f"the token is {me['name']}'s, who may write to {', '.join(mine)}, not to {owner}. Name one of those.")
-    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role == "read":
-        raise UserError(f"the token of {me['name']} can only read. Make one that can write: {LOG_IN}.")
-    return me["name"]
+def public_files(paths: list[Path], with_samples: bool = False) -> tuple[dict[str, Path | bytes], list[str]]:
+    """What of `paths` may leave the machine, by name: a path as it is, or bytes without what is private; and what was left out.
+
+    A path of this machine becomes the last part of its name (the other files have no paths in them). Held-out prompts and
+    their answers go only `with_samples`.
+    """
+    public, left_out = {path.name: path for path in paths}, []
+    for name in public.keys() & {"run.json", "adapter_config.json"}:
+        with load_errors(f"{public[name]} is broken", "Copy it again."):
+            data = json.loads(public[name].read_text(encoding="utf-8"))
+        if (cleaned := _without_paths(data)) != data:
+            public[name] = json.dumps(cleaned, indent=2, ensure_ascii=False).encode()
+            left_out.append(f"{name}: paths of this machine, but for their last part")
+    if (path := public.get("evaluation.jsonl")) and not with_samples:
+        with load_errors(f"{path} is broken", "Copy it again."):
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            count = sum(len(row.pop("answers", ())) for row in rows)
+        if count:
+            public["evaluation.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            left_out.append(f"evaluation.jsonl: {count} held-out prompts with their answers (sent with --with_samples)")
+    return public, left_out
 
 
-@contextmanager
-def clear_errors(name: str) -> Iterator[None]:
-    """Turns what the Hub, or the way to it, refuses into a UserError with the next step."""
-    try:
-        yield
-    except LocalTokenNotFoundError:
-        raise UserError(f"no token for the Hub. {LOG_IN}.") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        said = (error.server_message or str(error)).strip().splitlines()[0]
-        raise UserError(hide_token(_refusal(status, name, said))) from None
-    except ValueError as error:  # a model card that the Hub does not take
-        raise UserError(hide_token(f"the Hub does not take this: {str(error).strip()}")) from None
-    except (OSError, HTTPError) as error:
-        raise UserError(hide_token(f"the Hub cannot be reached: {error}. Look at the network, then run this again.")) from None
-
-
-def _refusal(status: int, name: str, said: str) -> str:
-    if status == 401:
-        return f"the Hub does not know the token ({said}). {LOG_IN}."
-    if status == 402:
-        return (
-            f"the Hub wants a paid plan for this ({said}).\n"
-            "  A free account can host Gradio Spaces on ZeroGPU (--hardware zero-a10g), within limits; CPU ones need PRO.\n"
-            "  See the billing page of your account, or run the app on your machine: make app"
-        )
-    if status == 403:
-        return f"the token may not write to {name} ({said}). {LOG_IN}."
-    if status == 409:
-        return f"{name} exists already ({said}). Choose another name, or --update to replace the files there."
-    if status == 429:
-        return f"too many requests to the Hub ({said}). Wait some minutes, then run this again."
-    return f"the Hub answered {status}: {said}. Run this again; what is uploaded already is not sent twice."
-
-
-def hide_token(text: str) -> str:
-    token = get_token()
-    return text.replace(token, "hf_***") if token else text
+def _without_paths(value):
+    """JSON without paths: each becomes its last part, and a server's address is removed."""
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
+    if isinstance(value, str) and (re.match(r"~|\.{0,2}/|[A-Za-z]:\\", value) or os.path.exists(value)):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return "" if isinstance(value, str) and re.match("https?://", value) else value

@@ -1,4 +1,4 @@
-"""Is a difference real? Sign-flip intervals over prompts, win rates, and the words that intervals fix."""
+"""Is a difference real? Sign-flip intervals over prompts, win rates, and the verdicts that intervals fix."""
 
 import functools
 from dataclasses import asdict, dataclass
@@ -7,12 +7,8 @@ import numpy
 from scipy import stats
 
 RESAMPLES = 4000
-
-
 FLIPS = 9999  # random subsets; 1 / (FLIPS + 1) is the least p that they can show
-
-
-FEW = 20  # prompts; what rests on fewer is called weak
+FEW = 20  # prompts; a result on fewer is called weak
 
 
 @dataclass(frozen=True)
@@ -41,18 +37,18 @@ def interval(values, seed: int = 0) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
     if numpy.ptp(values) == 0:  # scipy warns of it
-        return float(values[0]), float(values[0])
-    if len(values) < FEW:
+        low = high = values[0]
+    elif len(values) < FEW:
         low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-        return float(low), float(high)
-    found = stats.bootstrap(
-        (values,), numpy.mean, n_resamples=RESAMPLES, method="percentile", rng=numpy.random.default_rng(seed)
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    else:
+        rng = numpy.random.default_rng(seed)
+        result = stats.bootstrap((values,), numpy.mean, n_resamples=RESAMPLES, method="percentile", rng=rng)
+        low, high = result.confidence_interval
+    return float(low), float(high)
 
 
 def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
-    """Interval of the mean of paired differences: every value that a sign-flip permutation test does not refuse.
+    """Interval of the mean of paired differences: every value that a sign-flip permutation test does not reject.
 
     Under no effect the sign of each difference is a coin's throw, so the test is right at any number of prompts, also where
     few of them differ. Flipping a subset's signs changes the mean's sign about c where the subset's own mean is above c: so
@@ -60,24 +56,26 @@ def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple
     None where the level asks for more than so few values can show.
     """
     values = numpy.asarray(differences, float)
-    chosen, sizes = _subsets(len(values), seed)
-    means = numpy.round((chosen @ values) / numpy.maximum(sizes, 1), 12)  # or what cancels out leaves a trace
+    subsets, sizes = _subsets(len(values), seed)
+    means = numpy.round(
+        (subsets @ values) / numpy.maximum(sizes, 1), 12
+    )  # (FLIPS,); rounded, or what cancels out leaves a trace
     tail = (1 - level) / 2
     # Less one standard error, for the subsets are drawn: so the level is at least what it says.
-    place = int(tail * (FLIPS + 1) - (FLIPS * tail * (1 - tail)) ** 0.5) - 1
-    if place < 0:
+    rank = int(tail * (FLIPS + 1) - (FLIPS * tail * (1 - tail)) ** 0.5) - 1
+    if rank < 0:
         return None
-    # The mean of no value may be anything.
-    low = numpy.sort(numpy.where(sizes, means, -numpy.inf))[place]
-    high = numpy.sort(numpy.where(sizes, means, numpy.inf))[-1 - place]
+    # The mean of an empty subset may be anything.
+    low = numpy.sort(numpy.where(sizes, means, -numpy.inf))[rank]
+    high = numpy.sort(numpy.where(sizes, means, numpy.inf))[-1 - rank]
     return (float(low), float(high)) if numpy.isfinite([low, high]).all() else None
 
 
 @functools.lru_cache(maxsize=2)  # the metrics of a report have as many prompts, and its languages fewer
 def _subsets(count: int, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """FLIPS random subsets of `count` values, as rows of 0 and 1 (FLIPS, N), and their sizes."""
-    chosen = numpy.random.default_rng(seed).random((FLIPS, count)) < 0.5
-    return chosen.astype(float), chosen.sum(1)
+    """FLIPS random subsets of `count` values, as rows of 0 and 1 (FLIPS, N), and their sizes (FLIPS,)."""
+    subsets = numpy.random.default_rng(seed).random((FLIPS, count)) < 0.5
+    return subsets.astype(float), subsets.sum(1)
 
 
 def simultaneous(rows: int) -> float:
@@ -97,11 +95,11 @@ def paired(base: list[float | None], tuned: list[float | None], level: float = 0
     return Paired(len(both), *means, low, high, level, float(wins.mean()))
 
 
-def verdict(found: Paired, higher_is_better: bool | None = True) -> str:
+def verdict(comparison: Paired, higher_is_better: bool | None = True) -> str:
     """better, worse or no difference shown (higher or lower, for what is neither good nor bad), as the interval says."""
-    if found.low is None or found.low <= 0 <= found.high:
+    if comparison.low is None or comparison.low <= 0 <= comparison.high:
         return "no difference shown"
-    more = found.low > 0
+    higher = comparison.low > 0
     if higher_is_better is None:
-        return "higher" if more else "lower"
-    return "better" if more == higher_is_better else "worse"
+        return "higher" if higher else "lower"
+    return "better" if higher == higher_is_better else "worse"

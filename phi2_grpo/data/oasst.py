@@ -1,22 +1,117 @@
-"""From OpenAssistant's message trees (reading.py) to prompts, references and ranked pairs."""
+"""OpenAssistant's message trees: rows to messages, messages to prompts, references and ranked pairs.
 
-import difflib
+The data: https://huggingface.co/datasets/OpenAssistant/oasst1, described in arXiv 2304.07327. A row is a message; a tree
+is a root prompt with its replies, their follow-up questions, and so on.
+"""
+
 import random
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import combinations
+from typing import NamedTuple
 
 from config import CONFIG, PRESETS
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import sources
-from phi2_grpo.data.sources import Message
+
+ROLES = {"prompter": "user", "assistant": "assistant"}  # oasst1's name: the chat template's
 
 
-def validation_trees(trees: Iterable[str], fraction: float, seed: int) -> set[str]:
-    """Whole trees for validation, so that no reply's question stands on the other side."""
-    trees = sorted(trees)
+class Message(NamedTuple):
+    """One row, reduced to what the choice of prompts needs: oasst1's columns, with their types.
+
+    An export leaves out columns that are null. pandas writes true as 1.0.
+    """
+
+    message_id: str
+    text: str  # without white space at its ends
+    role: str  # a key of ROLES
+    lang: str
+    parent_id: str | None
+    message_tree_id: str | None
+    rank: int | float | None  # among its siblings; 0 is the best
+    deleted: bool | float | None
+    review_result: bool | float | None  # false: rejected; null: never reviewed
+    toxicity: int | float | None  # 0 to 1, out of the columns labels and detoxify
+
+    @property
+    def accepted(self) -> bool:
+        return self.review_result in (True, None)
+
+    @property
+    def usable(self) -> bool:
+        return bool(self.text) and self.accepted and not self.deleted
+
+
+def read_messages(source: str, revision: str) -> tuple[dict[str, list[Message]], str | None]:
+    """All messages by split, as `sources.read_rows` splits them, and the commit of a data set of the Hub.
+
+    Raises UserError where the source cannot be read, or a row is not oasst1's.
+    """
+    splits, commit = sources.read_rows(source, revision)
+    messages = {split: [] for split in splits}
+    for split, rows in splits.items():
+        for number, row in enumerate(rows, 1):
+            try:
+                messages[split] += parse_row(row)
+            except (ValueError, TypeError, AttributeError, LookupError) as error:
+                columns = ", ".join(Message._fields[:-1])
+                raise UserError(f"{source} {split}, row {number}: {error}. Needed are oasst1's columns: {columns}.") from None
+    return messages, commit
+
+
+def parse_row(row: dict) -> list[Message]:
+    """The message of a row; all messages, parents first, of a row that is a whole tree (replies inside their parents)."""
+    if "prompt" not in row or "message_tree_id" not in row:
+        return [_parse_message(row)]
+    rows = [{**row["prompt"], "parent_id": None}]
+    for each in rows:  # which grows meanwhile
+        each["message_tree_id"] = row["message_tree_id"]
+        rows += [{**reply, "parent_id": each["message_id"]} for reply in each.get("replies") or () if reply]
+    return [_parse_message(each) for each in rows]
+
+
+def _parse_message(row: dict) -> Message:
+    row = {**row, "toxicity": _toxicity(row.get("labels") or {}, row.get("detoxify") or {})}
+    message = Message(*(_clean(row.get(column)) for column in Message._fields))
+    for (column, kind), value in zip(Message.__annotations__.items(), message, strict=True):
+        if not isinstance(value, kind):
+            raise ValueError(f"{column} is {value!r}, but it takes {getattr(kind, '__name__', kind)}")
+    if message.role not in ROLES:
+        raise ValueError(f"role is {message.role!r}, but it takes {' or '.join(ROLES)}")
+    if message.parent_id and not message.message_tree_id:
+        raise ValueError("message_tree_id is missing, and only a root can do without")
+    tree = message.message_tree_id or message.message_id  # of a root
+    return message._replace(text=message.text.strip(), message_tree_id=tree)
+
+
+def _clean(value):
+    """NaN, which pandas makes of null, as null; and no half of a surrogate pair, which JSON can say and UTF-8 cannot."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return None if value != value else value
+
+
+def _toxicity(labels: dict, detoxify: dict):
+    """People's own label, else the classifier's (detoxify), else None.
+
+    Labels are {"name": [...], "value": [...]} on the Hub, and {"toxicity": {"value": ...}} in OpenAssistant's exports.
+    """
+    if "name" in labels:
+        labels = {name: {"value": value} for name, value in zip(labels["name"], labels["value"], strict=True)}
+    return (labels.get("toxicity") or {"value": detoxify.get("toxicity")})["value"]
+
+
+def split_trees(messages: list[Message], fraction: float, seed: int) -> dict[str, list[Message]]:
+    """Train and validation, by whole trees, so that no reply's question stands on the other side."""
+    trees = sorted({message.message_tree_id for message in messages})
     random.Random(seed).shuffle(trees)
-    return set(trees[: round(len(trees) * fraction)])
+    held_out = set(trees[: round(len(trees) * fraction)])
+    splits = {"train": [], "validation": []}
+    for message in messages:
+        splits["validation" if message.message_tree_id in held_out else "train"].append(message)
+    return splits
 
 
 def normalize(conversation: list[dict]) -> str:
@@ -25,123 +120,105 @@ def normalize(conversation: list[dict]) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def check_languages(languages: str, found: Counter) -> set[str] | None:
-    """The wanted language codes, or None for all. Raises UserError for one that the source does not have."""
-    wanted = {code.strip() for code in languages.split(",") if code.strip()}
-    if "all" in wanted or not wanted:
-        return None
-    for code in sorted(wanted - set(found)):
-        near = difflib.get_close_matches(code, found, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"--languages: the source has no {code!r}.{hint} It has: {', '.join(sorted(found))}.")
+def wanted_languages(languages: str, known: set[str]) -> set[str]:
+    """The codes that `languages` names ("all" or a list). Raises UserError for one that the source does not have."""
+    wanted = known if languages == "all" else {code.strip() for code in languages.split(",")}
+    if unknown := wanted - known:
+        raise UserError(f"--languages: the source has no {', '.join(sorted(unknown))}. It has: {', '.join(sorted(known))}.")
     return wanted
 
 
 def filter_prompts(
     messages: list[Message],
     count_tokens: Callable[[list[list[dict]]], list[int]],
-    languages: set[str] | None,
+    languages: set[str],
     max_prompt_tokens: int,
     max_turns: int,
     max_toxicity: float,
 ) -> tuple[list[dict], dict[str, int]]:
     """The prompts of whole trees that pass every limit, duplicates included.
 
-    Args:
-        messages: of whole trees.
-        count_tokens: token counts of conversations under the model's chat template.
-
-    Returns:
-        rows (`prompt`, `lang`, `message_id`, `reference`, and `pairs`: `chosen`, `rejected` and `rank_distance` of ranked
-        replies) and the funnel: how many were left after each step, in order.
+    `count_tokens` returns the lengths of conversations under the model's chat template. Returns rows (`prompt`, `lang`,
+    `message_id`, `reference`, `pairs`) and the funnel: how many were left after each step, in order.
     """
-    by_id = {message.id: message for message in messages}
+    by_id = {message.message_id: message for message in messages}
     replies = defaultdict(list)
     for message in messages:
-        if message.role == "assistant" and message.usable and message.reviewed and message.text.strip():
-            replies[message.parent].append(message)
+        if message.role == "assistant" and message.usable:
+            replies[message.parent_id].append(message)
 
     def path_to(message: Message) -> list[Message]:
         """From the root down to `message`; empty where a parent is missing (an orphan), or the turns are too many."""
         path = [message]
-        while path[-1].parent is not None:
-            parent = by_id.get(path[-1].parent)
+        while path[-1].parent_id is not None:
+            parent = by_id.get(path[-1].parent_id)
             if parent is None or parent.role == path[-1].role or len(path) >= 2 * max_turns - 1:
                 return []
             path.append(parent)
         return path[::-1]
 
-    funnel = {"rows": len(messages)}
-    paths = [path for m in messages if m.role == "prompter" and (max_turns > 1 or m.parent is None) if (path := path_to(m))]
-    funnel["roots" if max_turns == 1 else f"user turns, {max_turns} at most"] = len(paths)
+    paths = [path for message in messages if message.role == "prompter" and (path := path_to(message))]
+    funnel = {"rows": len(messages), "roots" if max_turns == 1 else f"user turns, {max_turns} at most": len(paths)}
     steps = {
-        "not deleted": lambda path: all(message.usable for message in path),
-        "not rejected in review": lambda path: all(message.reviewed for message in path),
-        "wanted language": lambda path: languages is None or path[-1].lang in languages,
-        "toxicity": lambda path: max_toxicity >= 1 or all((message.toxicity or 0) <= max_toxicity for message in path),
-        "not empty": lambda path: all(message.text.strip() for message in path),
+        "not deleted": lambda path: not any(message.deleted for message in path),
+        "not rejected in review": lambda path: all(message.accepted for message in path),
+        "wanted language": lambda path: path[-1].lang in languages,
+        "toxicity": lambda path: all((message.toxicity or 0) <= max_toxicity for message in path),
+        "not empty": lambda path: all(message.text for message in path),
     }
     for step, keeps in steps.items():
         paths = [path for path in paths if keeps(path)]
         funnel[step] = len(paths)
 
-    roles = {"prompter": "user", "assistant": "assistant"}
-    conversations = [[{"role": roles.get(m.role, m.role), "content": m.text.strip()} for m in path] for path in paths]
-    lengths = count_tokens(conversations)
+    prompts = [[_turn(message) for message in path] for path in paths]
     rows = []
-    for path, conversation, length in zip(paths, conversations, lengths, strict=True):
-        if length > max_prompt_tokens:
-            continue
-        message = path[-1]
-        ranked = sorted((reply for reply in replies[message.id] if reply.rank is not None), key=lambda reply: reply.rank)
-        alone = replies[message.id] if len(replies[message.id]) == 1 else []  # a single reply has nothing to rank against
-        best = (ranked or alone or [None])[0]
-        pairs = []
-        for i, better in enumerate(ranked):
-            for worse in ranked[i + 1 :]:
-                if better.rank < worse.rank and better.text.strip() != worse.text.strip():  # equal ranks say nothing
-                    sides = {side: [{"role": "assistant", "content": reply.text.strip()}]
-                             for side, reply in (("chosen", better), ("rejected", worse))}  # fmt: skip
-                    pairs.append({**sides, "rank_distance": worse.rank - better.rank})
-        origin = {"lang": message.lang, "message_id": message.id}
-        rows.append({"prompt": conversation, **origin, "reference": best.text.strip() if best else None, "pairs": pairs})
-    funnel[f"{max_prompt_tokens} tokens at most"] = len(rows)
-    return rows, funnel
+    for path, prompt, length in zip(paths, prompts, count_tokens(prompts), strict=True):
+        if length <= max_prompt_tokens:
+            message = path[-1]
+            row = {"prompt": prompt, "lang": message.lang, "message_id": message.message_id}
+            rows.append({**row, **rank_replies(replies[message.message_id])})
+    return rows, {**funnel, f"{max_prompt_tokens} tokens at most": len(rows)}
 
 
-def deduplicate(rows: list[dict], seen: set[str], taken: set[str]) -> tuple[list[dict], list[dict]]:
-    """Prompts and pairs of the rows whose folded prompt (see `fold`) is not in `seen`, which grows.
+def _turn(message: Message) -> dict:
+    return {"role": ROLES[message.role], "content": message.text}
 
-    Nor in `taken`, nor a follow-up of one there: its first turns would show the model what is held out.
+
+def rank_replies(replies: list[Message]) -> dict:
+    """Of the usable replies to one prompt: `reference`, the best, and `pairs` of one ranked above another."""
+    ranked = sorted((reply for reply in replies if reply.rank is not None), key=lambda reply: reply.rank)
+    best = ranked or (replies if len(replies) == 1 else [])  # a single reply has nothing to be ranked against
+    pairs = [
+        {"chosen": [_turn(better)], "rejected": [_turn(worse)], "rank_distance": int(worse.rank - better.rank)}
+        for better, worse in combinations(ranked, 2)
+        if better.rank < worse.rank and better.text != worse.text
+    ]
+    return {"reference": best[0].text if best else None, "pairs": pairs}
+
+
+def deduplicate(rows: list[dict], held_out: set[str]) -> tuple[list[dict], list[dict], set[str]]:
+    """Prompts and pairs of the rows, each normalized prompt once, and the set of those.
+
+    Left out is what stands in `held_out`, and a follow-up of it: its first turns would show the model what is held out.
     """
-    prompts, pairs = [], []
+    distinct = {}
     for row in rows:
-        key = normalize(row["prompt"])
-        if key in seen:
-            continue
-        seen.add(key)
-        if not any(normalize(row["prompt"][:turns]) in taken for turns in range(1, len(row["prompt"]) + 1, 2)):
-            origin = {key: row[key] for key in ("prompt", "lang", "message_id")}
-            prompts.append({**origin, "reference": row["reference"]})
-            pairs += [{**origin, **pair} for pair in row["pairs"]]
-    return prompts, pairs
-
-
-def explain_empty(funnel: dict[str, int]) -> str:
-    """Which step left nothing, for the error message."""
-    steps = list(funnel.items())
-    empty = next(i for i, (_, count) in enumerate(steps) if not count)
-    lost = f"the step {steps[empty][0]!r} took the last {steps[empty - 1][1]}" if empty else "there are no rows for it"
-    return f"{lost}; " + ", ".join(f"{name} {count}" for name, count in steps)
+        distinct.setdefault(normalize(row["prompt"]), row)
+    prompts = []
+    for row in distinct.values():
+        beginnings = (row["prompt"][:turns] for turns in range(1, len(row["prompt"]) + 1, 2))
+        if held_out.isdisjoint(map(normalize, beginnings)):
+            prompts.append(row)
+    return prompts, [{**row, **pair} for row in prompts for pair in row["pairs"]], set(distinct)
 
 
 def sample_dialogues() -> list[dict]:
     """`prompt` and `reply` of the sample's train split, every usable reply; split as prepare_data splits it."""
     config = {**CONFIG, **PRESETS["tiny"]}
-    messages = list(sources.read_messages(config["dataset"], "", with_toxicity=False)[0][""])
-    trees = validation_trees({m.tree for m in messages}, config["validation_fraction"], config["split_seed"])
-    held_out = {normalize([{"content": m.text}]) for m in messages if m.tree in trees and m.parent is None}
-    train = {m.id: m for m in messages if m.tree not in trees and m.usable and m.reviewed and m.text.strip()}
-    pairs = [(train[m.parent], m) for m in train.values() if m.role == "assistant" and m.parent in train]
-    return [{"prompt": question.text.strip(), "reply": reply.text.strip()} for question, reply in pairs
-            if normalize([{"content": question.text}]) not in held_out]  # fmt: skip
+    messages = read_messages(config["dataset"], "")[0][""]
+    splits = split_trees(messages, config["validation_fraction"], config["split_seed"])
+    held_out = {normalize([_turn(message)]) for message in splits["validation"] if message.parent_id is None}
+    usable = {message.message_id: message for message in splits["train"] if message.usable}
+    pairs = [(usable.get(reply.parent_id), reply) for reply in usable.values() if reply.role == "assistant"]
+    kept = [(prompt, reply) for prompt, reply in pairs if prompt and normalize([_turn(prompt)]) not in held_out]
+    return [{"prompt": prompt.text, "reply": reply.text} for prompt, reply in kept]

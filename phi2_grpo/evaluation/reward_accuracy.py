@@ -1,4 +1,4 @@
-"""How often a judge of replies agrees with people, with intervals, and beside what costs nothing: the longer reply wins."""
+"""How often a reward model agrees with people, with intervals, and beside what costs nothing: the longer reply wins."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ ScoreFunction = Callable[[list[list[dict]], list[str]], list[float]]  # raw scor
 
 
 def agreement(chosen: list[float], rejected: list[float]) -> numpy.ndarray:
-    """1 where the judge scores the reply that people ranked higher above the other, 0 where below, 1/2 where it ties."""
+    """1 where the reward model scores the reply that people ranked higher above the other, 0 where below, 1/2 where it ties."""
     difference = numpy.subtract(chosen, rejected)
     return (difference > 0) + 0.5 * (difference == 0)
 
@@ -39,7 +39,7 @@ def clustered_interval(values: numpy.ndarray, prompts: list, seed: int = 0) -> t
     sums, counts = numpy.bincount(group, weights=values), numpy.bincount(group)
     if len(sums) < FEW_PROMPTS:
         return (float("-inf"), float("inf"))
-    found = stats.bootstrap(
+    accuracy = stats.bootstrap(
         (sums, counts),
         lambda s, n, axis: s.sum(axis) / n.sum(axis),
         paired=True,
@@ -48,15 +48,15 @@ def clustered_interval(values: numpy.ndarray, prompts: list, seed: int = 0) -> t
         method="percentile",
         rng=numpy.random.default_rng(seed),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(accuracy.low), float(accuracy.high)
 
 
 def measure_accuracy(pairs: list[dict], chosen: list[float], rejected: list[float]) -> dict:
-    """The judge's accuracy on `pairs` (rows of oasst1_preferences) beside that of "the longer reply wins".
+    """The reward model's accuracy on `pairs` (rows of oasst1_preferences) beside that of "the longer reply wins".
 
     Returns `groups`, a list of {"group", "pairs", "model", "model_interval", "longer", "longer_interval", "difference",
     "difference_interval"} with all pairs first, then those of nearly equal length, each language and each rank distance
-    that has enough; `ties`, how many pairs the judge scored alike; and `rank_correlation`, Spearman's, of score and length.
+    that has enough; `ties`, how many pairs it scored alike; and `rank_correlation`, Spearman's, of score and length.
     """
     lengths = [(len(pair["chosen"][0]["content"]), len(pair["rejected"][0]["content"])) for pair in pairs]  # characters
     right = agreement(chosen, rejected)
@@ -87,7 +87,7 @@ def _finite(value: float) -> float | None:
 
 
 def scale(chosen: list[float], rejected: list[float]) -> dict[str, float]:
-    """Mean and standard deviation of raw scores: what a reward model's scores are centred and scaled by."""
+    """Mean and standard deviation of raw scores: what a reward model's scores are standardised by."""
     scores = numpy.array([*chosen, *rejected])
     return {"mean": float(scores.mean()), "std": float(scores.std()) or 1.0}
 
@@ -95,31 +95,30 @@ def scale(chosen: list[float], rejected: list[float]) -> dict[str, float]:
 COLUMNS = ("held-out pairs", "", LABELS["model"], LABELS["longer"], "difference")
 
 
-def rows(found: dict) -> list[list[str]]:
+def rows(accuracy: dict) -> list[list[str]]:
     """The accuracies for people, in per cent, by COLUMNS."""
 
     def cell(row: dict, key: str, sign: str) -> str:
         low, high = row[f"{key}_interval"]
-        spread = "?" if low is None else f"{100 * low:{sign}.0f}, {100 * high:{sign}.0f}"
-        return f"{100 * row[key]:{sign}.1f} [{spread}]"
+        ends = "?" if low is None else f"{100 * low:{sign}.0f}, {100 * high:{sign}.0f}"
+        return f"{100 * row[key]:{sign}.1f} [{ends}]"
 
-    signs = {"model": "", "longer": "", "difference": "+"}
-    return [
-        [row["group"], str(row["pairs"]), *(cell(row, key, sign) for key, sign in signs.items())] for row in found["groups"]
-    ]
+    formats = {"model": "", "longer": "", "difference": "+"}
+    return [[row["group"], str(row["pairs"]), *(cell(row, key, sign) for key, sign in formats.items())]
+            for row in accuracy["groups"]]  # fmt: skip
 
 
-def table(found: dict) -> Table:
+def table(accuracy: dict) -> Table:
     """The same for the terminal."""
-    shown = make_table("How often it agrees with people, % [95 % interval]; chance is 50", *COLUMNS)
-    for row in rows(found):
-        shown.add_row(*map(Text, row))
-    return shown
+    table = make_table("How often it agrees with people, % [95 % interval]; chance is 50", *COLUMNS)
+    for row in rows(accuracy):
+        table.add_row(*map(Text, row))
+    return table
 
 
-def verdict(found: dict) -> str:
+def verdict(accuracy: dict) -> str:
     """What the numbers say, in words that the intervals fix."""
-    everything = found["groups"][0]
+    everything = accuracy["groups"][0]
     low, high = everything["difference_interval"]
     unclear = low is None or low <= 0 <= high
     comparison = "no difference shown from" if unclear else "better than" if low > 0 else "worse than"
@@ -131,20 +130,20 @@ def verdict(found: dict) -> str:
     )
 
 
-def markdown(found: dict) -> list[str]:
+def markdown(accuracy: dict) -> list[str]:
     """The lines of the model card: verdict, table, and what its intervals are."""
     return [
-        verdict(found),
+        verdict(accuracy),
         "",
-        *markdown_table(COLUMNS, rows(found)),
+        *markdown_table(COLUMNS, rows(accuracy)),
         "",
         f"In %, 95 % bootstrap intervals over prompts; chance is 50. Nearly equal length: at most {NEAR:.0%} apart, so that "
-        f"length cannot help. {found['ties']} pairs were scored alike and count half; pairs that people ranked alike are not "
-        f"among them. Rank correlation of score and reply length: {found['rank_correlation']}.",
+        f"length cannot help. {accuracy['ties']} pairs were scored alike and count half; pairs that people ranked alike are "
+        f"left out. Rank correlation of score and reply length: {accuracy['rank_correlation']}.",
     ]
 
 
-def draw(found: dict, chosen: list[float], rejected: list[float], path) -> None:
+def draw(accuracy: dict, chosen: list[float], rejected: list[float], path) -> None:
     """Histograms of the scores of preferred and other replies; accuracies with their intervals."""
     figure, (left, right) = make_figure(1, 2, 11, 4.6)
     edges = numpy.histogram_bin_edges([*chosen, *rejected], bins=30)
@@ -154,7 +153,7 @@ def draw(found: dict, chosen: list[float], rejected: list[float], path) -> None:
         title="Scores of held-out human replies", xlabel="score (0: the mean, 1: one standard deviation)", ylabel="replies"
     )
     left.legend(frameon=False)
-    groups = found["groups"][::-1]
+    groups = accuracy["groups"][::-1]
     for i, row in enumerate(groups):
         for key, shift, color in (("model", 0.14, BLUE), ("longer", -0.14, GREY)):
             plot_interval(right, i + shift, row[key], row[f"{key}_interval"], color, LABELS[key] if i == 0 else None)
@@ -166,12 +165,12 @@ def draw(found: dict, chosen: list[float], rejected: list[float], path) -> None:
     save_figure(figure, path)
 
 
-def score_pairs(judge: ScoreFunction, pairs: list[dict], advance: Callable[[int], None]) -> tuple[list[float], list[float]]:
+def score_pairs(score: ScoreFunction, pairs: list[dict], advance: Callable[[int], None]) -> tuple[list[float], list[float]]:
     """Scores of the chosen and of the rejected replies of `pairs`; `advance` is told how many replies are done."""
     prompts = [pair["prompt"] for pair in pairs] * 2
     replies = [pair[side][0]["content"] for side in ("chosen", "rejected") for pair in pairs]
     scores: list[float] = []
     for start in range(0, len(replies), 64):
-        scores += judge(prompts[start : start + 64], replies[start : start + 64])
+        scores += score(prompts[start : start + 64], replies[start : start + 64])
         advance(len(replies[start : start + 64]))
     return scores[: len(pairs)], scores[len(pairs) :]

@@ -1,7 +1,7 @@
-"""What an answer is: one definition, used by the rewards, the validation and the printed samples.
+"""What an answer is: one definition, for the rewards, the validation and the printed samples.
 
-A base model goes on after its answer with "Exercise 3:", a new "Instruct:" or a dialogue of its own. A length reward on
-all its tokens pays for exactly that, so everything here looks at the trimmed answer only.
+A base model often goes on after its answer with "Exercise 3:", a new "Instruct:" or another dialogue. A length reward on all
+its tokens would reward exactly that, so everything here sees the trimmed answer only.
 """
 
 from dataclasses import dataclass
@@ -10,17 +10,12 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from phi2_grpo.common.cli import UserError, first_line
+from phi2_grpo.common.cli import load_errors
 from phi2_grpo.models.tokenizer import CHAT_TEMPLATE, eos_token_ids
 
-# Where Phi-2 runs on (https://huggingface.co/microsoft/phi-2 shows the prompt format). Exercises carry their number, so
-# that a line like "Exercise helps" is no stop. They are written to each adapter's generation_config.json for its readers.
+# How Phi-2 goes on (https://huggingface.co/microsoft/phi-2 shows the prompt format). Exercises carry their number, so that a
+# line like "Exercise helps" is no stop. Each adapter's generation_config.json has them.
 STOP_STRINGS = ["\nInstruct:", "\nOutput:", "\nUser:", "\nHuman:", "\nExercise:", *(f"\nExercise {n}" for n in range(1, 10))]
-
-
-def stop_strings(tokenizer) -> list[str]:
-    """STOP_STRINGS under Phi-2's prompt format; none where a model has a template of its own, and ends its turns by a token."""
-    return STOP_STRINGS if getattr(tokenizer, "chat_template", CHAT_TEMPLATE) == CHAT_TEMPLATE else []
 
 
 @dataclass(frozen=True)
@@ -28,11 +23,9 @@ class Answer:
     """A completion, trimmed."""
 
     text: str
-    # The tokens of `text`, as the tokenizer cuts it: neither what follows a stop nor trailing white space counts. Sampling may
-    # cut the same text otherwise, so they can be a few more than were sampled; but odd cuts cannot be gamed for length.
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # of `text`, tokenized anew: odd ways to cut the same text into tokens are not rewarded as length
     ended: bool  # by itself: the end token came, and no stop string before it
-    why: str  # for people
+    finish_reason: str  # in words, for people
 
     @property
     def tokens(self) -> int:
@@ -40,29 +33,32 @@ class Answer:
         return len(self.ids)
 
 
+def stop_strings(tokenizer) -> list[str]:
+    """STOP_STRINGS under Phi-2's prompt format; none where a model has its own template, and ends its turns by a token."""
+    return STOP_STRINGS if tokenizer.chat_template == CHAT_TEMPLATE else []
+
+
 def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:
     """Trim completions (lists of token ids, of any lengths) to what stands before the first stop string or end token."""
     if not completion_ids:
         return []
-    ends = set(eos_token_ids(tokenizer))
-    cut = [list(takewhile(lambda token: token not in ends, ids)) for ids in completion_ids]
-    has_end = [len(kept) < len(ids) for kept, ids in zip(cut, completion_ids, strict=True)]
-    raw = tokenizer.batch_decode(cut, skip_special_tokens=True)
-    known = stop_strings(tokenizer)
-    stops = [min(((i, s) for s in known if (i := text.find(s)) >= 0), default=None) for text in raw]
-    texts = [text[: stop[0]].rstrip() if stop else text.rstrip() for text, stop in zip(raw, stops, strict=True)]
-    kept = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    answers = []
-    for text, ids, stop, end in zip(texts, kept, stops, has_end, strict=True):
-        why = f"ran on into {stop[1].strip()!r}" if stop else "ended by itself" if end else "cut off at the limit"
-        answers.append(Answer(text.strip(), tuple(ids), end and stop is None, why))
-    return answers
+    eos_ids, stops = set(eos_token_ids(tokenizer)), stop_strings(tokenizer)
+    before_eos = [list(takewhile(lambda token: token not in eos_ids, ids)) for ids in completion_ids]
+    texts, finished = tokenizer.batch_decode(before_eos, skip_special_tokens=True), []
+    for i, text in enumerate(texts):
+        start, stop = min(((text.find(stop), stop) for stop in stops if stop in text), default=(len(text), ""))
+        texts[i] = text[:start].rstrip()  # white space at its end does not count
+        ended = len(before_eos[i]) < len(completion_ids[i])
+        reason = f"ran on into {stop.strip()!r}" if stop else "ended by itself" if ended else "cut off at the limit"
+        finished.append((ended and not stop, reason))
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [Answer(text.strip(), tuple(own), *how) for text, own, how in zip(texts, ids, finished, strict=True)]
 
 
 def chat_generation_config(tokenizer, config: dict, context: int) -> GenerationConfig:
-    """For readers of an adapter folder: how to chat with it. Stop strings need `generate(..., tokenizer=tokenizer)`.
+    """How to chat with an adapter, for readers of its folder. Stop strings need `generate(..., tokenizer=tokenizer)`.
 
-    A chat gets more tokens than a training's completions, within half of the `context`: so that it is seen who ends by itself.
+    A chat gets more tokens than a training's completions, within half of the `context`, so that answers can end by themselves.
     """
     return GenerationConfig(
         eos_token_id=eos_token_ids(tokenizer),
@@ -77,12 +73,8 @@ def chat_generation_config(tokenizer, config: dict, context: int) -> GenerationC
 
 def saved_generation_config(adapter: Path, tokenizer, config: dict, context: int) -> GenerationConfig:
     """The same, read back; made anew where an adapter trained elsewhere has none. Raises UserError where it is broken."""
-    if not (adapter / "generation_config.json").is_file():
+    path = adapter / "generation_config.json"
+    if not path.is_file():
         return chat_generation_config(tokenizer, config, context)
-    try:
-        found = GenerationConfig.from_pretrained(str(adapter))
-        for key in ("temperature", "top_p", "top_k", "max_new_tokens"):
-            float(getattr(found, key) or 0)
-        return found
-    except Exception as error:  # of no JSON, of JSON that is no object, of a value that transformers refuses
-        raise UserError(f"{adapter / 'generation_config.json'} is broken: {first_line(error)}. Copy it again whole.") from None
+    with load_errors(f"{path} is broken", "Copy it again, or remove it: then the defaults take its place."):
+        return GenerationConfig.from_pretrained(str(adapter))

@@ -1,10 +1,10 @@
-"""Rewards: what a good answer is paid for. Small pure functions in TRL's signature.
+"""Reward functions: small pure functions in TRL's signature.
 
 Keyword arguments in, one float (or None: not scored) for each completion out
 (https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function"). Beside TRL's `prompts`, `completions`,
 `completion_ids` and every column of the data set (`lang`, `reference`, ...), a reward gets the answers already trimmed:
 `answers` (texts), `answer_ids`, `answer_tokens` (counts), `ended`; and `target_tokens`. Choose, weigh and add your own with
---rewards (see README.md). The first line of a docstring is what the model card says of it.
+--rewards (see docs/rewards.md). The first line of a docstring is what the model card says of it.
 """
 
 import functools
@@ -14,7 +14,7 @@ from phi2_grpo.common.cli import split_weight
 
 
 def length(answer_tokens: list[int], ended: list[bool], target_tokens: int, **_) -> list[float]:
-    """Pays for answers of about `target_tokens` tokens that end by themselves. In [0, 1].
+    """Rewards answers of about `target_tokens` tokens that end by themselves. In [0, 1].
 
     Half for the same length without an end, so that a group in which nothing ended still teaches. Gamed by padding: it
     says nothing about sense, so give it a companion.
@@ -24,7 +24,7 @@ def length(answer_tokens: list[int], ended: list[bool], target_tokens: int, **_)
 
 
 def ending(ended: list[bool], **_) -> list[float]:
-    """Pays for ending by itself. 0 or 1.
+    """Rewards ending by itself. 0 or 1.
 
     Gamed by ending at once: give it a companion that wants something said.
     """
@@ -32,7 +32,7 @@ def ending(ended: list[bool], **_) -> list[float]:
 
 
 def repetition(answer_ids: list[tuple[int, ...]], **_) -> list[float]:
-    """Fines repeated runs of three tokens, by their share. In [-1, 0].
+    """Penalises repeated runs of three tokens, by their share. In [-1, 0].
 
     TRL's, from arXiv 2502.03373, C.2. Gamed by saying little: fewer than three tokens repeat nothing.
     """
@@ -42,7 +42,7 @@ def repetition(answer_ids: list[tuple[int, ...]], **_) -> list[float]:
 
 
 def language(answers: list[str], lang: list[str], **_) -> list[float | None]:
-    """Pays for answering in the prompt's language, by py3langid's probability of it. In [0, 1].
+    """Rewards answering in the prompt's language, by py3langid's probability of it. In [0, 1].
 
     An empty answer earns 0; a language unknown to py3langid is not scored. Gamed by a few very common words of it.
     """
@@ -53,7 +53,7 @@ def language(answers: list[str], lang: list[str], **_) -> list[float | None]:
 
 
 def reference(answers: list[str], reference: list[str | None], **_) -> list[float | None]:
-    """Pays for closeness to the best human reply, by sacrebleu's chrF. In [0, 1].
+    """Rewards closeness to the best human reply, by sacrebleu's chrF. In [0, 1].
 
     Not scored where there is no reply. Gamed by common letters and words; and an answer may be good and far from the one
     reply that somebody happened to write.

@@ -1,25 +1,24 @@
-"""Checkpoints that are whole or not there, and who may go on from them."""
+"""The folders of a run: which checkpoints are complete, what is removed, and which settings a resumed run may change.
 
-import json
-import os
+A checkpoint is complete when its run.json is there, which is written last (see `callbacks.CheckpointCallback`).
+"""
+
+import filecmp
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from config import CONFIG
 from phi2_grpo.common import files
+from phi2_grpo.common.cli import num_processes
 
 # What a resumed run may change: how long it goes, what it prints and keeps, and how it is fitted into memory.
 RESUMABLE_KEYS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval_steps", "stop_on_collapse", "report_to",
-            "output_dir", "data_dir", "device", "activation_checkpointing", "rollout", "rollout_batch_size", "chat_temperature",
-            "chat_top_p", "reward_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "use_vllm", "vllm_mode",
-            "vllm_server_base_url", "vllm_gpu_memory_utilization"}  # fmt: skip
-
-
-INCOMING = ".incoming"
-
-
-ROWS = ("metrics.jsonl", "evaluation.jsonl")  # written into a run's folder as it goes, beside the checkpoints
+                  "output_dir", "data_dir", "device", "activation_checkpointing", "rollout", "rollout_batch_size",
+                  "chat_temperature", "chat_top_p", "reward_dir", "per_device_train_batch_size", "gradient_accumulation_steps",
+                  "use_vllm", "vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization"}  # fmt: skip
+ROWS = ("metrics.jsonl", "evaluation.jsonl")  # written into a run's folder during the run, beside the checkpoints
 
 
 def final_folder(config: dict) -> Path:
@@ -32,155 +31,101 @@ def reward_run_folder(config: dict) -> Path:
     return files.sibling(Path(config["reward_dir"]), "{}-run")
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint folder is of."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def step_of(checkpoint: Path | None) -> int:
+    """The step that a checkpoint folder is of; 0 without one."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """What has a checkpoint's name, oldest first, whole or not."""
-    named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+def list_checkpoints(output: Path) -> list[Path]:
+    """Oldest first, complete or not."""
+    named = (path for path in Path(output).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal())
     return sorted(named, key=step_of)
 
 
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Those that nothing is missing from, by the digests in their run.json, which is written last."""
-    return [path for path in list_checkpoints(output_dir) if is_complete(path)]
-
-
-def elapsed_seconds(whole: list[Path]) -> float:
-    """How long a run had taken up to the newest of `whole`."""
-    return files.read_run(whole[-1]).get("seconds", 0.0) if whole else 0.0
-
-
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that run.json names is there, byte for byte."""
-    digests = files.read_run(checkpoint).get("files", {})
+    return (checkpoint / "run.json").is_file()
+
+
+def complete_checkpoints(output: Path) -> list[Path]:
+    return [path for path in list_checkpoints(output) if is_complete(path)]
+
+
+def newest_complete(output: Path) -> Path | None:
+    return next(reversed(complete_checkpoints(output)), None)
+
+
+@contextmanager
+def advice_when_interrupted(output: Path) -> Iterator[None]:
+    """Adds to a Ctrl-C or SIGTERM what is left, and how to go on."""
     try:
-        return "trainer_state.json" in digests and all(files.digest(checkpoint / name) == digests[name] for name in digests)
-    except OSError:
-        return False
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(what_is_left(output)) from None
+
+
+def what_is_left(output: Path) -> str:
+    newest = newest_complete(output)
+    return f"{newest} is complete: go on with --resume." if newest else "No checkpoint was written yet."
 
 
 def is_result_of(final: Path, checkpoint: Path) -> bool:
-    """Whether `final` is finished and has the very weights of `checkpoint`: an earlier run's may be of the same step."""
-    weights = final / "adapter_model.safetensors"
-    finished = files.read_run(final).get("finished") is True and weights.is_file()
-    return finished and files.digest(weights) == files.read_run(checkpoint).get("files", {}).get(weights.name)
+    """Whether `final` has the very weights of `checkpoint`: an earlier run's may be of the same step."""
+    weights = [folder / "adapter_model.safetensors" for folder in (final, checkpoint)]
+    return weights[0].is_file() and filecmp.cmp(*weights, shallow=False)
 
 
-def write_manifest(folder: Path, facts: dict) -> None:
-    """Write run.json, with the digest of every other file beside it that a resumed run needs."""
-    for_people = {"run.json", "README.md", "reward.png"}
-    needed = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in for_people]
-    digests = {str(path.relative_to(folder)): files.digest(path) for path in needed}
-    files.write_json(folder / "run.json", {**facts, "files": digests})
+def is_ours(output: Path) -> bool:
+    """Whether what a run would replace in `output` is a run's: each begins its metrics.jsonl before its first checkpoint."""
+    rows, evaluations = (output / name for name in ROWS)
+    if not rows.exists():
+        return not evaluations.exists() and all(map(is_complete, list_checkpoints(output)))
+    with rows.open(encoding="utf-8", errors="replace") as lines:
+        first = lines.readline()
+    return not first or '"step"' in first
 
 
-def is_ours(rows: Path) -> bool:
-    """Whether a file of ROWS is a run's, by its first line, or not there."""
-    try:
-        with rows.open(encoding="utf-8") as lines:
-            first = lines.readline()
-        return not first or "step" in json.loads(first)
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError, TypeError):
-        return False
+def remove(checkpoint: Path) -> None:
+    """run.json goes first, so that a removal that is killed leaves an incomplete checkpoint."""
+    (checkpoint / "run.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def remove_incomplete(output: Path) -> None:
+    """Remove what a save that was killed or failed has left."""
+    for checkpoint in list_checkpoints(output):
+        if not is_complete(checkpoint):
+            remove(checkpoint)
 
 
 def remove_run(output: Path) -> None:
-    """Remove what a run wrote into its folder, and nothing else: the folder may be any of the user's."""
+    """Remove what a run wrote into its folder, and nothing else: the folder may hold the user's own files."""
     for checkpoint in list_checkpoints(output):
-        if checkpoint.is_symlink() or checkpoint.is_file():
-            checkpoint.unlink()
-        else:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(output / INCOMING, ignore_errors=True)
+        remove(checkpoint)
     for name in ROWS:
         (output / name).unlink(missing_ok=True)
 
 
-class WholeCheckpoints:
-    """Mixed into a trainer: a checkpoint is written beside its place, completed, moved in; only then are old ones removed.
+def changed_settings(then: dict, now: dict, facts: dict) -> list[str]:
+    """Where a run that is to go on differs from `then` (its run.json) in what it may not change, in words.
 
-    `complete(folder, state)` writes what makes it whole, ending with `seal`; it runs in the main process alone.
+    `now` are the settings; `facts` what else run.json holds: dtype, model_commit, and rewards with their digests.
     """
-
-    complete: Callable[[Path, object], None]
-
-    def _get_output_dir(self, trial) -> str:
-        run = super()._get_output_dir(trial)
-        return os.path.join(run, INCOMING) if getattr(self, "_saving", False) else run
-
-    def _save_checkpoint(self, model, trial) -> None:
-        output, kept = Path(self.args.output_dir), self.args.save_total_limit
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(output / INCOMING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._saving = True  # the trainer's own pruning sees the incoming folder alone, and finds nothing to do
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # each process has written its random state
-            if self.args.should_save:
-                self.complete(output / INCOMING / name, self.state)
-                files.open_to_umask(output / INCOMING / name)
-                shutil.rmtree(output / name, ignore_errors=True)
-                (output / INCOMING / name).rename(output / name)
-        except Exception:
-            if self.args.should_save:
-                shutil.rmtree(output / INCOMING, ignore_errors=True)  # room for a message, and for the next try
-            raise
-        finally:
-            self._saving = False
-        if self.args.should_save:
-            shutil.rmtree(output / INCOMING, ignore_errors=True)
-            ours = [old for old in list_checkpoints(output) if (old / "run.json").is_file()]
-            for old in [old for old in ours if step_of(old) <= self.state.global_step][:-kept]:
-                shutil.rmtree(old, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+    was, may_change = then.get("config", {}), RESUMABLE_KEYS | {"rewards"}  # rewards are compared by their digests
+    if was.get("lr_scheduler_type") in ("linear", "cosine"):
+        may_change -= {"max_steps"}  # the learning rate goes by it
+    if now.get("init_adapter"):
+        may_change |= {key for key in CONFIG if key.startswith("lora_")}  # the adapter's hold
+    pairs = {key: (was[key], now[key]) for key in CONFIG if key in was and key in now and key not in may_change}
+    pairs |= {key: (then[key], facts[key]) for key in ("dtype", "model_commit") if then.get(key) and facts.get(key)}
+    pairs["rewards"] = (_reward_list(then), _reward_list(facts))
+    pairs["completions of an update"] = (_update_size(was, then.get("processes", 1)), _update_size(now, num_processes()))
+    return [f"{key}: was {old}, is {new}" for key, (old, new) in pairs.items() if old != new]
 
 
-def changed_settings(then: dict, now: dict, world: int, facts: dict | None = None) -> list[str]:
-    """In what a run that is to go on differs from `then` (its run.json), in words; what is harmless apart.
-
-    `facts` are those of its run.json that no setting says: dtype, model_commit, and rewards with their digests.
-    """
-    was, facts = then.get("config", {}), facts or {}
-    harmless = RESUMABLE_KEYS - ({"max_steps"} if was.get("lr_scheduler_type") in ("linear", "cosine") else set())
-    changed = [
-        f"{key} was {was[key]}, is {now[key]}"
-        for key in CONFIG
-        if key in was and key in now and key not in harmless and not _same(was[key], now[key])
-        if key != "rewards" or "rewards" not in facts
-    ]
-    changed += [f"{key} was {then[key]}, is {facts[key]}" for key in ("dtype", "model_commit")
-                if facts.get(key) and then.get(key) and then[key] != facts[key]]  # fmt: skip
-    changed += _other_rewards(then.get("rewards") or [], facts.get("rewards") or []) if "rewards" in facts else []
-    if all(isinstance(was.get(key), int) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")):
-        sizes = [
-            config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * processes
-            for config, processes in ((was, then.get("processes", 1)), (now, world))
-        ]
-        if sizes[0] != sizes[1]:
-            changed.append(
-                f"an update had {sizes[0]} completions ({then.get('processes', 1)} process(es)), has {sizes[1]} ({world}): "
-                "per_device_train_batch_size x gradient_accumulation_steps x processes must stay the same"
-            )
-    return changed
+def _reward_list(facts: dict) -> str:
+    rewards = facts.get("rewards") or []
+    return ", ".join(f"{reward['name']} x {reward['weight']:g} {reward.get('digest') or ''}".strip() for reward in rewards)
 
 
-def _other_rewards(was: list[dict], now: list[dict]) -> list[str]:
-    """In what two lists of rewards differ, each by name, weight and digest: the same file by another path is the same."""
-    lists = [{f"{reward['name']} x {reward['weight']:g}": reward.get("digest") for reward in each} for each in (was, now)]
-    if list(lists[0]) != list(lists[1]):
-        return [f"rewards were {', '.join(lists[0])}, are {', '.join(lists[1])}"]
-    return [f"the reward {name} has another content now" for name, digest in lists[0].items() if digest != lists[1][name]]
-
-
-def _same(was, now) -> bool:
-    """Equal, or the same path said in another way."""
-    if was == now:
-        return True
-    return isinstance(was, str) and isinstance(now, str) and was and now and Path(was).resolve() == Path(now).resolve()
+def _update_size(config: dict, processes: int) -> int:
+    return config.get("per_device_train_batch_size", 1) * config.get("gradient_accumulation_steps", 1) * processes

@@ -1,12 +1,13 @@
-"""Model cards for the Hub. Every number in one comes from the run's own metrics, or from a validation."""
+"""Model cards: of an adapter, of a reward model, of a merged model. Every number is the run's own, or a validation's."""
 
 import json
+import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from phi2_grpo.common import files, hub
-from phi2_grpo.common.cli import UserError, disk_is_full, first_line
+from phi2_grpo.common.cli import load_errors
 from phi2_grpo.common.console import markdown_table
 
 USE_ADAPTER = """\
@@ -22,8 +23,6 @@ config = GenerationConfig.from_pretrained(folder)  # sampling, end token and sto
 output = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
-
-
 USE_REWARD_MODEL = """\
 import json
 
@@ -39,137 +38,101 @@ score = model(**tokenizer.apply_chat_template(messages, return_tensors="pt", ret
 scale = json.load(open(f"{folder}/run.json"))["scores"]
 print((score - scale["mean"]) / scale["std"])  # 0: as good as the mean of the ranked replies
 """
-
-
 USE_MERGED = """\
 from transformers import pipeline
 
 chat = pipeline("text-generation", "DIR or USER/NAME")
 print(chat([{"role": "user", "content": "What are the benefits of exercise?"}])[0]["generated_text"][-1]["content"])
 """
-
-
 VALIDATED = "## On held-out prompts\n"
-
-
 USE = "## Use\n"
+TRAINING = "## Training\n"
+CURVE = "![reward curve](reward.png)\n"
 
 
-MADE = "## How it was made\n"
+def _frame(data: ModelCardData, before: str, use: str, code: str, training: str) -> str:
+    """What the three cards have in common: header, title with results, code to use it, and how it was trained."""
+    return f"---\n{data.to_yaml()}\n---\n{before}{USE}{use}\n```python\n{code}```\n\n{training}"
 
 
-def _card(facts: dict, pipeline: str, tags: list[str], title: str, body: str, code: str, settings: str) -> str:
-    """The frame of both cards; `title` has a place for the base."""
-    config, dataset = facts["config"], facts["data"]["dataset"]
+def _new_card(facts: dict, tag: str, pipeline: str, title: str, body: str, code: str, settings: str) -> str:
+    """The card of a training. No path goes into it: a local base or data set is named by its last part."""
+    config = facts["config"]
+    base, dataset = (name if hub.is_id(name) else Path(name).name for name in (config["model"], facts["data"]["dataset"]))
     data = ModelCardData(
-        base_model=config["model"] if hub.is_id(config["model"]) else None,
+        base_model=base if "/" in base else None,
         library_name="peft",
         pipeline_tag=pipeline,
         license="mit",
-        datasets=[dataset] if hub.is_id(dataset) else None,
-        tags=tags,
+        datasets=[dataset] if "/" in dataset else None,
+        tags=[tag, "trl", "lora"],
     )
-    base = config["model"] if hub.is_id(config["model"]) else Path(config["model"]).name  # no path in what may be published
-    base = "the tiny Phi of this project, made on the spot" if base == "tiny" else base
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    return f"""---
-{data.to_yaml()}
----
-
-# {title.format(base=base)}
-
-{body}
-
-{USE}
-```python
-{code}```
-
-{MADE}
-- LoRA r={config["lora_r"]}, alpha={config["lora_alpha"]}, on {facts["adapted"]}
+    training = f"""{TRAINING}
+- Base: {base}, in {facts["dtype"]}
+- Data: {dataset}
+- LoRA: r {config["lora_r"]}, alpha {config["lora_alpha"]}, on {facts["adapted"]}
 - {settings}, seed {config["seed"]}
-- {versions}
-- code at commit {facts["git_commit"] or "unknown"}; all settings in `run.json`, every step in `metrics.jsonl`
+- Hardware: {facts["hardware"]}
+- Versions: {", ".join(f"{name} {number}" for name, number in facts["versions"].items())}
+- Code: commit {facts["git_commit"] or "unknown"}; all settings are in `run.json`, every step in `metrics.jsonl`
 """
+    return _frame(data, f"\n# {title} {base}\n\n{body}\n", "", code, training)
 
 
-def adapter_card(facts: dict, steps: int, seconds: float, changes: dict[str, tuple], finished: bool, collapsed: bool) -> str:
+def adapter_card(facts: dict, steps: int, seconds: float, changes: dict[str, tuple], finished: bool) -> str:
     """`changes`: what is measured, with its means over the first and the last steps."""
     config = facts["config"]
-    rewards = [(reward["name"], f"{reward['weight']:g}", reward["pays_for"]) for reward in facts["rewards"]]
+    rewards = [(reward["name"], f"{reward['weight']:g}", reward["summary"]) for reward in facts["rewards"]]
     changed = [(name, f"{first:.3g}", f"{last:.3g}") for name, (first, last) in changes.items()]
-    lines = [
-        *markdown_table(("reward", "weight", ""), rewards),
-        "",
-        f"{steps} steps{'' if finished else ' (a checkpoint of a longer run)'} in {seconds / 60:.1f} min on "
-        f"{facts['hardware']}. Target: {config['target_tokens']} tokens."
-        + (" The run collapsed after it, so this earlier checkpoint was kept." if collapsed else ""),
-        "",
-        *markdown_table(("over training, first to last steps", "from", "to"), changed),
-        "",
-        "These are the rewards of sampled training completions. Whether held-out answers are better is what "
-        "`validate_model.py` says.",
-        "",
-        "![reward curve](reward.png)",
-    ]
+    rewards_table = "\n".join(markdown_table(("reward", "weight", ""), rewards))
+    changes_table = "\n".join(markdown_table(("over training, first to last steps", "from", "to"), changed))
+    length = f"{steps} steps{'' if finished else ' (a checkpoint of a longer run)'} in {seconds / 60:.1f} min"
+    body = f"""{rewards_table}
+
+{length}, target {config["target_tokens"]} tokens:
+
+{changes_table}
+
+These are the rewards of sampled training completions. `validate_model.py` measures whether held-out answers are better.
+
+{CURVE}"""
     settings = (
-        f"learning rate {config['learning_rate']:g}, {config['num_generations']} generations per prompt, "
+        f"GRPO: {config['num_generations']} completions per prompt, learning rate {config['learning_rate']:g}, "
         f"beta {config['beta']:g}, loss {config['loss_type']}"
     )
-    title = "A LoRA adapter for {base}, trained with GRPO"
-    return _card(facts, "text-generation", ["grpo", "trl", "lora"], title, "\n".join(lines), USE_ADAPTER, settings)
+    return _new_card(facts, "grpo", "text-generation", "GRPO adapter (LoRA) for", body, USE_ADAPTER, settings)
 
 
 def reward_model_card(facts: dict, steps: int, seconds: float, accuracy: list[str], left_out: int) -> str:
-    """What it is worth, beside what costs nothing. `accuracy`: lines of Markdown (see `reward_accuracy.markdown`)."""
+    """`accuracy`: how often it agrees with people, in lines of Markdown (see `reward_accuracy.markdown`)."""
     config = facts["config"]
-    lines = [*accuracy, "", "![scores of preferred and other replies](scores.png)"]
+    body = "\n".join([*accuracy, "", "![scores of preferred and other replies](scores.png)", ""])
     settings = (
-        f"{steps} updates of {config['per_device_train_batch_size']} x {config['gradient_accumulation_steps']} pairs "
-        f"({left_out} too long), learning rate {config['reward_learning_rate']:g}, {seconds / 60:.1f} min on "
-        f"{facts['hardware']}"
+        f"{steps} steps of {config['per_device_train_batch_size']} x {config['gradient_accumulation_steps']} pairs "
+        f"({left_out} too long) in {seconds / 60:.1f} min, learning rate {config['reward_learning_rate']:g}"
     )
-    title = "A reward model on {base}: LoRA and a scalar head"
-    return _card(
-        facts, "text-classification", ["reward-model", "trl", "lora"], title, "\n".join(lines), USE_REWARD_MODEL, settings
-    )
-
-
-def add_validation(adapter: Path, line: str, table: list[str]) -> None:
-    """The result of a validation into the adapter's card, before its "Use"; that of an earlier one is replaced."""
-    path = adapter / "README.md"
-    before, use, after = (path.read_text(encoding="utf-8") if path.is_file() else "").partition(USE)
-    if use:
-        section = "\n".join([VALIDATED, line, "", *table, "", ""])
-        try:
-            files.write_text(path, before.partition(VALIDATED)[0] + section + use + after)
-        except OSError as error:  # a read-only adapter is validated all the same
-            if disk_is_full(error):
-                raise
+    title = "Reward model (LoRA and a scalar head) on"
+    return _new_card(facts, "reward-model", "text-classification", title, body, USE_REWARD_MODEL, settings)
 
 
 def merged_card(adapter: Path, dtype: str) -> str:
-    """The adapter's own card, for the merged model: other metadata, other code. Raises UserError for a card that is broken."""
+    """The adapter's own card, for the merged model. Raises UserError for a card that cannot be read."""
     path = adapter / "README.md"
-    try:
+    with load_errors(f"{path} is no model card", "Correct it, or remove it."):
         card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "", ignore_metadata_errors=True)
-    except Exception as error:  # YAML's own kinds, and the Hub's
-        raise UserError(f"{path} is no model card: {first_line(error)}. Mend it, or remove it.") from None
     card.data.library_name = "transformers"
-    before, _, after = card.text.partition(USE)
-    before = before.replace("![reward curve](reward.png)\n\n", "").replace(
-        "# A LoRA adapter for", "# Merged: a LoRA adapter for"
-    )
-    made = after.partition(MADE)[1:]
-    stops = files.read_json(adapter / "generation_config.json").get("stop_strings") or []
-    cut = f", for plain `generate` refuses them: cut an answer before the first of {', '.join(map(json.dumps, stops))}"
-    left_out = f"\n\nStop strings are left out{cut}." if stops else ""
-    return f"""---
-{card.data.to_yaml()}
----
-{before}{USE}
-Merged in float32, written in {dtype}: plain weights, which transformers, vLLM and llama.cpp's converter read.{left_out}
+    text = card.text.replace(CURVE, "").replace("# GRPO adapter (LoRA) for", "# GRPO adapter merged into")
+    before, _, after = text.partition(USE)
+    stops = ", ".join(map(json.dumps, files.read_json(adapter / "generation_config.json").get("stop_strings") or []))
+    cut = f"\nPlain `generate` takes no stop strings: cut an answer before the first of {stops}.\n" if stops else ""
+    use = f"\nMerged in float32, written in {dtype}: plain weights for transformers, vLLM and llama.cpp.\n{cut}"
+    return _frame(card.data, before, use, USE_MERGED, "".join(after.partition(TRAINING)[1:]))
 
-```python
-{USE_MERGED}```
 
-{"".join(made)}"""
+def add_validation(adapter: Path, line: str, table: list[str]) -> None:
+    """Write the result of a validation into the adapter's card, in place of an earlier one. A read-only adapter stays."""
+    path = adapter / "README.md"
+    before, use, after = (path.read_text(encoding="utf-8") if path.is_file() else "").partition(USE)
+    if use and os.access(adapter, os.W_OK):
+        section = "\n".join([VALIDATED, line, "", *table, "", ""])
+        files.write_text(path, before.partition(VALIDATED)[0] + section + use + after)

@@ -1,47 +1,113 @@
-"""TRL's trainers, with our rollout, a clock and checkpoints that are whole or not there."""
+"""TRL's trainers, with our rollout, a clock and an end that says how to go on; what overrides private methods is here alone."""
 
+import shutil
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 
 import torch
+from peft import load_peft_weights, set_peft_model_state_dict
+from transformers import TrainerState
 from trl import GRPOTrainer, RewardTrainer
 from trl.trainer.utils import RepeatSampler
 
-from phi2_grpo.common import progress
-from phi2_grpo.training.checkpoints import WholeCheckpoints
+from phi2_grpo.common import files, progress
+from phi2_grpo.common.cli import UserError, disk_is_full, first_line, memory_ran_out
+from phi2_grpo.rewards.scorer import BadReward
+from phi2_grpo.training import checkpoints
+from phi2_grpo.training.callbacks import GracefulStop, LogCallback
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype) -> str:
-    """What accelerate is to train with: bf16 autocast over a bfloat16 base on a card; it fails in a CPU's layer norm."""
+    """What accelerate is to train with: bf16 autocast over a bfloat16 base on a GPU; it fails in a CPU's layer norm."""
     return "bf16" if dtype.itemsize == 2 and device.type == "cuda" else "no"
 
 
 def training_arguments(kind: type, config: dict, device: torch.device, dtype: torch.dtype, **own):
     """A `kind` (GRPOConfig, RewardConfig) of those keys of `config` that are its fields, and of `own`."""
     known = {field.name for field in fields(kind)}
-    settings = {key: value for key, value in config.items() if key in known and value != ""}
-    settings |= {
+    settings = {key: value for key, value in config.items() if key in known and value != ""} | {
         "bf16": mixed_precision(device, dtype) == "bf16",
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
         "logging_steps": 1,
         "disable_tqdm": True,
+        "save_total_limit": None,  # callbacks.CheckpointCallback prunes
         "trackio_static_space_id": False,  # stay on this machine
+        **own,
     }
-    settings |= own
     return kind(**{"run_name": Path(settings["output_dir"]).name, **settings})
 
 
-class _Logged(WholeCheckpoints):
-    """Mixed into a trainer: what it prints, and what it completes its checkpoints with, is ours."""
+class RunMixin:
+    """Mixed into a trainer: a run from its start, or from a checkpoint, to its end or to a clear message."""
 
-    def add_run_callback(self, watch) -> None:
-        """`watch`: a Watch (monitor.py)."""
-        self.watch, self.complete = watch, watch.complete
-        self.add_callback(watch)
+    memory_settings = "--per_device_train_batch_size (and raise --gradient_accumulation_steps as much)"
+
+    def run(self, log: LogCallback, checkpoint: Path | None) -> None:
+        """Train up to `max_steps`, on from `checkpoint`.
+
+        Raises UserError for what ends it and is no bug, KeyboardInterrupt or Terminated after a signal, with a checkpoint of
+        the last step.
+        """
+        output, steps = Path(self.args.output_dir), self.args.max_steps
+        if checkpoint:
+            log.seconds_before = files.read_run(checkpoint).get("seconds", 0.0)
+        if checkpoints.step_of(checkpoint) >= steps:  # nothing is left to train, and transformers would do one step more
+            return self.load_checkpoint(checkpoint)
+        if self.args.should_save:
+            (checkpoints.remove_incomplete if checkpoint else checkpoints.remove_run)(output)
+        stop = GracefulStop()
+        self.add_callback(stop)
         progress.silence_printing(self)
+        try:
+            with stop.listening():
+                self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except Exception as error:
+            self._explain(error, output)
+            raise
+        finally:
+            log.progress.stop()  # or a failure leaves a terminal without its cursor
+        if self.state.global_step < steps:
+            stop.raise_if_asked()
+
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Weights and state of a checkpoint, without training."""
+        weights = load_peft_weights(str(checkpoint), device=str(self.accelerator.device))
+        set_peft_model_state_dict(self.accelerator.unwrap_model(self.model), weights)
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+    def _explain(self, error: Exception, output: Path) -> None:
+        """Raise a UserError that says how to go on, for what is no bug."""
+        text = None
+        if isinstance(error, BadReward):
+            self._save_now(output)
+            text = f"{error}\n  With a corrected reward start another run: --init_adapter CHECKPOINT and another --output_dir."
+        elif memory_ran_out(error):
+            self._save_now(output)
+            text = f"memory ran out in step {self.state.global_step + 1}: {first_line(error)}\n  Lower {self.memory_settings}."
+        elif isinstance(error, UserError):
+            text = str(error)
+        elif disk_is_full(error):
+            checkpoints.remove_incomplete(output)
+            free = shutil.disk_usage(files.nearest_existing(output)).free / 1e9
+            text = f"no room is left on the disk of {output} ({free:.2f} GB free): {first_line(error)}\n  Make room."
+        # gloo raises a plain RuntimeError, NCCL a DistError.
+        elif isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            text = f"another process of this run is gone, or its machine: {first_line(error)[:200]}"
+        if text:
+            raise UserError(f"{text}\n  {checkpoints.what_is_left(output)}") from None
+
+    def _save_now(self, output: Path) -> None:
+        """Save what the last complete step left, where no checkpoint has it yet."""
+        step = self.state.global_step
+        # Of several processes one alone cannot save: the others wait for it elsewhere.
+        if step and self.accelerator.num_processes == 1 and step != checkpoints.step_of(checkpoints.newest_complete(output)):
+            self._save_checkpoint(self.model, trial=None)  # transformers has no public method that saves the optimizer
+            self.callback_handler.on_save(self.args, self.state, self.control)
 
     def create_model_card(self, *_, **__) -> None:
         """Not TRL's: ours is written with each checkpoint."""
@@ -58,43 +124,42 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
-class Trainer(_Logged, GRPOTrainer):
-    """Rolls out with `engine` (rollout.py) where it is set, and logs where the seconds of a step went.
+def timed(part: str, method: Callable) -> Callable:
+    """A trainer's `method`, with its seconds added to `part`."""
+
+    @wraps(method)
+    def run(self, *arguments, **keywords):
+        started = self.now()
+        result = method(self, *arguments, **keywords)
+        self.seconds[part] += self.now() - started
+        return result
+
+    return run
+
+
+class Trainer(RunMixin, GRPOTrainer):
+    """Rolls out with `engine` (rollout/engine.py), unless vLLM does, and logs where the seconds of a step went.
 
     `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (forward and backward); the optimizer itself,
-    which comes after them, is in none. `failed_in` is the part that an exception came out of. The private methods are
-    TRL's; a test holds their names.
+    which comes after them, is in none. TRL has no hook around these parts, hence the private methods; a test holds them.
     """
 
     engine = None
-    failed_in: str | None = None
+    memory_settings = f"{RunMixin.memory_settings}, --rollout_batch_size or --max_completion_length"
 
     def __init__(self, *arguments, **keywords):
-        self._spent: dict[str, float] = defaultdict(float)
-        self._depth = 0  # a part inside another is the outer's
+        self.seconds: dict[str, float] = defaultdict(float)
         super().__init__(*arguments, **keywords)
 
-    def _timed(self, part: str, method, *arguments, **keywords):
-        started, self._depth = self._now(), self._depth + 1
-        try:
-            return method(*arguments, **keywords)
-        except BaseException:
-            self.failed_in = self.failed_in or part
-            raise
-        finally:
-            self._depth -= 1
-            if not self._depth:
-                self._spent[part] += self._now() - started
-
-    def _now(self) -> float:
+    def now(self) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # kernels run on behind the host; a few waits a step cost nothing
         return time.perf_counter()
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
-        found = super()._get_train_sampler(dataset)
-        shape = (found.mini_repeat_count, found.batch_size, found.repeat_count)
-        self.sampler = EpochSampler(found.data_source, *shape, seed=found.seed)
+        theirs = super()._get_train_sampler(dataset)
+        shape = (theirs.mini_repeat_count, theirs.batch_size, theirs.repeat_count)
+        self.sampler = EpochSampler(theirs.data_source, *shape, seed=theirs.seed)
         return self.sampler
 
     def _run_epoch(self, *arguments, epoch: int, **keywords):
@@ -102,36 +167,34 @@ class Trainer(_Logged, GRPOTrainer):
         self.sampler.epoch = epoch
         return super()._run_epoch(*arguments, epoch=epoch, **keywords)
 
-    def _generate_single_turn(self, prompt_ids, *arguments, **keywords):
+    def _rollout(self, prompt_ids, *arguments, **keywords):
         """TRL's: token ids of the prompts, a group's next to each other, to (completion ids, log-probs or None)."""
-        if self.engine is None:
-            return self._timed("rollout", super()._generate_single_turn, prompt_ids, *arguments, **keywords)
-        return self._timed("rollout", self.engine, prompt_ids, self.generation_config), None
+        if self.engine and not self.use_vllm:
+            return self.engine(prompt_ids, self.generation_config), None
+        return super()._generate_single_turn(prompt_ids, *arguments, **keywords)
 
-    def _calculate_rewards(self, *arguments, **keywords):
-        return self._timed("rewards", super()._calculate_rewards, *arguments, **keywords)
+    _generate_single_turn = timed("rollout", _rollout)
+    _calculate_rewards = timed("rewards", GRPOTrainer._calculate_rewards)
+    _reference_logps = timed("log_probs", GRPOTrainer._get_per_token_logps_and_entropies)
 
     def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
-        method = super()._get_per_token_logps_and_entropies
-        if torch.is_grad_enabled():  # the forward pass of the update
-            return method(*arguments, **keywords)
-        return self._timed("log_probs", method, *arguments, **keywords)
+        in_update = torch.is_grad_enabled()
+        method = super()._get_per_token_logps_and_entropies if in_update else self._reference_logps
+        return method(*arguments, **keywords)
 
     def training_step(self, *arguments, **keywords):
-        started, inside = self._now(), sum(self._spent.values()) - self._spent["update"]
+        started, before = self.now(), sum(self.seconds.values())
         loss = super().training_step(*arguments, **keywords)
-        others = sum(self._spent.values()) - self._spent["update"] - inside
-        self._spent["update"] += self._now() - started - others
+        self.seconds["update"] += self.now() - started - (sum(self.seconds.values()) - before)
         return loss
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
-        if self._spent:
-            logs.update({f"seconds/{part}": round(seconds, 4) for part, seconds in self._spent.items()})
-            self._spent.clear()
+        logs.update({f"seconds/{part}": round(seconds, 4) for part, seconds in self.seconds.items()})
+        self.seconds.clear()
         super().log(logs, start_time)
 
 
-class RewardModelTrainer(_Logged, RewardTrainer):
+class RewardModelTrainer(RunMixin, RewardTrainer):
     """For a reward model."""
 
-    failed_in = "reward update"
+    memory_settings = f"{RunMixin.memory_settings} or --reward_max_length, or give --activation_checkpointing"

@@ -13,8 +13,6 @@ from scipy.stats import chi2_contingency, chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from config import CONFIG
-from phi2_grpo.models.answers import chat_generation_config
 from phi2_grpo.models.tokenizer import batches_by_length
 from phi2_grpo.rollout.cache import LENGTH_MULTIPLE, DecodeState
 from phi2_grpo.rollout.engine import FastEngine, GenerateEngine, choose_engine, make_engine
@@ -143,8 +141,8 @@ def test_a_setting_that_the_engine_does_not_support_goes_to_generate(micro):
     generation_config = greedy(policy, 20, repetition_penalty=3.0)
     assert Sampling.of(generation_config) is None
     assert_as_generate(policy, prompts_of(policy, 4, 1), generation_config)
-    usual = chat_generation_config(type("T", (), {"eos_token_id": 0, "pad_token_id": 0}), CONFIG, 2048)
-    assert Sampling.of(usual) == Sampling(False, CONFIG["chat_temperature"], 50, CONFIG["chat_top_p"], (0,))
+    usual = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, eos_token_id=[0, 1], stop_strings=["Exercise"])
+    assert Sampling.of(usual) == Sampling(False, 0.7, 50, 0.9, (0, 1))
 
 
 @pytest.mark.parametrize(("dtype", "head", "tolerance"), [(torch.float32, 0.3, 1e-4), (torch.bfloat16, 0.1, 2e-2)])

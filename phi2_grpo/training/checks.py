@@ -1,0 +1,275 @@
+"""The checks of a run: each returns (value, what it says), or raises UserError with what was given, the rule and the remedy."""
+
+import importlib.metadata
+import math
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+from datasets import DatasetDict
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.utils import is_triton_available
+
+from phi2_grpo.common import cli, files
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.data import store
+from phi2_grpo.data.store import first_rows
+from phi2_grpo.models.base import base_of_adapter, choose_device, commit_of, context_length, is_same_base, is_sharded
+from phi2_grpo.models.lora import lora_counts, lora_summary, meta_lora_model
+from phi2_grpo.models.tokenizer import check_context, check_vocabulary, load_tokenizer
+from phi2_grpo.rewards.reward_model import render_conversations
+from phi2_grpo.rewards.scorer import Scorer, choose_rewards, try_rewards
+from phi2_grpo.rollout.cache import free_memory
+from phi2_grpo.rollout.engine import choose_engine
+from phi2_grpo.training import checkpoints, outputs
+from phi2_grpo.training.memory import estimate, largest_preset, peak, update_estimate
+from phi2_grpo.training.trainer import mixed_precision
+
+GB = 1e9
+
+
+def one_process():
+    if cli.num_processes() > 1:
+        raise UserError("train_reward.py runs in one process: start it with python, not with accelerate launch or torchrun.")
+    return True, "1"
+
+
+def device(config: dict):
+    device, dtype = choose_device(config)
+    ours, theirs = mixed_precision(device, dtype), os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    if theirs not in ("no", ours):
+        raise UserError(
+            f"the launcher asks for mixed precision {theirs} (ACCELERATE_MIXED_PRECISION), and --dtype {config['dtype']} on "
+            f"this device trains with {ours}. Leave it out there: accelerate launch --mixed_precision no"
+        )
+    if device.type == "cuda":
+        if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+            raise UserError(
+                f"{torch.cuda.device_count()} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python ...; "
+                "or all, for train_grpo.py: accelerate launch --multi_gpu ..."
+            )
+        if is_triton_available():
+            _check_compiler()
+    return (device, dtype), f"{outputs.hardware_name(device)}, {str(dtype).removeprefix('torch.')}"
+
+
+def _check_compiler() -> None:
+    """TRL's log-probs are a Triton kernel. It is compiled at its first use: in the first step, after all else is loaded."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc", "cc")))
+    if missing := [name for name, exists in (("a C compiler", compiler), (str(header), header.is_file())) if not exists]:
+        raise UserError(
+            f"Triton compiles the log-prob kernel at its first use, and needs {' and '.join(missing)}. Debian and Ubuntu: "
+            "apt-get install gcc python3-dev. Elsewhere: a C compiler, and the headers of this Python."
+        )
+
+
+def output_folder(output: Path, final: Path, key: str, resume: bool, overwrite: bool):
+    """`output` is for the checkpoints, `final` for what a finished run leaves, with `key` in its run.json."""
+    files.check_writable(output)
+    files.check_writable(final)
+    finished = files.check_replaceable(final, lambda folder: key in files.read_run(folder))
+    if not checkpoints.is_ours(output) or (output / "adapter_config.json").exists():
+        raise UserError(f"{output} holds an adapter, metrics or checkpoints of another program. Choose another folder.")
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
+    newest = checkpoints.newest_complete(output)
+    if resume and not newest and finished:
+        raise UserError(f"{final} is finished, and there is no checkpoint to go on from. Replace it: --overwrite.")
+    if resume:
+        return True, f"resuming at {newest.name}" if newest else "no complete checkpoint: starting at step 0"
+    run = newest or (final if finished else None)
+    if run and not overwrite:
+        raise UserError(f"{run} holds a run. Go on with it: --resume; replace it: --overwrite; or choose another folder.")
+    return True, f"{output}{', replacing the run there' if run else ''}"
+
+
+def same_run(config: dict, output: Path, funnel: dict, dtype: torch.dtype, steps: int, facts: dict):
+    """Would the newest checkpoint go on as it began?"""
+    newest = checkpoints.newest_complete(output)
+    if newest is None:
+        return True, "nothing to go on from"
+    then = files.read_run(newest)
+    facts = {"dtype": str(dtype).removeprefix("torch."), "model_commit": commit_of(config), **facts}
+    changed = checkpoints.changed_settings(then, config, facts)
+    if then.get("data", {}).get("fingerprint") != funnel["fingerprint"]:
+        changed.append(f"the prompts in {config['data_dir']} are not those it was trained on")
+    if changed:
+        listing = "\n  ".join(changed)
+        raise UserError(
+            f"{newest} is of a run with other settings, and would not go on as it began:\n  {listing}\n"
+            "  Give those settings again, or start anew: --overwrite, or another folder."
+        )
+    done = f"; nothing is left to train: it is at step {checkpoints.step_of(newest)} of {steps}"
+    return True, f"settings and data are those of {newest.name}{done * (checkpoints.step_of(newest) >= steps)}"
+
+
+def settings(config: dict):
+    target, room = config["target_tokens"], config["max_completion_length"]
+    if room < 2 * target:
+        raise UserError(
+            f"max_completion_length is {room} and target_tokens {target}: answers need room to end late, so give at least "
+            f"--max_completion_length {2 * target}, or at most --target_tokens {room // 2}."
+        )
+    if config["learning_rate"] < 2e-6:
+        return True, f"learning_rate {config['learning_rate']:g} is so low that {config['max_steps']} steps may change nothing"
+    return True, f"{config['max_steps']} steps at learning rate {config['learning_rate']:g}, target {target} tokens"
+
+
+def _is_installed(package: str) -> bool:
+    """Whether pip knows it: a folder of its name in the working directory would import as well."""
+    return any(True for _ in importlib.metadata.distributions(name=package))
+
+
+def tracker(config: dict):
+    package = config["report_to"]
+    if package != "none" and not _is_installed(package):
+        raise UserError(f"--report_to {package} needs a package that is not installed: pip install {package}. Or: none.")
+    return True, package
+
+
+def tokenizer(config: dict):
+    tokenizer = load_tokenizer(config)
+    return tokenizer, f"{config['model']}, {len(tokenizer):,} tokens"
+
+
+def prompts(config: dict, tokenizer):
+    prompts, funnel, notes = store.load_prompts(config, tokenizer)
+    if not len(prompts["train"]):
+        again = cli.prepare_command(config, overwrite=True)
+        raise UserError(f"{config['data_dir']} has no train prompt. Make it again, with others: {again}")
+    counts = f"{len(prompts['train']):,} train and {len(prompts['validation']):,} validation prompts"
+    return (prompts, funnel), ". ".join([counts, *notes])
+
+
+def pairs(config: dict, tokenizer):
+    """(pairs, funnel, optimizer steps, pairs left out, tokens of the longest reply with its prompt)."""
+    pairs, funnel, notes = store.load_preferences(config, tokenizer)
+    if not len(pairs["train"]) or not len(pairs["validation"]):
+        raise UserError(
+            f"{config['data_dir']} has {len(pairs['train'])} train and {len(pairs['validation'])} validation pairs of ranked "
+            "replies, and both are needed. Prepare a source that has ranks, with a --validation_fraction."
+        )
+    lengths = [0] * len(pairs["train"])  # of the longer reply, its prompt included
+    for side in ("chosen", "rejected"):
+        replies = [reply[0]["content"] for reply in pairs["train"][side]]
+        texts = render_conversations(tokenizer, pairs["train"]["prompt"], replies)
+        lengths = list(map(max, lengths, map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])))
+    kept = [i for i, length in enumerate(lengths) if length <= config["reward_max_length"]]
+    if not kept:
+        raise UserError(f"no pair has at most {config['reward_max_length']} tokens. Raise --reward_max_length.")
+    batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    steps, left_out = config["reward_epochs"] * math.ceil(len(kept) / batch), len(lengths) - len(kept)
+    pairs["train"] = pairs["train"].select(kept)
+    counts = f"{len(kept):,} train and {len(pairs['validation']):,} validation pairs, {left_out:,} too long"
+    few = ["So few validation pairs say little: the intervals will be wide"] * (len(pairs["validation"]) < 50)
+    text = ". ".join([f"{counts}; {steps} steps of {batch} pairs", *notes, *few])
+    return (pairs, funnel, steps, left_out, max(lengths[i] for i in kept)), text
+
+
+def lora(config: dict, tokenizer):
+    start, output = config["init_adapter"], Path(config["output_dir"]).resolve()
+    if start and Path(start).resolve().is_relative_to(output):
+        raise UserError(
+            f"--init_adapter {start} lies in output_dir, whose checkpoints are replaced. Choose another --output_dir."
+        )
+    policy = meta_lora_model(config)
+    check_vocabulary(tokenizer, policy)
+    if isinstance(policy.get_output_embeddings(), BaseTunerLayer):
+        raise UserError("LoRA on lm_head is not supported: TRL reads the head's own weight. Leave lm_head out.")
+    text = lora_summary(policy)
+    if start:
+        lora, base = policy.peft_config["default"], base_of_adapter(Path(start))
+        text += f"; r {lora.r} and alpha {lora.lora_alpha} are those of {start}"
+        text += "" if is_same_base(base, config) else f", which was trained on {base[0]}"
+    return policy, text
+
+
+def context(config: dict, tokenizer, prompts: DatasetDict, policy: PeftModel):
+    limit = context_length(policy)
+    longest = check_context([prompt for table in prompts.values() for prompt in table["prompt"]], tokenizer, config, limit)
+    return longest, f"{longest} prompt + {config['max_completion_length']} completion tokens at most, of {limit}"
+
+
+def batch(config: dict, prompts: DatasetDict):
+    size, steps = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
+    world, group = cli.num_processes(), config["num_generations"]
+    sampled = size * steps * world
+    product = f"per_device_train_batch_size {size} x gradient_accumulation_steps {steps} x {world} process(es) = {sampled}"
+    if sampled % group:
+        fitting = [n for n in range(2, sampled + 1) if sampled % n == 0]
+        nearest = min(fitting, key=lambda n: abs(n - group), default=None)
+        multiple = group // math.gcd(group, steps * world)
+        other = f"--per_device_train_batch_size {max(multiple, round(size / multiple) * multiple)}"
+        remedy = f"--num_generations {nearest}, or {other}" if nearest else other
+        raise UserError(f"{product} completions, not a multiple of num_generations {group}. Give {remedy}.")
+    if len(prompts["train"]) < sampled // group:
+        raise UserError(
+            f"{product} completions take {sampled // group} prompts, and the train split has {len(prompts['train'])}. Raise "
+            "num_generations, or lower one of the others."
+        )
+    return True, f"{sampled} completions an update = {sampled / group:g} prompts x {group}"
+
+
+def rollout(config: dict, policy: PeftModel):
+    if config["use_vllm"]:
+        if not _is_installed("vllm"):
+            raise UserError("--use_vllm needs vLLM, which is not installed: pip install trl[vllm]. Without it: --rollout auto.")
+        return "vllm", f"vLLM, {config['vllm_mode']}"
+    if is_sharded():
+        if config["eval_prompts"]:
+            raise UserError("with FSDP or ZeRO no process has all weights, so none can evaluate alone: give --eval_prompts 0.")
+        return "generate", "generate: the weights are sharded over the processes"
+    engine, why = choose_engine(config["rollout"], policy)
+    return engine, f"{engine}: {why}"
+
+
+def rewards(config: dict, tokenizer, prompts: DatasetDict):
+    scorer = Scorer(tokenizer, config["target_tokens"], choose_rewards(config["rewards"]))
+    tried = try_rewards(scorer, first_rows(prompts))
+    parts = []
+    for reward in scorer.chosen:
+        if reward.name in tried:
+            values = [score for score in tried[reward.name] if score is not None]
+            text = f"{min(values):.2f} to {max(values):.2f} for human replies" if values else "scores none of the first rows"
+        else:
+            text = reward.function.describe(config)
+        parts.append(f"{reward.name} x {reward.weight:g} ({text})")
+    return scorer, "; ".join(parts)
+
+
+def memory(config: dict, policy: PeftModel, longest: int, device, dtype, scorer: Scorer, engine: str):
+    reward_models = sum(model.extra_bytes(config, dtype) for model in scorer.models)
+    free = free_memory(device)
+    parts = estimate(config, policy, longest, device, dtype, free, reward_models)
+    text = _memory_text(parts, peak(parts, engine), free)
+    if device.type == "cuda":
+        text += f". Largest preset that fits: {largest_preset(policy, longest, device, dtype, free) or 'none'}"
+    return parts, text
+
+
+def pair_memory(config: dict, policy: PeftModel, longest: int, device, dtype):
+    """Both replies of a pair are in one forward pass."""
+    parts = update_estimate(config, policy, 2 * config["per_device_train_batch_size"] * longest, device, dtype)
+    return parts, _memory_text(parts, sum(parts.values()), free_memory(device))
+
+
+def _memory_text(parts: dict[str, int], total: int, free: int) -> str:
+    listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
+    text = f"about {total / GB:.2f} GB ({listing}), of {free / GB:.1f} GB free"
+    lower = "per_device_train_batch_size (and raise gradient_accumulation_steps), rollout_batch_size or the longest length"
+    return text + f"\nThis may not fit: lower {lower}" * (total > free)
+
+
+def disk(config: dict, policy: PeftModel, output: Path):
+    _, trainable, _ = lora_counts(policy)
+    # A checkpoint is adapter and two Adam moments in float32; one more is written before the oldest goes.
+    need = trainable * 4 * 3 * (config["save_total_limit"] + 1) + trainable * 4
+    path = files.nearest_existing(output)
+    free = shutil.disk_usage(path).free
+    if need > free:
+        raise UserError(f"checkpoints need {need / GB:.2f} GB, {path} has {free / GB:.2f} GB free. Make room there.")
+    return True, f"{need / GB:.2f} GB for checkpoints, of {free / GB:.1f} GB free"

@@ -1,0 +1,51 @@
+"""The structure: which folder may import which, how long a module may be, and that nothing is kept for tests alone."""
+
+import ast
+import re
+
+from conftest import ROOT
+
+FLOORS = {"common": 0, "data": 1, "models": 1, "rewards": 2, "rollout": 2, "training": 3, "evaluation": 3}
+MODULES = sorted((ROOT / "phi2_grpo").glob("*/*.py"))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_go_down():
+    """Five floors: scripts, training | evaluation, rewards | rollout, data | models, common. Rooms of one floor are strangers."""
+    assert {path.parent.name for path in MODULES} == set(FLOORS)
+    scripts = {path.stem for path in ROOT.glob("*.py")} - {"config"}
+    for path in MODULES:
+        room = path.parent.name
+        for name in imported(path):
+            assert name.split(".")[0] not in scripts, f"{path} imports the script {name}"
+            if name.startswith("phi2_grpo."):
+                other = name.split(".")[1]
+                assert other == room or FLOORS[other] < FLOORS[room], f"{path} imports {name}"
+
+
+def test_no_module_is_long():
+    limits = {"app.py": 420, "engine.py": 400}
+    for path in [*MODULES, *ROOT.glob("*.py"), *(ROOT / "hf_app").glob("*.py")]:
+        longest = limits.get(path.name, 300) if path.parent.name == "hf_app" else 300 if path in MODULES else 200
+        assert len(path.read_text().splitlines()) <= longest, path
+
+
+def test_a_rooms_init_is_one_line():
+    for path in (ROOT / "phi2_grpo").rglob("__init__.py"):
+        assert len(path.read_text().splitlines()) == 1, path
+
+
+def test_nothing_is_defined_for_tests_alone():
+    sources = [*MODULES, *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                assert len(re.findall(rf"\b{node.name}\b", text)) > 1, f"{path.name}: {node.name} is used nowhere"

@@ -1,0 +1,140 @@
+"""From rows to messages, from message trees to prompts, references and pairs."""
+
+import json
+from collections import Counter
+
+import pytest
+from conftest import ROOT, SHARED
+
+from config import CONFIG, PRESETS
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.data import oasst
+
+
+def row(id: str, text: str, parent: str | None = None, **other) -> dict:
+    tree = other.pop("tree", id if parent is None else parent)
+    role = other.pop("role", "prompter" if parent is None else "assistant")
+    base = {"message_id": id, "parent_id": parent, "message_tree_id": tree, "text": text, "role": role, "lang": "en"}
+    return {**base, "rank": None, "review_result": True, "deleted": False, **other}
+
+
+def choose(rows: list[dict], held_out: set | None = None, **options):
+    settings = {"languages": {"en", "es"}, "max_prompt_tokens": 50, "max_turns": 1, "max_toxicity": 1.0, **options}
+    messages = [message for each in rows for message in oasst.parse_row(each)]
+    words = lambda talks: [sum(len(turn["content"].split()) for turn in talk) for talk in talks]  # noqa: E731
+    candidates, funnel = oasst.filter_prompts(messages, words, **settings)
+    prompts, pairs, seen = oasst.deduplicate(candidates, held_out or set())
+    return [prompt["prompt"][-1]["content"] for prompt in prompts], prompts, pairs, seen, funnel
+
+
+NOT_KEPT = {
+    "deleted": row("b", "x", deleted=True),
+    "rejected": row("b", "spam", review_result=False),
+    "rejected, by pandas": row("b", "spam", review_result=0.0),
+    "empty": row("b", "   \n"),
+    "too long": row("b", "word " * 51),
+    "another language": row("b", "Hallo", lang="de"),
+    "a duplicate": row("b", " Why   IS it\u00a0so? "),
+    "not a prompt": row("b", "answer", role="assistant"),
+    "an orphan": row("b", "x", parent="nobody", role="prompter"),
+}
+
+
+@pytest.mark.parametrize("reason", NOT_KEPT)
+def test_what_is_not_kept(reason):
+    texts, *_, funnel = choose([row("a", "Why is it so?"), NOT_KEPT[reason]])
+    assert texts == ["Why is it so?"] and funnel["rows"] == 2
+
+
+def test_null_is_kept_and_the_peoples_label_comes_before_the_classifiers():
+    rows = [
+        row("n", "null", review_result=None, labels=None, detoxify=None),
+        row("b", "rude", labels={"name": ["spam", "toxicity"], "value": [0.0, 0.8]}, detoxify={"toxicity": 0.0}),
+        row("c", "rude too", labels={"name": ["spam"], "value": [0.0]}, detoxify={"toxicity": 0.9}),
+        row("d", "rude in an export", labels={"toxicity": {"value": 0.7, "count": 3}}),
+        row("e", "fine", labels={"name": ["toxicity"], "value": [0.1]}, detoxify={"toxicity": 0.9}),
+    ]
+    assert choose(rows, max_toxicity=0.5)[0] == ["null", "fine"]
+    assert len(choose(rows)[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"text": 5}, "text is 5"), ({"rank": "best"}, "rank is 'best'"), ({"role": "user"}, "'user', but it takes prompter or"),
+     ({"labels": {"name": ["toxicity"], "value": ["very"]}}, "toxicity is 'very'"), ({"detoxify": "x"}, "'get'"),
+     ({"parent_id": "q", "message_tree_id": None}, "message_tree_id is missing"), ({"deleted": "no"}, "deleted is 'no'")],
+)  # fmt: skip
+def test_a_row_that_is_not_oasst1s_is_named(tmp_path, change, named):
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in (row("a", "Why?"), {**row("b", "How?"), **change})))
+    with pytest.raises(UserError, match=f"row 2: .*{named}"):
+        oasst.read_messages(str(path), "main")
+
+
+def test_reference_is_the_best_usable_reply_and_pairs_are_the_ranked_ones():
+    rows = [row("q", "Why?"), row("s", "Alone?"), row("u", "No reply?"), row("v", "Two unranked?")]
+    rows += [row("t0", "the only reply", "s"), row("v0", "x", "v"), row("v1", "y", "v"), row("r0", "unranked", "q")]
+    for text, rank, deleted in (("gone", 0, True), ("tied", 2, False), ("good", 1.0, False), ("tied too", 2, False)):
+        rows.append(row(text, text, "q", rank=rank, deleted=deleted))
+    _, prompts, pairs, *_ = choose(rows)
+    assert [prompt["reference"] for prompt in prompts] == ["good", "the only reply", None, None]
+    sides = [(pair["chosen"][0]["content"], pair["rejected"][0]["content"], pair["rank_distance"]) for pair in pairs]
+    assert sides == [("good", "tied", 1), ("good", "tied too", 1)], "equal ranks say nothing"
+
+
+def test_later_turns_come_with_their_history():
+    rows = [row("q", "Why?"), row("a", "Because.", "q"), row("f", "And then?", "a", role="prompter", tree="q"),
+            row("b", "Nothing.", "f", tree="q"), row("g", "Really?", "b", role="prompter", tree="q"),
+            row("x", "ring", "y", role="prompter"), row("y", "ring", "x")]  # fmt: skip
+    assert [len(choose(rows, max_turns=turns)[0]) for turns in (1, 2, 3, 9)] == [1, 2, 3, 3]
+    last = choose(rows, max_turns=2)[1][-1]
+    assert [turn["role"] for turn in last["prompt"]] == ["user", "assistant", "user"] and last["reference"] == "Nothing."
+    assert choose(rows, {"why?"}, max_turns=3)[0] == [], "a follow-up would show what is held out"
+    rows[1]["deleted"] = True
+    assert choose(rows, max_turns=3)[0] == ["Why?"], "a history with a deleted message is no history"
+
+
+def test_what_stands_in_validation_leaves_train():
+    held_out = choose([row("a", "Why?")])[3]
+    texts, *_, seen, _ = choose([row("b", "why?"), row("c", "How?")], held_out)
+    assert texts == ["How?"] and len(seen) == 2
+
+
+def test_trees_are_split_whole_and_by_seed():
+    rows = [each for i in range(40) for each in (row(str(i), "x"), row(f"{i}r", "y", str(i)))]
+    messages = [message for each in rows for message in oasst.parse_row(each)]
+    one, again, other = (oasst.split_trees(messages, 0.25, seed) for seed in (0, 0, 1))
+    assert len(one["validation"]) == 20 and one == again != other
+    assert not {m.message_tree_id for m in one["train"]} & {m.message_tree_id for m in one["validation"]}
+
+
+def test_the_sample_has_what_it_should():
+    """Each trap of the real rows, in oasst1's own schema, and none of the prompts that are shown."""
+    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
+
+    rows = [json.loads(line) for line in (ROOT / "sample" / "tiny.jsonl").read_text(encoding="utf-8").splitlines()]
+    config = {**CONFIG, **PRESETS["tiny"]}
+    messages = oasst.read_messages(str(ROOT / "sample" / "tiny.jsonl"), "main")[0][""]
+    splits = oasst.split_trees(messages, config["validation_fraction"], config["split_seed"])
+    train, validation = (
+        [oasst.normalize([{"content": m.text}]) for m in part if m.parent_id is None] for part in splits.values()
+    )
+    assert len(train) >= 120 and len(validation) >= 40 and len({m.lang for m in splits["train"]}) >= 5
+    ranked = Counter(m.parent_id for m in messages if m.rank is not None)
+    assert sum(2 <= count <= 4 for count in ranked.values()) >= 100
+    ids = {m.message_id for m in messages}
+    traps = {
+        "deleted": any(m.deleted for m in messages),
+        "review false and null": {m.review_result for m in messages} == {True, False, None},
+        "null labels": any(r["labels"] is None for r in rows),
+        "orphan": any(m.parent_id is not None and m.parent_id not in ids for m in messages),
+        "duplicate root": len(set(train)) < len(train),
+        "over-long": any(len(text.split()) > 128 for text in train + validation),
+        "root in both splits": bool(set(train) & set(validation)),
+        "follow-up turns": any(m.role == "prompter" and m.parent_id in ids for m in messages),
+    }
+    assert all(traps.values()), traps
+    assert not {oasst.normalize([{"content": text}]) for text in SAMPLE_PROMPTS} & {*train, *validation}
+    if SHARED.exists():
+        real = json.loads((SHARED / "oasst1" / "messages.jsonl").open(encoding="utf-8").readline())
+        assert all(list(each) == list(real) for each in rows)

@@ -1,0 +1,75 @@
+"""What the tuning cost, against values by hand; and a model against itself."""
+
+import pytest
+import torch
+
+from config import CONFIG
+from phi2_grpo.common import stats
+from phi2_grpo.evaluation import measure
+from phi2_grpo.models.base import load_base
+from phi2_grpo.models.lora import load_adapter
+from phi2_grpo.models.tokenizer import load_tokenizer, render
+from phi2_grpo.rewards.scorer import Scorer, choose_rewards
+from phi2_grpo.rollout.engine import complete, make_engine
+from phi2_grpo.rollout.sampling import rollout_generation_config
+
+ROWS = [{"prompt": [{"role": "user", "content": text}], "lang": "en", "message_id": text, "reference": reply}
+        for text, reply in (("Why?", "Because."), ("How do I keep a plant?", "Water it once a week."), ("A", None))]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(micro) -> dict:
+    return {**CONFIG, "model": str(micro), "max_completion_length": 12}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return load_tokenizer(config)
+
+
+@pytest.fixture
+def base(config):
+    return load_base(config, torch.device("cpu"), torch.float32).eval()
+
+
+def ignore(done: int) -> None:
+    """No progress bar."""
+
+
+@torch.no_grad()
+def by_hand(model, tokenizer, row: dict, ids: list[int]) -> torch.Tensor:
+    """Log-probs at the positions of `ids`, (T, V), of one text without padding, in float64."""
+    prompt = tokenizer(render(tokenizer, [row["prompt"]])[0])["input_ids"]
+    return model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)[len(prompt) - 1 : -1]
+
+
+def test_costs_against_values_by_hand(config, tokenizer, base, final):
+    policy = load_adapter(load_base(config, torch.device("cpu"), torch.float32), str(final)).eval()
+    ids = [tokenizer(text)["input_ids"] for text in (" So it is.", " No", "")]
+    kl = measure.kl_to_base(policy, tokenizer, ROWS, ids, ignore)
+    assert kl[2] is None, "an empty completion"
+    for row, completion, value in zip(ROWS[:2], ids, kl, strict=False):
+        p, q = (by_hand(model, tokenizer, row, completion) for model in (policy, base))
+        assert value == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
+    nlls = measure.reference_nll(policy, tokenizer, ROWS, ignore)
+    assert nlls[2] is None, "no reference"
+    for row, value in zip(ROWS[:2], nlls, strict=False):
+        reply = tokenizer(f" {row['reference']}")["input_ids"]
+        log_probs = by_hand(policy, tokenizer, row, reply)[range(len(reply)), reply]
+        assert value == pytest.approx(-log_probs.mean().item(), rel=1e-4)
+
+
+def test_a_prompt_counts_where_all_its_samples_have_a_value():
+    assert measure.mean_per_prompt([1.0, 3.0, None, 3.0], 2) == [2.0, None]
+
+
+def test_a_model_against_itself_shows_no_difference(config, tokenizer, base):
+    """Two draws of the same model, 60 trials of 20 prompts: at least 52 say so (57 are expected)."""
+    rows = [{**ROWS[0], "prompt": [{"role": "user", "content": f"Why {i}?"}]} for i in range(20)] * 60
+    texts, engine = render(tokenizer, [row["prompt"] for row in rows]), make_engine("auto", base)
+    scorer, scores = Scorer(tokenizer, 6, choose_rewards(["length"])), []
+    for seed in (10_000, 20_000):
+        ids = complete(engine, tokenizer, texts, rollout_generation_config(config, tokenizer), seed)
+        scores.append([row["score"] for row in scorer.score(rows, ids)])
+    trials = [stats.paired(*(side[i : i + 20] for side in scores)) for i in range(0, len(rows), 20)]
+    assert sum(stats.verdict(trial) == "no difference shown" for trial in trials) >= 52

@@ -1,0 +1,56 @@
+"""What the line of a report says of known answers."""
+
+import pytest
+
+from phi2_grpo.evaluation import report
+from phi2_grpo.models.answers import Answer
+from phi2_grpo.rewards.scorer import Scorer, choose_rewards, with_all_built_in
+
+SHORT, RIGHT = [list(range(3))] * 30, [list(range(8))] * 30
+
+
+def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str) -> dict:
+    """Of answers with these tokens to prompts; each prompt has one answer."""
+    scorer = Scorer(None, 8, with_all_built_in(choose_rewards(list(rewards or ["length"]))))
+    prompts = [{"prompt": [{"role": "user", "content": "Q"}], "lang": "en", "message_id": str(i)} for i in range(len(base))]
+    samples = []
+    for side, answers in (("base", base), ("tuned", tuned)):
+        for i, ids in enumerate(answers):
+            scores = {"length": max(0.0, 1 - abs(len(ids) - 8) / 8), "ending": 1.0, "repetition": -1.0 * (len(set(ids)) == 1)}
+            answer = Answer("x", tuple(ids), True, "ended by itself")
+            samples.append({"side": side, "prompt": i, "answer": answer, "score": 0.0, "scores": scores})
+    return report.summarize(samples, prompts, {}, scorer, ("base", "tuned"))
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "rewards", "expected"),
+    [
+        (SHORT, RIGHT, (), "Tuned beats base on length: 1.00 against 0.38, +0.62 [0.62, 0.62], 30 prompts"),
+        (RIGHT, SHORT, (), "Tuned is worse than base on length"),
+        (SHORT, SHORT, (), "Tuned shows no difference from base on length"),
+        (RIGHT, SHORT, ("length:-1",), "Tuned beats base on length: 0.38 against 1.00"),  # less of it is better
+        (SHORT[:6], RIGHT[:6], (), "Tuned beats base on length: 1.00 against 0.38, +0.62 [0.62, 0.62], 6 prompts (few: weak)"),
+        (SHORT, RIGHT, ("language",), "No reward could be computed on these prompts."),
+    ],
+)
+def test_the_line(base, tuned, rewards, expected):
+    assert summary(base, tuned, *rewards)["line"].startswith(expected)
+
+
+def test_the_line_names_gaming():
+    long, chanted = [list(range(i, i + 12)) for i in range(30)], [[7] * 8] * 30
+    gamed = summary(long, chanted)
+    assert "repetition, distinct-2 worse" in gamed["line"] and "Gamed?" in gamed["line"] and "repetition" in gamed["alerts"]
+    assert "Gamed?" not in summary(long, [list(range(i, i + 10)) for i in range(30)])["line"]
+
+
+def test_what_cannot_be_computed_is_named():
+    assert {"language", "reference"} <= set(summary(SHORT, RIGHT, "language")["missing"])
+
+
+def test_a_language_with_enough_prompts_has_its_own_row():
+    assert list(summary(SHORT, RIGHT)["languages"]) == ["en"] and not summary(SHORT[:19], RIGHT[:19])["languages"]
+
+
+def test_a_text_cannot_leave_its_block():
+    assert report._fenced("a ```` b").startswith("`````text\n") and report._fenced("x").startswith("```text\n")

@@ -1,0 +1,51 @@
+"""How often a reward model agrees with people, and the intervals of it."""
+
+import numpy
+import pytest
+
+from phi2_grpo.evaluation import reward_accuracy
+
+
+def pair(prompt: str, chosen: str, rejected: str, lang: str = "en", distance: int = 1) -> dict:
+    sides = {"chosen": [{"role": "assistant", "content": chosen}], "rejected": [{"role": "assistant", "content": rejected}]}
+    return {"message_id": prompt, "lang": lang, "rank_distance": distance, **sides}
+
+
+def test_accuracies_of_known_pairs():
+    pairs = [pair(str(i), "long reply", "short") for i in range(30)] + [
+        pair(str(i), "x" * 99, "y" * 100, "es", 2) for i in range(30, 50)
+    ]
+    accuracy = reward_accuracy.measure_accuracy(pairs, [1.0] * 20 + [0.0] * 10 + [2.0] * 20, [0.0] * 50)
+    rows = {row["group"]: row for row in accuracy["groups"]}
+    assert rows["all"]["model"] == 0.9 and accuracy["ties"] == 10, "20 right, 10 ties counted half, 20 right"
+    assert rows["all"]["longer"] == 0.6 and rows["nearly equal length"] == {
+        **rows["nearly equal length"],
+        "pairs": 20,
+        "longer": 0.0,
+    }
+    assert rows["language es"]["model"] == 1.0 and rows["rank distance 1"]["model"] == pytest.approx(25 / 30, abs=1e-4)
+    low, high = rows["all"]["model_interval"]
+    assert 0.8 < low < 0.9 < high < 1.0 and "better than" in reward_accuracy.verdict(accuracy)
+
+
+@pytest.mark.parametrize(
+    ("model_right", "words"),
+    [(50, ["better than \"the longer", "better than chance"]), (25, ["no difference shown", "not shown to be better than chance"]),
+     (2, ["worse than", "not shown"])],
+)  # fmt: skip
+def test_the_verdict_s_words_are_fixed_by_the_intervals(model_right, words):
+    pairs = [pair(str(i), *(("long one", "short") if i % 2 else ("short", "long one"))) for i in range(50)]
+    accuracy = reward_accuracy.measure_accuracy(pairs, [float(i < model_right) for i in range(50)], [0.5] * 50)
+    assert all(word in reward_accuracy.verdict(accuracy) for word in words), reward_accuracy.verdict(accuracy)
+
+
+def test_intervals_cover_the_truth():
+    """Pairs of one prompt stand and fall together; the interval knows, where one over pairs would be far too narrow."""
+    generator = numpy.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        values = numpy.repeat((generator.random(60) < 0.65).astype(float), 4)
+        low, high = reward_accuracy.clustered_interval(values, numpy.repeat(numpy.arange(60), 4), seed=trial)
+        covered += low <= 0.65 <= high
+    assert 180 <= covered <= 200, "95 % of 200, give or take"
+    assert reward_accuracy.clustered_interval(numpy.ones(9), list("aaabbbccc")) == (float("-inf"), float("inf"))

@@ -1,0 +1,142 @@
+"""The running app through its API."""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+from app_server import AppServer
+from serve_app import CODE, HOSTILE, SAYS
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from gradio_client import Client
+
+    return Client(server.url, verbose=False)
+
+
+def test_an_answer_streams_in_growing_parts(client):
+    job = client.submit("say plain", api_name="/ask")
+    assert job.result() == SAYS["plain"][0]
+    parts = [part for part in job.outputs() if part]
+    assert len(set(parts)) >= 3
+    assert all(late.startswith(early) for early, late in zip(parts, parts[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("stop", "Four."), ("near", SAYS["near"][0]), ("hostile", HOSTILE), ("code", CODE), ("scripts", SAYS["scripts"][0])],
+)
+def test_the_text_is_exact_and_no_stop_is_ever_shown(client, said, expected):
+    job = client.submit(f"say {said}", max_new_tokens=512, api_name="/ask")
+    assert job.result() == expected
+    assert not any(bad in part for part in job.outputs() for bad in ("Exercise 3", "Instruct:", "<|endoftext|>"))
+
+
+@pytest.mark.parametrize(
+    ("question", "given", "expected"),
+    [
+        ("", {}, "empty"),
+        ("x" * 100_000, {}, "100,000 characters"),
+        ("Why?", {"temperature": 99}, "temperature is 99"),
+        ("Why?", {"seed": "a"}, "seed is 'a'"),
+        ("Why?", {"model": "gpt"}, "model is 'gpt', but it takes 'tuned' or 'base'"),
+        (7, {}, "The prompt is 7"),
+    ],
+)
+def test_bad_input_through_the_api_is_a_readable_error(client, server, question, given, expected):
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match=re.escape(expected)):
+        client.predict(question, api_name="/ask", **given)
+    assert client.predict("say plain", api_name="/ask") == SAYS["plain"][0], "it lives on"
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_only_ask_is_documented(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert list(endpoints) == ["/ask"]
+    names = [parameter["parameter_name"] for parameter in endpoints["/ask"]["parameters"]]
+    assert names == ["prompt", "model", "max_new_tokens", "sample", "temperature", "top_p", "seed", "stop"]
+
+
+def test_by_curl(server):
+    call = f"{server.url}/gradio_api/call/ask"
+    body = json.dumps({"data": ["say plain", "tuned", 64, True, 0.7, 0.9, 1, True]})
+    event = json.loads(subprocess.run(["curl", "-s", call, "-H", "Content-Type: application/json", "-d", body],
+                                      capture_output=True, text=True, check=True).stdout)["event_id"]  # fmt: skip
+    said = subprocess.run(["curl", "-sN", f"{call}/{event}"], capture_output=True, text=True, check=True).stdout
+    last = said.rsplit("event: complete\ndata: ", 1)[1].splitlines()[0]
+    assert json.loads(last) == [SAYS["plain"][0]]
+
+
+@pytest.mark.parametrize(
+    "path", ["/gradio_api/file=/etc/passwd", "/file=/etc/passwd", "/gradio_api/file=app.py", "/gradio_api/file=../engine.py"]
+)
+def test_files_of_the_machine_are_not_served(server, path):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(server.url + path)
+    assert refused.value.code in (403, 404)
+
+
+def test_a_client_that_is_killed_ends_its_generation(server):
+    code = f"from gradio_client import Client; Client({server.url!r}, verbose=False).predict('say slow', max_new_tokens=512, api_name='/ask')"
+    before = server.steps()
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while server.steps() < before + 5:
+        assert caller.poll() is None
+    caller.kill()
+    assert server.idle_within(3), "it writes for nobody"
+    assert server.steps() < before + 120
+
+
+def test_the_second_waits_with_its_rank_and_a_full_queue_says_so(server, client):
+    import time
+
+    from gradio_client import Client
+
+    first = client.submit("say slow", max_new_tokens=512, api_name="/ask")
+    while not first.outputs():
+        time.sleep(0.05)
+    second = Client(server.url, verbose=False).submit("say plain", api_name="/ask")
+    while second.status().rank is None:
+        assert not second.done()
+        time.sleep(0.05)
+    assert second.status().rank == 0 and second.status().queue_size >= 1
+    crowd = [client.submit("say plain", api_name="/ask") for _ in range(40)]
+    refusals = []
+    while not refusals:
+        refusals = [job.exception() for job in crowd if job.done()]
+        time.sleep(0.05)
+    assert "queue is full" in str(refusals[0]).lower(), refusals[0]
+    for job in [first, *crowd]:
+        job.cancel()
+    assert second.result() == SAYS["plain"][0]
+
+
+def test_a_password_is_asked_for(loud, roomy, tmp_path):
+    running = AppServer(loud, roomy, tmp_path, APP_AUTH="me:secret")
+    try:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{running.url}/config")
+        assert refused.value.code == 401
+        from gradio_client import Client
+
+        client = Client(running.url, auth=("me", "secret"), verbose=False)
+        assert client.predict("say plain", api_name="/ask") == SAYS["plain"][0]
+        assert "secret" not in running.log.read_text()
+    finally:
+        running.close()
+
+
+@pytest.mark.slow
+def test_fifty_callers_for_a_minute(server):
+    from benchmarks.callers import crowd
+
+    found = crowd(server.url, server.process.pid, callers=50, seconds=60)
+    assert found["mixed"] == 0 and found["failed"] == 0 and found["right"] > 50, found
+    assert found["late"] < found["early"] + 50, "memory grows"

@@ -1,0 +1,224 @@
+"""The app as people meet it: a real Chromium on the running server, which reaches nothing but loopback."""
+
+import shutil
+import time
+
+import pytest
+from serve_app import CODE, HOSTILE, SAYS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="needs Chromium; on Debian or Ubuntu: apt-get install chromium"),
+]
+FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-background-networking",
+         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, server):
+    """Opens the page; at the test's end nothing may have gone wrong on it, and nothing asked for from elsewhere."""
+    wrong, pages = [], []
+
+    def open_page(**options):
+        page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else None)
+        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+        page.goto(server.url)
+        page.wait_for_selector(".status .dot", timeout=10_000)
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        if not page.is_closed():
+            page.close()
+    assert wrong == []
+
+
+def say(page, text: str) -> None:
+    box = page.locator("#ask textarea")
+    box.fill(text)
+    box.press("Enter")
+
+
+def answers(page) -> list[str]:
+    """The shown texts of the assistant, without the line below them."""
+    script = """() => [...document.querySelectorAll('#chat .bot .md')].map(shown => {
+        const copy = shown.cloneNode(true); copy.querySelectorAll('.note').forEach(note => note.remove()); return copy.textContent; })"""
+    return page.evaluate(script)
+
+
+def wait_for(page, condition, seconds: float = 60.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come"
+        page.wait_for_timeout(50)
+    return found
+
+
+def ended(page, count: int = 1) -> None:
+    """Waits until so many answers have said why they ended."""
+    wait_for(page, lambda: page.locator("#chat .bot .note", has_text="seed").count() >= count)
+
+
+def test_an_answer_grows_on_the_page_and_says_how_it_ended(visit):
+    page = visit()
+    assert "Tuned: base with adapter grpo-final" in page.locator("#status").inner_text()
+    say(page, "say plain")
+    parts = set()
+    wait_for(page, lambda: parts.update(answers(page)) or page.locator("#chat .bot .note", has_text="seed").count())
+    assert len({part for part in parts if part}) >= 3
+    assert answers(page) == [SAYS["plain"][0]]
+    note = page.locator("#chat .bot .note").inner_text()
+    assert "tokens/s" in note and "ended by itself" in note and "seed" in note
+
+
+@pytest.mark.parametrize(("said", "text"), [("hostile", HOSTILE), ("code", CODE), ("scripts", SAYS["scripts"][0])])
+def test_text_is_shown_exactly_and_does_nothing(visit, said, text):
+    page = visit()
+    say(page, f"say {said} {text}")
+    ended(page)
+    assert answers(page) == [text]
+    assert page.locator("#chat .user .md").inner_text() == f"say {said} {text}"
+    assert (
+        page.locator(
+            ", ".join(f"#chat .md {tag}" for tag in ("img", "form", "script", "iframe", "style", "a", ".katex"))
+        ).count()
+        == 0
+    )
+    assert page.title() == "base GRPO", "the base's name, whatever it is"
+    page.get_by_role("tab", name="Compare").click()
+    page.wait_for_timeout(300)  # the tab is filled when it is first seen
+    page.get_by_label("One question to both").fill(f"say {said}")
+    page.locator("#compare").click()
+    wait_for(page, lambda: page.locator(".note:visible", has_text="seed").count() == 2)
+    assert [page.locator(f"#{pane} textarea").input_value() for pane in ("base", "tuned")] == [text, text]
+    page.wait_for_timeout(300)
+
+
+def test_stop_keeps_the_part_and_the_next_question_works(visit, server):
+    page = visit()
+    say(page, "say slow")
+    wait_for(page, lambda: len("".join(answers(page))) > 30)
+    page.locator("#ask .stop-button").click()
+    assert server.idle_within(2), "it writes on after Stop"
+    page.get_by_text("stopped by you").wait_for()
+    kept = answers(page)[0]
+    assert len(kept) > 30 and SAYS["slow"][0].startswith(kept[:-1])
+    say(page, "say plain")
+    ended(page)
+    assert answers(page)[-1] == SAYS["plain"][0] and answers(page)[0] == kept
+
+
+def test_retry_answers_anew_and_undo_takes_back(visit):
+    page = visit()
+    page.get_by_text("What are the benefits of exercise?").click()
+    ended(page)
+    before = page.locator("#chat .bot .note").inner_text()
+    page.get_by_role("button", name="Retry").click()
+    wait_for(page, lambda: "seed" in (now := page.locator("#chat .bot .note").inner_text()) and now != before)
+    assert page.locator("#chat .bot .note").count() == 1
+    page.get_by_role("button", name="Undo").click()
+    wait_for(page, lambda: page.locator("#chat .bot").count() == 0)
+    assert page.locator("#ask textarea").input_value() == "What are the benefits of exercise?"
+
+
+def test_a_closed_page_ends_its_generation(visit, server):
+    page = visit()
+    say(page, "say slow")
+    wait_for(page, lambda: len("".join(answers(page))) > 30)
+    page.close()
+    assert server.idle_within(3), "it writes for nobody"
+
+
+def test_who_waits_sees_their_place(visit):
+    first, second = visit(), visit()
+    say(first, "say slow")
+    wait_for(first, lambda: len("".join(answers(first))) > 10)
+    say(second, "say plain")
+    wait_for(second, lambda: "queue: 1/1" in second.locator("#chat").inner_text())
+    first.close()
+    ended(second)
+
+
+def set_seed(page, seed: int) -> None:
+    """A field that is opened just now may be set back once to what the server said, so look again."""
+    field = page.get_by_role("spinbutton", name="Seed")
+    for _ in range(10):
+        field.fill(str(seed))
+        field.press("Tab")  # leaving the field hands the number over
+        page.wait_for_timeout(400)
+        if field.input_value() == str(seed):
+            return
+
+
+def test_compare_differs_and_uses_one_seed(visit):
+    page = visit()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("button", name="Parameters").click()
+    same = []
+    for seed in range(3):
+        set_seed(page, seed)
+        page.locator("#compare").click()
+        wait_for(page, lambda seed=seed: page.locator(".note:visible", has_text=f"seed {seed}").count() == 2)
+        base, tuned = (page.locator(f"#{pane} textarea").input_value() for pane in ("base", "tuned"))
+        same.append(base == tuned)
+    assert not all(same)
+
+
+def test_parameters_take_effect_on_the_page(visit):
+    page = visit()
+    page.get_by_role("button", name="Parameters").click()
+    set_seed(page, 7)
+    page.get_by_label("Stop at the first answer").uncheck()
+    page.wait_for_timeout(300)
+    page.get_by_role("button", name="Parameters").click()
+    say(page, "say stop")
+    ended(page)
+    assert answers(page) == [SAYS["stop"][0]] and "seed 7" in page.locator("#chat .bot .note").inner_text()
+
+
+def test_what_cannot_be_answered_is_said(visit):
+    page = visit()
+    say(page, "   ")
+    page.get_by_text("The question is empty").wait_for()
+    say(page, "plant " * 3000)
+    page.get_by_text("Not answered. The question has 18,0").wait_for()
+    say(page, "say plain")
+    ended(page)
+    assert answers(page) == ["", SAYS["plain"][0]]
+
+
+@pytest.mark.parametrize("tab", ["Chat", "Compare", "About"])
+def test_a_phone_has_no_sideways_scroll(visit, tab):
+    page = visit(viewport={"width": 360, "height": 740})
+    if tab == "Chat":
+        say(page, "say code " + "long" * 100)
+        ended(page)
+    page.get_by_role("tab", name=tab).click()
+    page.wait_for_timeout(200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_about_shows_what_the_adapter_s_files_say(visit):
+    page = visit()
+    page.get_by_role("tab", name="About").click()
+    text = page.locator("#card").inner_text()
+    assert "mean reward" in text and "6 steps" in text and "peft" in text and "library_name" not in text
+    page.wait_for_function("[...document.images].some(image => image.naturalWidth > 500)")
+    assert (
+        "Instruct: What are the benefits of exercise?\nOutput:"
+        in page.get_by_label("A prompt, as the model sees it").input_value()
+    )

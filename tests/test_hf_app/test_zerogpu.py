@@ -1,0 +1,83 @@
+"""The app under ZeroGPU's own package (`spaces`), which says that CUDA is there before it is. No GPU is needed for that."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("spaces")
+
+EMULATED = """
+import sys
+import torch
+torch.version.cuda = torch.version.cuda or "12.8"  # spaces asks for these; a CPU build of torch has none
+if not hasattr(torch._C, "_cuda_init"):
+    torch._C._cuda_init, torch.cuda._is_in_bad_fork = None, bool
+sys.path.insert(0, "hf_app")
+import app
+assert torch.cuda.is_available() and app.ZERO_GPU
+from pathlib import Path
+app.engine = app.Engine(Path(sys.argv[1]), sys.argv[2])
+print("STATUS", app.engine.kind, app.engine.model.device.type)
+settings = app.engine.settings()
+for tokens in (1, 512):
+    settings = app.Settings(max_new_tokens=tokens)
+    print("SECONDS", app.answer_seconds(settings), app.gpu_seconds([], "tuned", settings))
+print("PAGE", app.make_page().title)
+"""
+
+
+def emulated(adapter, base) -> SimpleNamespace:
+    env = {**os.environ, "SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": "http://127.0.0.1:1"}
+    command = [sys.executable, "-c", EMULATED, str(adapter), str(base)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def test_the_adapter_is_loaded_and_an_answer_ends_in_time(final, micro):
+    """Loaded on the CPU, then handed to the GPU; an answer's limit lies within what is reserved for it."""
+    done = emulated(final, micro)
+    assert done.code == 0, done.err
+    assert "STATUS tuned cuda" in done.out, done.out
+    limits = [tuple(map(float, line.split()[1:])) for line in done.out.splitlines() if line.startswith("SECONDS")]
+    assert len(limits) == 2 and all(0 < answer < reserved <= 120 for answer, reserved in limits), limits
+
+
+def test_a_visitor_whose_time_is_used_up_is_told_so_in_words(monkeypatch):
+    """As spaces raises it, with HTML in it; the question stays, and the line below it says what to do."""
+    monkeypatch.syspath_prepend(ROOT / "hf_app")
+    import app
+    import gradio as gr
+
+    def used_up(*_, **__):
+        raise gr.Error(
+            "You have exceeded your <b>free</b> ZeroGPU quota (71s requested vs. 3s left).", title="ZeroGPU quota exceeded"
+        )
+        yield
+
+    monkeypatch.setattr(app, "answer", used_up)
+    talk = [{"role": "user", "content": "Why?"}]
+    *_, (question, said) = app.chat(talk, False, 8, True, 1.0, 1.0, 0, True)
+    line = said["metadata"]["log"]
+    assert question == talk[0] and line.startswith("Not answered. You have exceeded your free ZeroGPU quota (71s")
+    assert "run the app on your own machine" in line
+
+
+def test_errors_of_the_gpu_process_are_readable(monkeypatch):
+    """Only a gr.Error does: spaces makes a bare class name of any other."""
+    monkeypatch.syspath_prepend(ROOT / "hf_app")
+    import app
+    import gradio as gr
+    import torch
+
+    class Full:
+        def stream(self, *_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+            yield
+
+    monkeypatch.setattr(app, "engine", Full(), raising=False)
+    with pytest.raises(gr.Error, match="not enough memory"):
+        list(app.generate([], "tuned", app.Settings()))

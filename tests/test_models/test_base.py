@@ -1,0 +1,144 @@
+"""The base: where it is, what is refused, where it runs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from config import CONFIG
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.models.base import choose_device, is_same_base, load_base, meta_model, resolve_model, use_adapter_base
+from phi2_grpo.models.tokenizer import check_vocabulary, load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def change(path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def smaller_vocabulary(base) -> None:
+    rows = json.loads((base / "config.json").read_text())["vocab_size"] - 9
+    change(base / "config.json", vocab_size=rows)
+    weights = load_file(base / "model.safetensors")
+    of_tokens = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    save_file(weights | {name: weights[name][:rows] for name in of_tokens}, base / "model.safetensors", {"format": "pt"})
+
+
+BROKEN = {  # what is done to the folder, and what the message names
+    "weights cut": (lambda base: cut(base / "model.safetensors"), "Copy it again"),
+    "weights gone": (lambda base: (base / "model.safetensors").unlink(), "Copy it again"),
+    "a shard gone": (
+        lambda base: (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
+        "gone.safetensors",
+    ),
+    "a Git LFS pointer": (
+        lambda base: (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
+    "config no object": (lambda base: (base / "config.json").write_text("[]"), "Copy it again"),
+    "no heads": (lambda base: change(base / "config.json", num_attention_heads=0), "Copy it again"),
+    "a wrong type": (lambda base: change(base / "config.json", hidden_size="wide"), "Copy it again"),
+    "an adapter": (lambda base: (base / "config.json").rename(base / "adapter_config.json"), "--init_adapter"),
+    "tokenizer cut": (lambda base: cut(base / "tokenizer.json"), "Copy it again"),
+    "no end token": (lambda base: change(base / "tokenizer_config.json", eos_token=None), "eos_token"),
+    "a template that fails": (lambda base: (base / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "division by zero"),
+    "too small a vocabulary": (smaller_vocabulary, "copy both again"),
+    "fewer weights than layers": (lambda base: change(base / "config.json", num_hidden_layers=4), "model.layers.2"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_base_is_refused(micro, tmp_path, how):
+    base = shutil.copytree(micro, tmp_path / "base")
+    harm, expected = BROKEN[how]
+    harm(base)
+    config = {**CONFIG, "model": str(base)}
+    with pytest.raises(UserError, match=expected) as refused:
+        tokenizer = load_tokenizer(config)
+        check_vocabulary(tokenizer, meta_model(config))
+        load_base(config, CPU, torch.float32)
+    assert str(base) in str(refused.value)
+
+
+def test_a_hub_model_that_is_not_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="some/model.*some-branch.*cannot be loaded") as refused:
+        load_tokenizer({"model": "some/model", "model_revision": "some-branch"})
+    assert all(remedy in str(refused.value) for remedy in ("hf download some/model", "HF_HUB_OFFLINE", "--model"))
+
+
+def test_where_the_base_is(micro, monkeypatch):
+    monkeypatch.chdir(micro.parent)
+    for name in ("microsoft/phi-2", "gpt2"):
+        assert resolve_model({"model": name, "model_revision": "v1"}) == (name, "v1")
+    for name in (str(micro), "base", "./base"):
+        assert resolve_model({"model": name, "model_revision": "main"}) == (str(micro), None)
+    assert resolve_model({"model": "tiny", "model_revision": "main"})[0].endswith("tiny-base")
+    for name in ("/data/phi", "./phi", "../phi", "~/phi", "a/b/c", "C:\\models\\phi", "My Drive/phi"):
+        with pytest.raises(UserError, match="--model FOLDER"):
+            resolve_model({"model": name, "model_revision": "main"})
+
+
+@pytest.mark.parametrize(
+    ("named", "model", "same"),
+    [
+        (("microsoft/phi-2", None), "microsoft/phi-2", True),  # no revision is main
+        (("microsoft/phi-2", "main"), "microsoft/phi-2", True),
+        (("microsoft/phi-2", "v1"), "microsoft/phi-2", False),
+        (("microsoft/phi-1", None), "microsoft/phi-2", False),
+        (("FOLDER", None), "FOLDER", True),
+        (("/gone", None), "FOLDER", False),
+        ((None, None), "FOLDER", False),
+        ((None, None), "microsoft/phi-2", False),
+    ],
+)
+def test_the_same_base(micro, named, model, same):
+    named = (str(micro) if named[0] == "FOLDER" else named[0], named[1])
+    assert is_same_base(named, {"model": str(micro) if model == "FOLDER" else model, "model_revision": "main"}) is same
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("some/base", "v1")),
+        ({"model_revision": "v2"}, ("some/base", "v2")),
+        ({"model": "other/base"}, ("other/base", "main")),
+    ],
+)
+def test_an_adapter_names_its_base(tmp_path, given, expected):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "revision": "v1"}')
+    config = {**CONFIG, **given}
+    use_adapter_base(tmp_path, config)
+    assert (config["model"], config["model_revision"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "dtype", "expected"),
+    [
+        (None, "cpu", "auto", ("cpu", torch.float32)),
+        (None, "cpu", "bfloat16", ("cpu", torch.bfloat16)),
+        (None, "auto", "auto", "--preset tiny"),
+        (None, "cuda", "auto", "--preset tiny"),
+        ((7, 5), "auto", "auto", "--dtype float32"),
+        ((7, 5), "auto", "float32", ("cuda:0", torch.float32)),
+        ((8, 0), "auto", "auto", ("cuda:0", torch.bfloat16)),
+        ((9, 0), "cpu", "auto", ("cpu", torch.float32)),
+    ],
+)
+def test_device_and_dtype(capability, device, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    config = {"device": device, "dtype": dtype}
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            choose_device(config)
+    else:
+        assert choose_device(config) == (torch.device(expected[0]), expected[1])

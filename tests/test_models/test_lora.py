@@ -1,0 +1,208 @@
+"""LoRA: what it reaches, with the full size on the meta device; and adapters from elsewhere, taken as they are or refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SHARED, make_micro
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from benchmarks import models
+from config import CONFIG
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.models.base import load_base
+from phi2_grpo.models.lora import (
+    check_same_base,
+    load_adapter,
+    lora_config,
+    lora_counts,
+    lora_summary,
+    meta_lora_model,
+    resolve_lora,
+)
+
+CPU = torch.device("cpu")
+WEIGHTS = "adapter_model.safetensors"
+IDS = torch.arange(40)[None]
+
+
+def full_size():
+    with torch.device("meta"):
+        return models.full_size_phi2()
+
+
+def llama():
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+def made_elsewhere(base, folder, **options):
+    """An adapter as PEFT alone saves it, with an effect."""
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": ["q_proj", "fc1"], "task_type": "CAUSAL_LM", "init_lora_weights": False, **options}
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(micro, tmp_path_factory):
+    return made_elsewhere(micro, tmp_path_factory.mktemp("adapter") / "sft")
+
+
+# --- coverage
+
+
+def test_full_size_phi2_is_covered():
+    base = full_size()
+    wrapped = get_peft_model(base, lora_config(CONFIG, base))
+    kinds, trainable, parameters = lora_counts(wrapped)
+    assert kinds == {kind: 32 for kind in ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")}
+    assert trainable == 23_592_960 and parameters == 2_779_683_840
+    assert "192 modules" in lora_summary(wrapped)
+
+
+def test_why_the_names_are_mapped():
+    """PEFT takes the old names and adapts fc1 and fc2 alone, without a word. If this fails, the mapping may go."""
+    wrapped = get_peft_model(full_size(), LoraConfig(target_modules=["Wqkv", "out_proj", "fc1", "fc2"], r=16))
+    assert set(lora_counts(wrapped)[0]) == {"fc1", "fc2"} and lora_counts(wrapped)[1] == 13_107_200
+
+
+def test_dropout_is_what_the_trainer_is_told():
+    """Phi-2 ships resid_pdrop 0.1, and TRL leaves dropout on by default: hence disable_dropout in train_grpo.py."""
+    from trl import GRPOConfig
+
+    assert full_size().config.resid_pdrop == 0.1
+    assert GRPOConfig(output_dir="x", bf16=False, use_cpu=True, report_to="none").disable_dropout is False
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real config is not beside this checkout")
+def test_phi2_numbers_are_the_published_ones():
+    published = json.loads((SHARED / "phi2" / "config.json").read_text())
+    assert {key: published[key] for key in models.PHI2} == models.PHI2
+
+
+@pytest.mark.parametrize(
+    ("make_base", "targets", "expected"),
+    [
+        (full_size, ["Wqkv"], {"q_proj", "k_proj", "v_proj"}),
+        (full_size, ["q_proj", "dense"], {"q_proj", "dense"}),
+        (full_size, ["all-linear"], {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
+        (llama, ["gate_proj", "q_proj"], {"gate_proj", "q_proj"}),
+        (llama, ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (full_size, ["Wqkv", "fc3"], UserError),
+        (full_size, [], UserError),
+        (llama, ["Wqkv", "q_proj"], UserError),  # Phi's old names are Phi's alone
+    ],
+)
+def test_targets(make_base, targets, expected):
+    base, config = make_base(), {**CONFIG, "lora_target_modules": targets}
+    if expected is UserError:
+        with pytest.raises(UserError, match="q_proj .*all-linear"):
+            lora_config(config, base)
+    else:
+        assert set(lora_counts(get_peft_model(base, lora_config(config, base)))[0]) == expected
+
+
+def test_the_lora_of_an_adapter_to_start_from(micro, adapter):
+    """The settings' rank and targets do not count then; and nothing of the config is changed."""
+    config = {**CONFIG, "model": str(micro), "init_adapter": str(adapter)}
+    before = dict(config)
+    lora = resolve_lora(config, AutoModelForCausalLM.from_pretrained(micro))
+    assert (lora.r, set(lora.target_modules), lora.inference_mode) == (4, {"q_proj", "fc1"}, False)
+    assert (lora.base_model_name_or_path, lora.revision) == (str(micro), None)
+    assert lora_counts(meta_lora_model(config))[0] == {"q_proj": 2, "fc1": 2}
+    assert config == before
+    assert resolve_lora({**config, "init_adapter": ""}, full_size()).r == CONFIG["lora_r"]
+
+
+# --- loading
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, {"target_modules": ["embed_tokens", "fc1"]}, {"modules_to_save": ["final_layernorm"]}],
+    ids=["lora", "dora", "embedding", "modules_to_save"],
+)
+def test_what_peft_alone_saves_is_a_complete_adapter(micro, tmp_path, options):
+    """No tokenizer, no generation_config.json, and every form of LoRA: the very model that PEFT makes of it."""
+    folder = made_elsewhere(micro, tmp_path / "sft", **options)
+    config = {**CONFIG, "model": str(micro), "init_adapter": str(folder)}
+    ours = load_adapter(load_base(config, CPU, torch.float32), str(folder)).eval()
+    fresh = AutoModelForCausalLM.from_pretrained(micro).eval()
+    with torch.no_grad():
+        without = fresh(IDS).logits
+        theirs = PeftModel.from_pretrained(fresh, folder).eval()(IDS).logits
+        assert torch.equal(ours(IDS).logits, theirs) and not torch.equal(theirs, without)
+        with ours.disable_adapter():
+            assert torch.equal(ours(IDS).logits, without), "the base is the policy with its adapter off"
+    assert lora_counts(meta_lora_model(config))[1] > 0
+
+
+def rename(new):
+    return lambda folder: save_file({new(k): v for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+
+
+def change_weights(new):
+    return lambda folder: save_file(new(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def change_config(**values):
+    def change(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+BROKEN = {  # what is done to the folder, and what the message names
+    "gone": (shutil.rmtree, "no adapter at"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+    "config cut": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
+    "config null": (lambda folder: (folder / "adapter_config.json").write_text("null"), "adapter_config.json"),
+    "weights cut": (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50]), WEIGHTS),
+    "a Git LFS pointer": (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs"), "git lfs pull"),
+    "IA3": (change_config(peft_type="IA3"), "kind IA3"),
+    "another rank": (change_config(r=3), "--model"),
+    "other targets": (change_config(target_modules=["fc1"]), "--model"),
+    "NaN": (change_weights(lambda t: {k: v * float("nan") for k, v in t.items()}), "not finite"),
+    "infinity": (change_weights(lambda t: {**t, min(t): t[min(t)] + float("inf")}), "not finite"),
+    "one is missing": (change_weights(lambda t: dict(list(t.items())[1:])), "1 of 8 are missing"),
+    "one more": (change_weights(lambda t: {**t, "more.lora_A.weight": torch.zeros(4, 32)}), "more.lora_A"),
+    "an old Phi-2's names": (rename(lambda k: k.replace("model.model.layers.", "model.transformer.h.")), "do not fit"),
+    "torch.compile's names": (rename(lambda k: k.replace("model.model", "model._orig_mod.model", 1)), "do not fit"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_adapter_is_refused(micro, adapter, tmp_path, how):
+    """When it is loaded; and by the checks of a training that would start from it, without weights."""
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    harm, expected = BROKEN[how]
+    harm(folder)
+    config = {**CONFIG, "model": str(micro), "init_adapter": str(folder)}
+    for load in (lambda: load_adapter(AutoModelForCausalLM.from_pretrained(micro), folder), lambda: meta_lora_model(config)):
+        with pytest.raises(UserError, match=expected) as refused:
+            load()
+        assert str(folder) in str(refused.value)
+
+
+@pytest.mark.parametrize("shape", [{"hidden_size": 64, "intermediate_size": 128}, {"num_hidden_layers": 1}])
+def test_another_base_is_refused(adapter, tmp_path, shape):
+    other = make_micro(tmp_path / "other", **shape)
+    with pytest.raises(UserError, match="--model"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(other), str(adapter))
+    with pytest.raises(UserError, match="--model"):
+        meta_lora_model({**CONFIG, "model": str(other), "init_adapter": str(adapter)})
+
+
+def test_adapters_that_are_compared_have_one_base(micro, adapter, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "other")
+    change_config(base_model_name_or_path="some/other")(other)
+    check_same_base([adapter, adapter], {**CONFIG, "model": str(micro)})
+    for adapters, config in (([adapter, other], None), ([other], {**CONFIG, "model": str(micro)})):
+        with pytest.raises(UserError, match="some/other.*--model"):
+            check_same_base(adapters, config)

@@ -1,0 +1,82 @@
+"""What the model sees, and where its turns end."""
+
+import pytest
+import torch
+from conftest import make_micro
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from config import CONFIG
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.models.answers import chat_generation_config, stop_strings, trim
+from phi2_grpo.models.base import load_base
+from phi2_grpo.models.tokenizer import check_context, count_tokens, eos_token_ids, load_tokenizer, render
+from phi2_grpo.rollout.engine import complete, make_engine
+from phi2_grpo.rollout.sampling import rollout_generation_config
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A base with a template of its own, whose turns end with <|end|>: only its generation config, with odd sampling, says so."""
+    folder = make_micro(tmp_path_factory.mktemp("chat_model") / "base")
+    tokenizer, base = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    base.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():
+        base.lm_head.bias[end] = 4.0
+    odd = {"do_sample": True, "top_k": 1, "min_p": 0.9, "repetition_penalty": 1.9}
+    base.generation_config = GenerationConfig(eos_token_id=[end, tokenizer.eos_token_id], **odd)
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {**CONFIG, "model": str(folder)}, end
+
+
+def test_chat_template(micro):
+    tokenizer = load_tokenizer({"model": str(micro), "model_revision": "main"})
+    messages = [
+        {"role": "user", "content": " Why?\n"},
+        {"role": "assistant", "content": "Because."},
+        {"role": "user", "content": "And {{ then }}?"},
+    ]
+    prompt = "Instruct: Why?\nOutput: Because.\nInstruct: And {{ then }}?\nOutput:"
+    assert render(tokenizer, [messages[:1], messages]) == ["Instruct: Why?\nOutput:", prompt]
+    assert tokenizer.apply_chat_template(messages[:2], tokenize=False) == "Instruct: Why?\nOutput: Because."
+    assert count_tokens(tokenizer, [messages]) == [len(tokenizer(prompt)["input_ids"])] and count_tokens(tokenizer, []) == []
+    assert tokenizer.pad_token == tokenizer.eos_token and tokenizer.padding_side == "left"
+
+
+def test_the_longest_prompt_and_answer_fit_into_the_context(micro):
+    tokenizer = load_tokenizer({"model": str(micro), "model_revision": "main"})
+    prompts = [[{"role": "user", "content": text}] for text in ("Why?", "Why " * 20)]
+    longest = max(count_tokens(tokenizer, prompts))
+    assert check_context(prompts, tokenizer, {"max_completion_length": 10}, longest + 10) == longest
+    with pytest.raises(UserError, match=f"{longest} tokens.* --max_completion_length 9,"):
+        check_context(prompts, tokenizer, {"max_completion_length": 10}, longest + 9)
+
+
+def test_every_end_token_ends_an_answer(chat_model, tmp_path):
+    config, end = chat_model
+    tokenizer = load_tokenizer(config)
+    eos_ids = [tokenizer.eos_token_id, end]
+    assert eos_token_ids(tokenizer) == eos_ids and tokenizer.eos_token == "<|endoftext|>"
+    assert render(tokenizer, [[{"role": "user", "content": "Why?"}]]) == ["Why?"], "its own template stays"
+    assert stop_strings(tokenizer) == [], "Phi-2's stop strings are for its own prompt format"
+    word = tokenizer("a plant")["input_ids"]
+    answers = trim([[*word, each, *word] for each in eos_ids], tokenizer)
+    assert [(answer.text, answer.ended) for answer in answers] == [("a plant", True)] * 2
+    assert rollout_generation_config(config, tokenizer).eos_token_id == eos_ids
+    assert chat_generation_config(tokenizer, config, 512).eos_token_id == eos_ids
+
+
+@pytest.mark.parametrize("engine", ["fast", "generate"])
+def test_sampling_is_the_rollout_s_whatever_the_base_asks_for(chat_model, engine):
+    """Its top_k of 1 would make all completions of a prompt the same, and its repetition penalty others."""
+    config, end = chat_model
+    config = {**config, "max_completion_length": 20}
+    tokenizer = load_tokenizer(config)
+    base = load_base(config, torch.device("cpu"), torch.float32)
+    outputs = complete(make_engine(engine, base), tokenizer, ["Why?"] * 40, rollout_generation_config(config, tokenizer), 0)
+    eos_ids = set(eos_token_ids(tokenizer))
+    assert len({ids[0] for ids in outputs}) > 5
+    assert any(end in ids for ids in outputs) and all(not eos_ids & set(ids[:-1]) for ids in outputs)

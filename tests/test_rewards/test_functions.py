@@ -1,0 +1,70 @@
+"""The built-in reward functions."""
+
+import pytest
+
+from phi2_grpo.rewards.functions import BUILT_IN, ending, language, length, reference, repetition
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ended", "reward"),
+    [
+        (128, True, 1.0),
+        (64, True, 0.5),
+        (192, True, 0.5),
+        (0, True, 0.0),
+        (256, True, 0.0),
+        (500, True, 0.0),
+        (128, False, 0.5),
+        (96, False, 0.375),
+    ],
+)
+def test_length(tokens, ended, reward):
+    assert length(answer_tokens=[tokens], ended=[ended], target_tokens=128) == [reward]
+
+
+def test_length_is_finite_and_bounded():
+    values = length(answer_tokens=list(range(0, 600, 7)), ended=[True, False] * 43, target_tokens=128)
+    assert len(values) == 86 and all(0 <= value <= 1 for value in values)
+
+
+def test_ending():
+    assert ending(ended=[True, False]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("ids", "penalty"),
+    [((1, 2, 3, 4), 0.0), ((5,) * 5, -2 / 3), ((1, 2, 3, 1, 2, 3), -0.25), ((1, 2), 0.0), ((), 0.0)],
+)
+def test_repetition(ids, penalty):
+    assert repetition(answer_ids=[ids]) == [pytest.approx(penalty)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "lang", "low", "high"),
+    [
+        ("The plants in the garden need a lot of water in the summer.", "en", 0.9, 1.0),
+        ("Las plantas del jardín necesitan mucha agua en el verano.", "es", 0.9, 1.0),
+        ("Las plantas del jardín necesitan mucha agua en el verano.", "en", 0.0, 0.1),
+        ("As plantas do jardim não precisam de muita água no verão.", "pt-BR", 0.9, 1.0),
+        ("花园里的植物在夏天需要很多水。", "zh", 0.9, 1.0),
+        ("Plantene i hagen trenger mye vann om sommeren.", "nb", 0.5, 1.0),
+        ("", "en", 0.0, 0.0),
+    ],
+)
+def test_language(answer, lang, low, high):
+    (value,) = language(answers=[answer], lang=[lang])
+    assert low <= value <= high
+
+
+def test_what_cannot_be_judged_is_not_scored():
+    assert language(answers=["nuqneH"], lang=["tlh"]) == [None]
+    same, other, none = reference(answers=["Water it."] * 3, reference=["Water it.", "Quick fox", None])
+    assert same == pytest.approx(1.0) and other < 0.3 and none is None
+    assert reference(answers=[""], reference=["Water it."]) == [0.0]
+
+
+def test_each_docstring_has_summary_range_and_how_it_is_gamed():
+    for function in BUILT_IN.values():
+        first = function.__doc__.splitlines()[0]
+        assert first.startswith(("Rewards ", "Penalises ")) and ("In [" in first or "0 or 1" in first), function.__name__
+        assert "Gamed by" in function.__doc__

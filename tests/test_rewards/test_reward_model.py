@@ -1,0 +1,327 @@
+"""A reward model: trained, measured, and scoring on the policy's own weights."""
+
+import json
+import re
+import shutil
+
+import numpy
+import pytest
+import torch
+from conftest import make_micro, script
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from config import CONFIG
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.evaluation import reward_accuracy
+from phi2_grpo.models.base import load_base
+from phi2_grpo.models.lora import lora_config
+from phi2_grpo.models.tokenizer import load_tokenizer
+from phi2_grpo.rewards.reward_model import RewardModel, render_conversations
+
+CPU = torch.device("cpu")
+PROMPTS = [[{"role": "user", "content": text}] for text in ("Why?", "How do I keep a plant alive?", "A")]
+ANSWERS = ["Because it is so, and not otherwise.", "Water it.", ""]
+
+
+@pytest.fixture(scope="module")
+def flags(micro, prepared) -> tuple:
+    return ("--preset", "tiny", "--model", micro, "--data_dir", prepared, "--report_to", "none", "--reward_epochs", 1)
+
+
+@pytest.fixture(scope="module")
+def trained_reward(flags, tmp_path_factory):
+    """A reward model of the micro base: its folder, and what its training printed."""
+    folder = tmp_path_factory.mktemp("reward-model") / "reward-model"
+    done = script("train_reward", *flags, "--reward_dir", folder)
+    assert done.code == 0, done.err
+    return folder, done.out
+
+
+@pytest.fixture
+def config(micro) -> dict:
+    return {**CONFIG, "model": str(micro)}
+
+
+def base_of(config):
+    return load_base(config, CPU, torch.float32)
+
+
+def loaded(folder, config, base=None) -> RewardModel:
+    model = RewardModel(str(folder))
+    model.load(config, base if base is not None else base_of(config), CPU, torch.float32)
+    return model
+
+
+def test_what_is_left_and_printed(trained_reward, prepared):
+    folder, printed = trained_reward
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "README.md", "run.json", "metrics.jsonl", "scores.png"}  # fmt: skip
+    assert not folder.with_name("reward-model-run").exists(), "its checkpoints have served"
+    run = json.loads((folder / "run.json").read_text())
+    everything = run["validation"]["groups"][0]
+    assert run["finished"] and run["scores"]["std"] > 0 and everything["group"] == "all"
+    assert everything["pairs"] >= 100, "held-out pairs of the tiny sample"
+    assert 0.6 < everything["longer"] < 0.72, "length and quality disagree often, as in life"
+    low, high = everything["longer_interval"]
+    assert low < everything["longer"] < high
+    assert f"{everything['model']:.1%}" in printed
+    card = (folder / "README.md").read_text()
+    assert f"| all | {everything['pairs']} | {100 * everything['model']:.1f}" in card
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert tensors["base_model.model.score.weight"].shape == (1, 32)
+    assert sum("lora_B" in name and value.abs().max() > 0 for name, value in tensors.items()) == 12, "each has moved"
+
+
+def test_scores_are_centred_and_scaled_by_validation(trained_reward, config, prepared):
+    """On the replies they were measured on: mean 0, spread 1."""
+    from datasets import load_from_disk
+
+    model = loaded(trained_reward[0], config)
+    pairs = load_from_disk(str(prepared / "oasst1_preferences"))["validation"].to_list()
+    scores = [model(prompts=[pair["prompt"]] * 2, answers=[pair[side][0]["content"] for side in ("chosen", "rejected")])
+              for pair in pairs]  # fmt: skip
+    assert numpy.mean(scores) == pytest.approx(0, abs=1e-4) and numpy.std(scores) == pytest.approx(1, abs=1e-4)
+    run = json.loads((trained_reward[0] / "run.json").read_text())
+    agreed = reward_accuracy.agreement(*numpy.array(scores).T).mean()
+    assert agreed == pytest.approx(run["validation"]["groups"][0]["model"], abs=1e-4), "the same scores as were measured"
+
+
+def test_its_texts_are_those_of_the_training(micro):
+    """What RewardTrainer makes of a pair, and what a reward model makes of prompt and answer, are the same tokens."""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(micro)
+    pair = {"prompt": PROMPTS[1], "chosen": [{"role": "assistant", "content": "Water it."}],
+            "rejected": [{"role": "assistant", "content": "No."}]}  # fmt: skip
+    table = RewardTrainer._prepare_dataset(
+        None,
+        Dataset.from_list([pair]),
+        tokenizer,
+        RewardConfig(output_dir="x", bf16=False, use_cpu=True, report_to="none"),
+        "train",
+    )
+    (text,) = render_conversations(tokenizer, PROMPTS[1:2], ["Water it."])
+    assert table[0]["chosen_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_card_s_code_runs(trained_reward, monkeypatch, capsys):
+    code = re.search(r"```python\n(.+?)```", (trained_reward[0] / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(trained_reward[0])
+    exec(code, {})
+    model = RewardModel(str(trained_reward[0]))
+    micro = {**CONFIG, "model": model.base[0]}
+    model.load(micro, base_of(micro), CPU, torch.float32)
+    (score,) = model(prompts=[[{"role": "user", "content": "Why?"}]], answers=["Because it scatters light."])
+    assert float(capsys.readouterr().out) == pytest.approx(score, abs=1e-4)
+
+
+def test_resumed_it_ends_the_same(call, trained_reward, flags, tmp_path, monkeypatch):
+    """Interrupted while it measures, after the last update; and with the newest checkpoint gone, halfway."""
+    options = (*flags, "--reward_dir", tmp_path / "rm", "--save_steps", "3")
+    real = reward_accuracy.score_pairs
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    expected = load_file(trained_reward[0] / "adapter_model.safetensors")
+    for keep in (None, 6):  # two are kept: 6 and 9
+        monkeypatch.setattr(reward_accuracy, "score_pairs", interrupted)
+        first = call("train_reward", *options, "--overwrite")
+        assert first.code == 130 and "go on with --resume" in first.err
+        monkeypatch.setattr(reward_accuracy, "score_pairs", real)
+        for checkpoint in (tmp_path / "rm-run").glob("checkpoint-*"):
+            if keep and checkpoint.name != f"checkpoint-{keep}":
+                shutil.rmtree(checkpoint)
+        done = call("train_reward", *options, "--resume")
+        assert done.code == 0 and f"resuming at checkpoint-{keep or 9}" in done.out, done.err
+        ended = load_file(tmp_path / "rm" / "adapter_model.safetensors")
+        assert all(torch.equal(expected[name], ended[name]) for name in expected)
+        rows = [json.loads(line) for line in (tmp_path / "rm" / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, 10))
+
+
+def test_not_replaced_unasked(call, trained_reward, flags):
+    done = call("train_reward", *flags, "--reward_dir", trained_reward[0])
+    assert done.code == 2 and "--overwrite" in done.err
+
+
+def test_no_pairs(call, micro, tmp_path):
+    where = ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "d")
+    assert call("prepare_data", *where, "--validation_fraction", "0").code == 0
+    done = call("train_reward", *where, "--reward_dir", tmp_path / "rm")
+    assert done.code == 2 and "0 validation pairs" in done.err and not (tmp_path / "rm").exists()
+
+
+def test_pairs_too_long_are_left_out_and_said(call, flags, tmp_path):
+    done = call("train_reward", "--check", *flags, "--reward_dir", tmp_path / "rm", "--reward_max_length", 90)
+    assert done.code == 0 and re.search(r"\d+ too long", " ".join(done.out.replace("│", " ").split()))
+    done = call("train_reward", "--check", *flags, "--reward_dir", tmp_path / "rm", "--reward_max_length", 8)
+    assert done.code == 2 and "Raise --reward_max_length" in done.err
+
+
+def test_it_scores_as_it_does_alone(trained_reward, config, micro):
+    """The scores on the shared weights are those of peft's own loading, a whole model by itself."""
+    from peft import PeftModel
+
+    alone = AutoModelForSequenceClassification.from_pretrained(micro, num_labels=1)
+    alone = PeftModel.from_pretrained(alone, str(trained_reward[0])).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained_reward[0])
+    expected = []
+    for text in render_conversations(tokenizer, PROMPTS, ANSWERS):  # one by one: no padding either
+        with torch.no_grad():
+            expected.append(alone(**tokenizer(text, return_tensors="pt")).logits.item())
+    assert loaded(trained_reward[0], config).score(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_weights_are_shared_and_the_policy_is_untouched(trained_reward, config):
+    from peft import get_peft_model
+
+    base = base_of(config)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    torch.manual_seed(5)
+    random_state = torch.random.get_rng_state()
+    model = loaded(trained_reward[0], config, base)
+    assert torch.equal(random_state, torch.random.get_rng_state()), "loading draws nothing"
+    policy = get_peft_model(base, lora_config(config, base))
+    policy.train()
+    ids = torch.arange(40).view(2, 20)
+    policy(input_ids=ids, labels=ids).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    flags = {name: p.requires_grad for name, p in policy.named_parameters()}
+    random_state = torch.random.get_rng_state()
+
+    scores = model(prompts=PROMPTS, answers=ANSWERS)
+    assert torch.equal(random_state, torch.random.get_rng_state())
+    assert policy.training and flags == {name: p.requires_grad for name, p in policy.named_parameters()}
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in policy.named_parameters() if p.grad is not None)
+    assert all(torch.equal(before[name], value) for name, value in base_of(config).state_dict().items())
+
+    places = {value.data_ptr() for value in policy.state_dict().values()}
+    state = model.model.state_dict()
+    shared = [name for name, value in state.items() if value.data_ptr() in places]
+    own = [name for name, value in state.items() if value.data_ptr() not in places]
+    assert all("lora_" in name or "score" in name for name in own), own
+    assert len(shared) == len([name for name in before if not name.startswith("lm_head")])
+
+    # The policy learns, the reward model does not change.
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0)
+    optimizer.step()
+    assert model(prompts=PROMPTS, answers=ANSWERS) == scores
+
+
+def test_in_bfloat16_its_head_stays_in_float32(trained_reward, config):
+    model = RewardModel(str(trained_reward[0]))
+    base = load_base(config, CPU, torch.bfloat16)
+    model.load(config, base, CPU, torch.bfloat16)
+    exact = loaded(trained_reward[0], config).score(PROMPTS, ANSWERS)
+    assert model.score(PROMPTS, ANSWERS) == pytest.approx(exact, abs=0.05)
+    assert model.model.base_model.model.score.modules_to_save["default"].weight.dtype == torch.float32
+
+
+def test_grpo_on_it(call, quick, trained_reward, tmp_path):
+    """The whole run: chosen by its folder, weighed, named; the policy's folder holds the policy's adapter alone."""
+    flags = ("--rewards", f"{trained_reward[0]}:0.5,ending", "--output_dir", tmp_path / "o")
+    checked = call("train_grpo", "--check", *quick, *flags)
+    printed = " ".join(checked.out.replace("│", " ").split())
+    assert "on the policy's own weights" in printed and "reward model 0." in printed
+    done = call("train_grpo", 3, *quick, *flags)
+    assert done.code == 0, done.err
+    run = json.loads((tmp_path / "o-final" / "run.json").read_text())
+    assert [reward["name"] for reward in run["rewards"]] == ["reward-model", "ending"]
+    assert "rewards/reward-model/mean" in run["last_metrics"]
+    names = load_file(tmp_path / "o-final" / "adapter_model.safetensors")
+    assert not any("score" in name for name in names) and len(names) == 24
+    assert {path.name for path in (tmp_path / "o-final").iterdir()} >= {"adapter_config.json", "run.json"}
+    checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 5)
+    assert call("validate_model", *checked).code == 0
+    assert "reward-model" in json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
+
+
+def test_on_another_base_it_is_loaded_beside_and_said(call, quick, trained_reward, config, micro, tmp_path):
+    """Here the same base in another folder; and a whole classification model, with a tokenizer of its own."""
+    elsewhere = shutil.copytree(micro, tmp_path / "elsewhere")
+    moved = shutil.copytree(trained_reward[0], tmp_path / "reward-model")
+    settings = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(elsewhere)}))
+    assert not RewardModel(str(moved)).shares_base_of(config) and RewardModel(str(trained_reward[0])).shares_base_of(config)
+    assert loaded(moved, config).score(PROMPTS, ANSWERS) == pytest.approx(
+        loaded(trained_reward[0], config).score(PROMPTS, ANSWERS)
+    )
+    done = call("train_grpo", 1, *quick, "--rewards", moved, "--output_dir", tmp_path / "o")
+    printed = " ".join(done.out.replace("│", " ").split())
+    assert done.code == 0 and "on another base" in printed and "loaded beside" in printed, done.err
+
+    torch.save(load_file(elsewhere / "model.safetensors"), elsewhere / "pytorch_model.bin")
+    (elsewhere / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        loaded(moved, config)
+
+    texts = ["Quite another vocabulary, with other merges"] * 3
+    other = make_micro(tmp_path / "other", seed=3, texts=texts, hidden_size=16, intermediate_size=32)
+    whole = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)
+    whole.save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(other).save_pretrained(tmp_path / "whole")
+    model = loaded(tmp_path / "whole", config)
+    assert (model.mean, model.std) == (0, 1)
+    tokenizer = load_tokenizer({"model": str(other), "model_revision": "main"})
+    (text,) = render_conversations(tokenizer, PROMPTS[:1], ANSWERS[:1])
+    with torch.no_grad():
+        expected = whole.eval()(**tokenizer(text, return_tensors="pt")).logits.item()
+    assert model(prompts=PROMPTS[:1], answers=ANSWERS[:1]) == [pytest.approx(expected, abs=1e-5)]
+
+
+def with_tensors(change):
+    def spoil(folder, micro):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        save_file(change(tensors), folder / "adapter_model.safetensors")
+
+    return spoil
+
+
+def with_base(name):
+    def spoil(folder, micro):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+
+    return spoil
+
+
+def causal(folder, micro):
+    shutil.rmtree(folder)
+    shutil.copytree(micro, folder)
+
+
+HEAD = "base_model.model.score.weight"
+SPOILT = {
+    "a policy's adapter": (with_tensors(lambda t: {k: v for k, v in t.items() if "score" not in k}), "0 outputs"),
+    "three labels": (with_tensors(lambda t: {**t, HEAD: torch.zeros(3, 32)}), "3 outputs"),
+    "a causal model": (causal, "0 outputs"),
+    "no weights": (lambda folder, _: (folder / "adapter_model.safetensors").unlink(), "is broken"),
+    "cut": (lambda folder, _: (folder / "adapter_model.safetensors").write_bytes(b"x" * 50), "is broken"),
+    "garbled": (lambda folder, _: (folder / "adapter_config.json").write_text("{"), "is broken"),
+    "no scale": (lambda folder, _: (folder / "run.json").write_text('{"scores": {"mean": "x"}}'), "is broken"),
+    "a negative scale": (lambda folder, _: (folder / "run.json").write_text('{"scores": {"mean": 0, "std": -1}}'), "std"),
+    "base gone": (with_base("/no/such/base"), "/no/such/base"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_what_is_no_reward_model(trained_reward, config, micro, tmp_path, how):
+    spoil, expected = SPOILT[how]
+    folder = shutil.copytree(trained_reward[0], tmp_path / "folder")
+    spoil(folder, micro)
+    with pytest.raises(UserError) as refused:
+        RewardModel(str(folder)).extra_bytes(config, torch.float32)
+    assert expected in str(refused.value) and str(folder) in str(refused.value)
+
+
+def test_a_shallower_base_is_another_base(trained_reward, config, tmp_path):
+    shallow = make_micro(tmp_path / "shallow", num_hidden_layers=1)
+    folder = shutil.copytree(trained_reward[0], tmp_path / "reward-model")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(shallow)}))
+    with pytest.raises(UserError, match="do not fit"):
+        loaded(folder, config)

@@ -1,0 +1,278 @@
+"""Rewards as they are chosen, called, checked, logged and summed."""
+
+import json
+
+import pytest
+import torch
+
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.models.tokenizer import load_tokenizer
+from phi2_grpo.rewards.functions import length
+from phi2_grpo.rewards.scorer import Reward, Scorer, choose_rewards, describe_rewards, try_rewards
+
+END = "<|endoftext|>"
+ROWS = [{"prompt": [{"role": "user", "content": "Why?"}], "lang": "en", "message_id": "1", "reference": "Because."}] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer(micro):
+    return load_tokenizer({"model": str(micro), "model_revision": "main"})
+
+
+def scorer_of(tokenizer, *functions, target_tokens: int = 8) -> Scorer:
+    return Scorer(tokenizer, target_tokens, [Reward(function.__name__, 1.0, function) for function in functions])
+
+
+MINE = "def polite(answers, **_):\n    return ['please' in answer for answer in answers]\n"
+
+
+def test_names_weights_and_files(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    chosen = choose_rewards(["length", "repetition:0.5", "ending:-1", f"{tmp_path}/mine.py:polite:2"])
+    assert [(reward.name, reward.weight) for reward in chosen] == [
+        ("length", 1.0), ("repetition", 0.5), ("ending", -1.0), ("polite", 2.0)]  # fmt: skip
+    assert chosen[0].summary.startswith("Rewards answers of about")
+    with_dataclass = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+    (tmp_path / "other.py").write_text(
+        with_dataclass + "import functools\npart = functools.partial(lambda answers, **_: [1.0])\n"
+    )
+    assert choose_rewards([f"{tmp_path}/other.py:part"])[0].name == "part"
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "inner.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    assert choose_rewards(["package.inner:polite"])[0].function(answers=["Yes, please"]) == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{dir}/good.py:polite,{dir}/good.py:polite:2", "polite"),
+        ("lenght", "Did you mean length?"),
+        ("length:nan", "nan"),
+        ("length:inf", "inf"),
+        ("length:0,ending:0", "no reward has a weight"),
+        ("none.py:f", "FileNotFoundError"),
+        ("no_such_package.x:f", "No module named 'no_such_package'"),
+        ("{dir}/good.py:NUMBER", "no function 'NUMBER'"),
+        ("{dir}/syntax.py:f", "syntax.py, line 2"),
+        ("{dir}/leaves.py:f", "SystemExit"),
+        ("{dir}/good.py", "file.py:FUNCTION"),
+        ("{dir}", "is broken"),
+        ("no/such-model", "Hub"),
+    ],
+)
+def test_what_cannot_be_chosen(tmp_path, text, expected):
+    (tmp_path / "good.py").write_text(MINE + "NUMBER = 5\n")
+    (tmp_path / "syntax.py").write_text("x = 1\ndef f(:\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError) as refused:
+        choose_rewards(text.format(dir=tmp_path).split(","))
+    assert expected in str(refused.value)
+
+
+def no_keywords(completions):
+    return [0.0] * len(completions)
+
+
+def too_few(completions, **_):
+    return [0.0]
+
+
+def not_a_number(completions, **_):
+    return [float("nan")] * len(completions)
+
+
+def infinite(completions, **_):
+    return [float("inf")] * len(completions)
+
+
+def broken(reference, **_):
+    return [1 / 0 for _ in reference]
+
+
+def nothing(**_):
+    return None
+
+
+def leaves(**_):
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        (no_keywords, "unexpected keyword"),
+        (too_few, "1 rewards for 3 completions"),
+        (not_a_number, "nan"),
+        (infinite, "inf"),
+        (broken, "ZeroDivisionError"),
+        (nothing, "TypeError"),
+        (leaves, "SystemExit"),
+    ],
+)
+def test_a_broken_reward_is_named_before_training(tokenizer, reward, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        try_rewards(scorer_of(tokenizer, reward), ROWS)
+    assert reward.__name__ in str(caught.value)
+
+
+def test_they_get_columns_and_answers_and_are_logged_once(tokenizer):
+    seen, logged = {}, {}
+
+    def custom(prompts, answers, reference, lang, **_):
+        seen.update(answers=answers, reference=reference)
+        return [None, 1.0]
+
+    def log(name, value):
+        assert name not in logged, "once a batch"
+        logged[name] = value
+
+    scorer = Scorer(tokenizer, 8, [Reward("custom", 2.0, custom), Reward("length", -1.0, length)])
+    batch = [tokenizer(text)["input_ids"] for text in (" Because." + END, " Why not")]
+    columns = {"reference": ["a", "b"], "lang": ["en", "es"], "log_metric": log}
+    for function in scorer.functions:
+        function(prompts=[[], []], completions=[], completion_ids=[list(ids) for ids in batch], **columns)
+    assert seen == {"answers": ["Because.", "Why not"], "reference": ["a", "b"]}
+    assert logged["answers/ended"] == 0.5 and "rewards/length/es" in logged and "rewards/custom/en" not in logged
+    assert "collapse/at_target" in logged
+    row = scorer.last[1]
+    assert row["scores"]["custom"] == 1.0 and row["score"] == pytest.approx(2.0 - row["scores"]["length"])
+    assert scorer.functions[1].__name__ == "length", "TRL logs it under its name"
+
+
+def test_running_on_is_not_rewarded(tokenizer):
+    """A good short answer must not earn more with an "Exercise 3" behind it."""
+    scorer = scorer_of(tokenizer, length, target_tokens=20)
+    seen = []
+    scorer_of(tokenizer, lambda completions, **_: seen.extend(completions) or [0.0]).score(
+        [{"prompt": []}], [tokenizer(" Yes." + END)["input_ids"]]
+    )
+    assert seen == [[{"role": "assistant", "content": " Yes."}]], "as TRL hands them over"
+    short = " Water it once a week."
+    texts = [short + END, short + "\n\nExercise 3: Why do plants need light? Write down three reasons." + END]
+    plain, padded = scorer.score([{"prompt": []}] * 2, [tokenizer(text)["input_ids"] for text in texts])
+    assert padded["score"] < plain["score"]
+
+
+def test_steps_in_which_nothing_is_scored_are_shown_as_such(call, quick, tmp_path):
+    (tmp_path / "rare.py").write_text(
+        "calls = 0\n"
+        "def rare(answers, **_):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return [None if calls % 2 else float(len(answer)) for answer in answers]\n"
+    )
+    done = call("train_grpo", 4, *quick, "--output_dir", tmp_path / "o", "--rewards", f"{tmp_path}/rare.py:rare")
+    assert done.code == 0 and "     -  " in done.out, done.err
+    rows = [json.loads(line) for line in (tmp_path / "o-final" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["reward"] is None for row in rows} == {True, False}
+
+
+def test_memory_that_runs_out_in_a_reward_is_no_mistake_of_it(tokenizer):
+    def too_large(answers, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (function,) = Scorer(tokenizer, 8, [Reward("too_large", 1.0, too_large)]).functions
+    with pytest.raises(torch.OutOfMemoryError):
+        function(prompts=[], completions=[], completion_ids=[])
+
+
+def test_a_value_that_is_no_number_stops_the_run_after_saving(call, quick, tmp_path):
+    (tmp_path / "late.py").write_text(
+        "calls = 0\n"
+        "def late(answers, **_):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return [float('nan') if calls > 5 else float(len(answer)) for answer in answers]\n"
+    )
+    options = (*quick, "--output_dir", tmp_path / "o", "--rewards")
+    done = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late")
+    # Once before the training, once on the held-out prompts, then once a step: the sixth call is the fourth step's.
+    assert done.code == 2 and "'late' returned nan" in done.err and "checkpoint-3 is complete" in done.err, done.err
+    assert not (tmp_path / "o-final").exists()
+    (tmp_path / "late.py").write_text("def late(answers, **_):\n    return [float(len(answer)) for answer in answers]\n")
+    resumed = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late", "--resume")
+    assert resumed.code == 2 and "rewards: was late" in resumed.err, "a corrected reward is another run"
+    own = (*quick, "--output_dir", tmp_path / "n", "--rewards", f"{tmp_path}/late.py:late")
+    anew = call("train_grpo", 3, *own, "--init_adapter", tmp_path / "o" / "checkpoint-3")
+    assert anew.code == 0, anew.err
+
+
+def test_rewards_as_trl_documents_them(call, quick, tmp_path):
+    """With the trainer's state, as a tensor, and async; on the human replies, in training, held out and in validation."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def curriculum(completions, trainer_state, log_metric, log_extra, **_):\n"
+        "    log_metric('part', 0.5)\n"
+        "    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]\n"
+        "def tensor(completions, **_):\n"
+        "    return torch.tensor([float(len(c[0]['content'])) for c in completions], dtype=torch.bfloat16)\n"
+        "async def later(answers, **_):\n"
+        "    return [torch.tensor(float(len(answer))) for answer in answers]\n"
+    )
+    names = ("curriculum", "tensor", "later")
+    own = (*quick, "--rewards", ",".join(f"{tmp_path}/mine.py:{name}" for name in names))
+    done = call("train_grpo", 2, *own, "--eval_prompts", 4, "--output_dir", tmp_path / "o")
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "o-final" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["rewards/curriculum/mean"] for row in rows] == [0.0, 0.5], "the state of the step, as TRL gives it"
+    held = [json.loads(line) for line in (tmp_path / "o-final" / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["eval_rewards/curriculum"] for row in held] == [0.0, 1.0]
+    checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 3)
+    done = call("validate_model", *checked, "--rewards", own[-1])
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
+    assert metrics["curriculum"]["base"] == 1.0, "after its end"
+
+
+def test_what_is_not_scored_is_not_zero(tokenizer):
+    """TRL's rule: None leaves the sum, and where no reward scores there is no score."""
+
+    def even(answers, **_):
+        return [1.0 if len(answer) % 2 == 0 else None for answer in answers]
+
+    def short(answers, **_):
+        return [0.5 if len(answer) < 3 else None for answer in answers]
+
+    chosen = [Reward("even", 1.0, even), Reward("short", 2.0, short)]
+    rows = [{"prompt": [{"role": "user", "content": "Why?"}]}] * 4
+    ids = [tokenizer(text)["input_ids"] for text in ("ab", "a", "abcd", "abc")]
+    scored = Scorer(tokenizer, 6, chosen).score(rows, ids)
+    assert [row["score"] for row in scored] == [2.0, 1.0, 1.0, None]
+
+
+def test_several_rewards_train_and_are_described(call, quick, tmp_path):
+    flags = ("--rewards", "length,repetition:0.5,language,reference:-0.1,ending")
+    done = call("train_grpo", 2, *quick, "--output_dir", tmp_path / "o", *flags)
+    assert done.code == 0, done.err
+    run = json.loads((tmp_path / "o-final" / "run.json").read_text())
+    assert [reward["weight"] for reward in run["rewards"]] == [1.0, 0.5, 1.0, -0.1, 1.0]
+    metrics = run["last_metrics"]
+    parts = {reward["name"]: metrics[f"rewards/{reward['name']}/mean"] for reward in run["rewards"]}
+    assert metrics["reward"] == pytest.approx(sum(r["weight"] * parts[r["name"]] for r in run["rewards"]), abs=0.05)
+    card = (tmp_path / "o-final" / "README.md").read_text()
+    assert "| repetition | 0.5 | Penalises repeated" in card
+    checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 5)
+    assert call("validate_model", *checked).code == 0
+    report = json.loads((tmp_path / "v" / "report.json").read_text())
+    assert report["config"]["rewards"] == ["length", "repetition:0.5", "language", "reference:-0.1", "ending"], (
+        "those it was trained with"
+    )
+    assert set(parts) <= set(report["metrics"])
+
+
+def test_weights_are_trl_s(tokenizer):
+    """What the scorer sums is what TRL sums: nansum of the weighted rewards."""
+    scores = torch.tensor([[1.0, float("nan")], [0.5, 2.0]])
+    values = iter([[1.0, 0.5], [None, 2.0]])
+    scorer = Scorer(
+        tokenizer, 8, [Reward(name, weight, lambda **_: next(values)) for name, weight in (("a", 2.0), ("b", -1.0))]
+    )
+    scored = scorer.score([{"prompt": []}] * 2, [[1], [2]])
+    assert [row["score"] for row in scored] == (scores * torch.tensor([2.0, -1.0])).nansum(dim=1).tolist()
+
+
+def test_what_run_json_says_of_a_reward():
+    assert describe_rewards(choose_rewards(["ending:3"])) == [
+        {"name": "ending", "weight": 3.0, "summary": "Rewards ending by itself. 0 or 1.", "digest": None}
+    ]

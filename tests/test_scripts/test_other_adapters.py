@@ -1,0 +1,153 @@
+"""Adapters and bases from elsewhere in every script and in the app: taken as they are, or refused."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from phi2_grpo.common import files
+from phi2_grpo.training import checkpoints
+
+IDS = torch.arange(40)[None]
+
+
+@pytest.fixture
+def app(monkeypatch):
+    """Status of the app on an adapter and a base."""
+    monkeypatch.syspath_prepend(ROOT / "hf_app")
+    from engine import Engine
+
+    def status(adapter, base):
+        engine = Engine(adapter, str(base))
+        engine.close()
+        return engine.status
+
+    return status
+
+
+@pytest.fixture
+def make_adapter(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def make(base, targets):
+        lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return make
+
+
+@pytest.fixture
+def scripts(call, quick, micro, prepared, tmp_path):
+    """What each script says of an adapter."""
+    own = ("--model", micro, "--data_dir", prepared, "--device", "cpu", "--validation_dir", tmp_path / "v", "--max_prompts", 2)
+
+    def run(adapter):
+        yield call("validate_model", *own, "--adapter", adapter, "--samples_per_prompt", 1)
+        yield call("export_model", "--model", micro, "--adapter", adapter, "--out", tmp_path / "merged")
+        yield call("train_grpo", 1, *quick, "--init_adapter", adapter, "--output_dir", tmp_path / "o", "--check")
+
+    return run
+
+
+def refused(done, *expected: str) -> None:
+    assert done.code == 2 and done.err.startswith("error: ") and "Traceback" not in done.err, (done.code, done.err)
+    assert all(part in " ".join(done.err.split()) for part in expected), done.err
+
+
+def test_an_adapter_that_peft_alone_saved(scripts, app, make_adapter, micro, tmp_path):
+    adapter = make_adapter(micro, ["q_proj", "fc1"])
+    for done in scripts(adapter):
+        assert done.code == 0, done.err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(micro), adapter).eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(IDS).logits, tuned(IDS).logits, atol=1e-4)
+    assert app(adapter, micro).kind == "tuned"
+
+
+def test_an_adapter_of_a_run_that_diverged(scripts, app, make_adapter, micro):
+    adapter = make_adapter(micro, ["q_proj", "fc1"])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: value * torch.nan for name, value in weights.items()}, adapter / "adapter_model.safetensors")
+    for done in scripts(adapter):
+        refused(done, str(adapter))
+    assert app(adapter, micro).kind == "broken"
+
+
+def test_a_run_json_of_other_types_is_as_good_as_none(scripts, call, final, trained, quick, tmp_path):
+    adapter, output = shutil.copytree(final, tmp_path / "adapter"), shutil.copytree(trained, tmp_path / "run")
+    odd = {"config": [], "data": 3, "versions": None, "files": [], "seconds": "long", "processes": None}
+    for path in (adapter / "run.json", output / "checkpoint-6" / "run.json"):
+        files.write_json(path, {**files.read_json(path), **odd})
+    for done in (*scripts(adapter), call("deploy_space", "me/app", "--dry_run", "--adapter", adapter)):
+        assert done.code == 0, done.err
+    done = call("train_grpo", 6, *quick, "--output_dir", output, "--resume")
+    assert done.code == 0 or done.err.startswith("error: "), done.err
+
+
+def test_lora_that_cannot_be_trained_is_refused_before_the_start(call, quick, make_adapter, micro, trained, tmp_path):
+    own = ("train_grpo", 1, *quick, "--check", "--output_dir", tmp_path / "o")
+    refused(call(*own, "--lora_target_modules", "lm_head,fc1"), "lm_head")  # TRL refuses it too, but later
+    refused(call(*own, "--init_adapter", make_adapter(micro, ["lm_head"])), "lm_head")
+    refused(call(*own, "--init_adapter", trained), f"{trained}/checkpoint-")
+    shutil.copytree(trained, tmp_path / "o")
+    refused(call(*own, "--overwrite", "--init_adapter", tmp_path / "o" / "checkpoint-4"), "output_dir")
+
+
+@pytest.mark.parametrize(("targets", "still_tied"), [(["lm_head", "fc1"], False), (["embed_tokens"], False), (["fc1"], True)])
+def test_a_head_that_is_the_embedding_is_untied_where_they_differ(call, make_adapter, micro, tmp_path, targets, still_tied):
+    base = AutoModelForCausalLM.from_pretrained(micro)
+    base.config.tie_word_embeddings = True
+    base.lm_head.weight = base.model.embed_tokens.weight
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(micro).save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", targets)
+    done = call("export_model", "--adapter", adapter, "--out", tmp_path / "merged")
+    assert done.code == 0, done.err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(IDS).logits, tuned(IDS).logits, atol=1e-4)
+    assert merged.config.tie_word_embeddings is still_tied
+
+
+def test_a_merged_model_that_is_another_is_not_written(call, make_adapter, micro, tmp_path, monkeypatch):
+    import export_model
+
+    def wrong(tuned):
+        merged = tuned.merge_and_unload()
+        merged.lm_head.weight.data *= 1.5
+        return merged
+
+    monkeypatch.setattr(export_model, "merge_untied", wrong)
+    adapter = make_adapter(micro, ["fc1"])
+    refused(call("export_model", "--model", micro, "--adapter", adapter, "--out", tmp_path / "merged"), "another model")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_whose_folder_moved(call, app, make_adapter, micro, tmp_path):
+    from engine import NoBase
+
+    base = shutil.copytree(micro, tmp_path / "models")
+    adapter = make_adapter(base, ["fc1"])
+    base.rename(tmp_path / "moved")
+    for name, place in (("export_model", "--out"), ("validate_model", "--validation_dir")):
+        refused(call(name, "--adapter", adapter, place, tmp_path / "out"), str(base), "--model")
+    with pytest.raises(NoBase, match="the folder is gone"):
+        app(adapter, "")
+    done = call("export_model", "--adapter", adapter, "--model", tmp_path / "moved", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+
+
+def test_a_base_that_is_not_a_number_leaves_no_adapter(call, quick, micro, tmp_path):
+    base = shutil.copytree(micro, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = torch.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    refused(call("train_grpo", 2, *quick, "--model", base, "--eval_prompts", 0, "--output_dir", tmp_path / "o"), "step 1")
+    assert not (tmp_path / "o-final").exists() and not checkpoints.complete_checkpoints(tmp_path / "o")

@@ -1,0 +1,68 @@
+"""A merged model as engines of another day read it: transformers 4, on which vLLM and llama.cpp's converter were built."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_micro
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.slow  # it installs transformers 4 from the network, unless TF4 names a folder that has it
+
+READ = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), AutoTokenizer.from_pretrained(sys.argv[1])
+torch.save(model(torch.arange(40, 100)[None]).logits.log_softmax(-1).detach(), sys.argv[2])
+history = [{"role": "user", "content": "What are plants?"}]
+chat = tokenizer.apply_chat_template(history, tokenize=False)
+print(json.dumps({"ids": tokenizer("A plant.<|end|> Why?")["input_ids"], "chat": chat}))
+"""
+
+
+def phi(folder):
+    """With Phi-2's own share of rotated dimensions, which is not transformers 4's default."""
+    rope = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25}
+    return make_micro(folder, num_attention_heads=2, rope_parameters=rope)
+
+
+def llama(folder):
+    """With stretched positions and a tied head, as Llama-3.2 has them, and more special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(make_micro(folder))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, vocab_size=len(tokenizer), tie_word_embeddings=True, rope_parameters=rope)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make", [phi, llama])
+def test_it_is_the_same_model_and_tokenizer_there(call, tmp_path, make):
+    libraries = os.environ.get("TF4") or str(tmp_path / "transformers4")
+    if "TF4" not in os.environ:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--target", libraries, "transformers==4.57.6"], check=True
+        )
+    torch.manual_seed(1)
+    base, adapter, merged, there = make(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged", tmp_path / "there.pt"
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(adapter)
+    done = call("export_model", "--model", base, "--adapter", adapter, "--out", merged)
+    assert done.code == 0, done.err
+    command = [sys.executable, "-c", READ, str(merged), str(there)]
+    reader = subprocess.run(command, env={**os.environ, "PYTHONPATH": libraries}, capture_output=True, text=True)
+    assert reader.returncode == 0, reader.stderr
+    with torch.no_grad():
+        here = AutoModelForCausalLM.from_pretrained(merged).eval()(torch.arange(40, 100)[None]).logits.log_softmax(-1)
+    assert (torch.load(there) - here).abs().max() < 1e-3
+    tokenizer, read = AutoTokenizer.from_pretrained(merged), json.loads(reader.stdout.splitlines()[-1])
+    assert read["ids"] == tokenizer("A plant.<|end|> Why?")["input_ids"]
+    assert read["chat"] == tokenizer.apply_chat_template([{"role": "user", "content": "What are plants?"}], tokenize=False)

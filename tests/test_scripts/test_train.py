@@ -1,0 +1,308 @@
+"""The main job on a micro model: what moves, what is written, what can be repeated and resumed."""
+
+import inspect
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from trl import GRPOConfig, GRPOTrainer
+
+from phi2_grpo.models import base
+from phi2_grpo.rollout import engine
+from phi2_grpo.training import checkpoints, outputs
+from phi2_grpo.training.trainer import Trainer, training_arguments
+
+SELF_DESCRIBING = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                   "chat_template.jinja", "generation_config.json", "README.md", "run.json", "metrics.jsonl",
+                   "evaluation.jsonl", "reward.png"}  # fmt: skip
+
+
+def rows_of(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def weights_of(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def equal(first, second) -> bool:
+    first, second = weights_of(first), weights_of(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_lora_weight_moves_and_no_base_weight_does(call, quick, micro, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    kept, original = {}, Trainer.train
+
+    def train(self, *arguments, **keywords):
+        kept["model"] = self.model
+        kept["before"] = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    # Three steps: in the first, B is zero and A gets no gradient; constant learning rate, without warm-up.
+    done = call("train_grpo", 3, *quick, "--output_dir", tmp_path / "o", "--warmup_steps", 0)
+    assert done.code == 0, done.err
+    fresh = AutoModelForCausalLM.from_pretrained(micro).state_dict()
+    lora = 0
+    for name, parameter in kept["model"].named_parameters():
+        if "lora_" in name:
+            lora += 1
+            assert parameter.requires_grad and not torch.equal(parameter, kept["before"][name]), f"{name} did not move"
+        else:
+            assert not parameter.requires_grad
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, fresh[plain]), f"{name} moved"
+    assert lora == 2 * 6 * 2, "A and B of six kinds in two layers"
+
+
+def test_final_folder_describes_itself(trained, final):
+    assert {path.name for path in final.iterdir()} == SELF_DESCRIBING, "no pickles, nothing missing"
+    run = json.loads((final / "run.json").read_text())
+    assert run["finished"] and run["steps"] == 6 and run["config"]["max_steps"] == 6 and run["preset"] == "tiny"
+    assert set(run["versions"]) >= {"torch", "trl", "peft"} and run["data"]["fingerprint"] and run["seconds"] > 0
+    rows = rows_of(final)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] == [row["step"] for row in rows_of(trained)]
+    assert {"reward", "reward_std", "frac_reward_zero_std", "answers/tokens", "answers/ended", "kl", "step_time", "grad_norm",
+            "rewards/length/mean", "rewards/length/en", "rewards/length/es"} <= set().union(*rows)  # fmt: skip
+    assert rows[0]["kl"] == 0, "dropout is off, and the untrained adapter is the base"
+    card = (final / "README.md").read_text()
+    assert f"{sum(row['reward'] for row in rows[-3:]) / 3:.3g}" in card and "AutoPeftModelForCausalLM" in card
+    assert (final / "reward.png").read_bytes().startswith(b"\x89PNG")
+    generation = json.loads((final / "generation_config.json").read_text())
+    assert "\nInstruct:" in generation["stop_strings"] and generation["max_new_tokens"] == 256, "half of the context"
+
+
+def test_the_model_card_s_code_runs(final, monkeypatch, capsys):
+    """The example, as it stands there, on the folder it stands in."""
+    code = re.search(r"```python\n(.+?)```", (final / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(final)
+    exec(code, {})
+    assert capsys.readouterr().out.endswith("\n"), "it prints an answer, which a model of this size may leave empty"
+
+
+def test_checkpoints_are_adapter_folders_with_the_trainer_s_state(trained):
+    assert [path.name for path in checkpoints.list_checkpoints(trained)] == ["checkpoint-4", "checkpoint-6"], "save_total_limit"
+    for checkpoint in checkpoints.complete_checkpoints(trained):
+        assert SELF_DESCRIBING | {"optimizer.pt", "trainer_state.json", "rng_state.pth"} <= {
+            p.name for p in checkpoint.iterdir()
+        }
+        assert json.loads((checkpoint / "run.json").read_text())["finished"] is False
+    assert not (trained / "README.md").exists()
+
+
+def test_what_is_printed(trained):
+    printed = (trained.parent / "printed.txt").read_text()
+    coverage = "12 modules (dense 2, fc1 2, fc2 2, k_proj 2, q_proj 2, v_proj 2)"
+    assert coverage in " ".join(printed.translate({ord(c): " " for c in "│┃"}).split())
+    lines = re.findall(r"^ +\d/6 .+", printed, re.MULTILINE)
+    assert len(lines) == 6 and all(len(line) <= 80 and len(line.split()) == 9 for line in lines), "one a step, on a terminal"
+    assert "step 3, best: reward" in printed and "step 6, worst: reward" in printed
+    assert "validate_model.py" in printed and "Traceback" not in printed and "Warning" not in printed
+
+
+def test_same_seed_same_adapter_and_another_seed_another(call, quick, trained, final, tmp_path):
+    """Bit for bit on the CPU; and a run stopped at step 4 and resumed ends with the same adapter as one never stopped."""
+    options = (*quick, "--save_steps", "2", "--sample_steps", "3")
+    first = call("train_grpo", "4", *options, "--output_dir", tmp_path / "a")
+    assert first.code == 0, first.err
+    resumed = call("train_grpo", "6", *options, "--output_dir", tmp_path / "a", "--resume")
+    assert resumed.code == 0 and "resuming at checkpoint-4" in resumed.out, resumed.err
+    assert equal(final, tmp_path / "a-final")
+    assert [row["step"] for row in rows_of(tmp_path / "a-final")] == [1, 2, 3, 4, 5, 6], "no gap, no double"
+    other = call("train_grpo", "1", *options, "--output_dir", tmp_path / "b", "--seed", "1", "--eval_prompts", 0)
+    assert other.code == 0 and "held out" not in other.out
+    assert rows_of(tmp_path / "b")[0]["reward"] != rows_of(trained)[0]["reward"]
+
+
+def test_a_run_is_replaced_only_when_asked(call, quick, trained, final, tmp_path):
+    refused = call("train_grpo", 2, *quick, "--output_dir", trained)
+    assert refused.code == 2 and "--resume" in refused.err and "--overwrite" in refused.err
+    assert checkpoints.newest_complete(trained).name == "checkpoint-6"
+    shutil.copytree(final, tmp_path / "o-final")  # a finished adapter alone counts too
+    refused = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o")
+    assert refused.code == 2 and "--overwrite" in refused.err
+
+
+def test_what_is_not_a_run_s_stays(call, quick, final, tmp_path):
+    """--output_dir may be any folder of the user's; what stands there beside a run stays."""
+    own, output = shutil.copytree(final, tmp_path / "own"), tmp_path / "o"
+    (output / "checkpoint-old").mkdir(parents=True)
+    (output / "thesis.txt").write_text("years of work")
+    assert call("train_grpo", 1, *quick, "--output_dir", output, "--eval_prompts", 0).code == 0
+    done = call("train_grpo", 2, *quick, "--output_dir", output, "--eval_prompts", 0, "--overwrite")
+    assert done.code == 0, done.err
+    left = {path.name for path in output.iterdir()}
+    assert left == {"thesis.txt", "checkpoint-old", "checkpoint-2", "metrics.jsonl"}
+    for name, content in (("metrics", "metrics.jsonl"), ("theirs", "checkpoint-3/model.bin"), ("new-final", "thesis.txt")):
+        (tmp_path / name / content).parent.mkdir(parents=True)
+        (tmp_path / name / content).write_text('{"mine": 1}\n')
+        for more in ((), ("--overwrite",), ("--resume",)):
+            done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / name.removesuffix("-final"), *more)
+            assert done.code == 2 and str(tmp_path / name) in done.err, done.err
+        assert (tmp_path / name / content).read_text() == '{"mine": 1}\n'
+    done = call("train_grpo", 1, *quick, "--output_dir", own, "--overwrite")
+    assert done.code == 2 and (own / "reward.png").exists(), "a finished adapter is no place for checkpoints"
+    assert checkpoints.final_folder({"output_dir": "."}).name.endswith("-final")
+
+
+def test_a_setting_left_empty_is_the_library_s_own(tmp_path):
+    config = {"vllm_server_base_url": "", "output_dir": str(tmp_path / "o"), "learning_rate": 0.5, "report_to": "none"}
+    arguments = training_arguments(GRPOConfig, config, torch.device("cpu"), torch.float32, max_steps=3)
+    assert arguments.vllm_server_base_url is None
+    assert (arguments.learning_rate, arguments.max_steps, arguments.run_name) == (0.5, 3, "o")
+
+
+def test_where_the_weights_are_sharded_trl_rolls_out(call, quick, tmp_path, monkeypatch):
+    """No engine is made, for its views of the weights would keep a whole base on each process."""
+    monkeypatch.setattr(base, "is_sharded", lambda: True)
+    monkeypatch.setattr(engine, "make_engine", lambda *_: pytest.fail("an engine was made"))
+    done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o", "--eval_prompts", 0)
+    assert done.code == 0 and len(rows_of(tmp_path / "o-final")) == 1, done.err
+
+
+def test_a_finished_run_may_be_resumed_and_made_longer(call, quick, trained, final, tmp_path):
+    shutil.copytree(trained, tmp_path / "o")
+    for steps in (6, 7):  # the first has nothing left to train
+        done = call("train_grpo", steps, *quick, "--output_dir", tmp_path / "o", "--resume")
+        assert done.code == 0, done.err
+        assert rows_of(tmp_path / "o-final")[-1]["step"] == steps, done.out
+    (tmp_path / "o-final" / "README.md").write_text("validated")
+    assert call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume").code == 0
+    assert (tmp_path / "o-final" / "README.md").read_text() == "validated", "the result stays as it is"
+    shutil.copy(final / "adapter_model.safetensors", tmp_path / "o-final")
+    assert call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume").code == 0
+    assert (tmp_path / "o-final" / "README.md").read_text() != "validated", "another run's result is replaced"
+    seconds = [
+        json.loads((folder / "run.json").read_text())["seconds"] for folder in (trained / "checkpoint-6", tmp_path / "o-final")
+    ]
+    assert seconds[0] < seconds[1]
+
+
+def test_check_trains_nothing(call, quick, tmp_path):
+    done = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o")
+    text = " ".join(done.out.replace("│", " ").split())
+    assert done.code == 0 and list(tmp_path.iterdir()) == []
+    for part in (
+        "CPU",
+        "12 modules",
+        "8 completions an update = 2 prompts x 4",
+        "length x 1 (0.",
+        "weights",
+        "for checkpoints",
+    ):
+        assert part in text
+
+
+def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, tmp_path):
+    first = call("train_grpo", 3, *quick, "--lora_r", 3, "--lora_alpha", 5, "--eval_prompts", 0, "--output_dir", tmp_path / "a")
+    assert first.code == 0, first.err
+    start, end = tmp_path / "a-final", tmp_path / "o-final"
+    options = (*quick, "--init_adapter", start, "--learning_rate", "1e-9", "--eval_prompts", 0, "--output_dir", tmp_path / "o")
+    done = call("train_grpo", 1, *options)
+    assert done.code == 0, done.err
+    config = json.loads((end / "run.json").read_text())["config"]
+    assert (config["lora_r"], config["lora_alpha"]) == (3, 5), "the adapter's, not the flags'"
+    assert "LoRA: r 3, alpha 5" in (end / "README.md").read_text()
+    assert rows_of(end)[0]["kl"] > 0, "the KL is to the base, not to the adapter it started from"
+    before, after = weights_of(start), weights_of(end)
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    assert any(value.abs().max() > 1e-5 for key, value in after.items() if "lora_B" in key)
+    done = call("train_grpo", 2, *options, "--resume")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143),
+                                              pytest.param(signal.SIGHUP, 143, marks=pytest.mark.slow)])  # fmt: skip
+def test_interrupted(quick, tmp_path, number, code):
+    """The step is finished and saved; what reads the output, as a tee, may be gone, and its alphabet may have no ±."""
+    flags = map(str, (500, *quick, "--output_dir", tmp_path / "o", "--save_steps", 2))
+    # A shell's background job, as a CI may be, ignores SIGINT and hands that down.
+    options = {"cwd": ROOT, "text": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+               "env": {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "a notebook's", "OMP_NUM_THREADS": "1"}}  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "train_grpo.py", *flags], **options, **pipes) as process:
+        waited = time.monotonic()
+        while not checkpoints.newest_complete(tmp_path / "o") and time.monotonic() - waited < 120:
+            time.sleep(0.1)
+        process.stdout.close()
+        process.send_signal(number)
+        error = process.stderr.read()
+        assert process.wait(60) == code and "--resume" in error and "Traceback" not in error, error
+    assert checkpoints.newest_complete(tmp_path / "o") and not (tmp_path / "o-final").exists()
+
+
+def test_the_curve_of_an_odd_run(tmp_path):
+    """One step, or values that were not finite: still a picture and valid JSON."""
+    config = {"target_tokens": 8, "rewards": ["length:1.0"]}
+    odd = {"reward": 0.5, "reward_std": 0.1, "kl": float("nan"), "answers/tokens": 3.0, "step": 1}
+    rows = outputs.log_rows([odd, {"loss": 1}], "reward")
+    assert rows == [{"reward": 0.5, "reward_std": 0.1, "kl": None, "answers/tokens": 3.0, "step": 1}]
+    evaluations = [{"step": 0, "eval_reward": None, "eval_low": None, "eval_high": None},
+                   {"step": 1, "eval_reward": 0.5, "eval_low": None, "eval_high": None}]  # fmt: skip
+    for part, measured in ((rows, evaluations), ([], [])):
+        outputs.draw_curve(part, config, tmp_path / "x.png", measured)
+        assert (tmp_path / "x.png").stat().st_size > 1000
+    assert outputs.first_and_last(rows, "reward") == (0.5, 0.5) and outputs.first_and_last(rows, "kl") is None
+
+
+def test_evaluated_on_held_out_prompts_while_it_trains(call, quick, tmp_path):
+    """At the start, every eval_steps and the end; and a run that evaluates more often ends with the same weights."""
+    runs = {}
+    for often in (2, 100):
+        flags = ("--eval_steps", often, "--eval_prompts", 9, "--seed", 3, "--rewards", "length,ending")
+        done = call("train_grpo", 4, *quick, "--output_dir", tmp_path / str(often), *flags)
+        assert done.code == 0 and "held out: reward" in done.out, done.err
+        runs[often] = tmp_path / f"{often}-final"
+    rows = rows_of(runs[2], "evaluation.jsonl")
+    assert [row["step"] for row in rows] == [0, 2, 4] and len(rows_of(runs[100], "evaluation.jsonl")) == 2
+    assert all(row["eval_low"] <= row["eval_reward"] <= row["eval_high"] and len(row["answers"]) == 3 for row in rows)
+    assert all(
+        row["eval_reward"] == pytest.approx(row["eval_rewards/length"] + row["eval_rewards/ending"], abs=1e-3) for row in rows
+    )
+    assert equal(*runs.values())
+    for row in rows_of(runs[2]):
+        parts = [row[f"seconds/{part}"] for part in ("rollout", "rewards", "log_probs", "update")]
+        assert all(seconds > 0 for seconds in parts) and sum(parts) == pytest.approx(row["step_time"], rel=0.2)
+
+
+GAMED = "def commas(answers, **_):\n    return [answer.count(',') / 8 for answer in answers]\n"
+
+
+def test_a_collapse_stops_the_run_and_names_a_checkpoint_from_before(call, quick, tmp_path, monkeypatch):
+    from phi2_grpo.rewards import collapse
+
+    monkeypatch.setitem(collapse.COLLAPSE, "answers/tokens", (-1, 0, "made up for this test"))  # any answer at all
+    (tmp_path / "mine.py").write_text(GAMED)
+    flags = (20, *quick, "--eval_prompts", 0, "--save_steps", 1, "--save_total_limit", 9, "--output_dir", tmp_path / "o")
+    done = call("train_grpo", *flags, "--rewards", f"{tmp_path / 'mine.py'}:commas", "--stop_on_collapse")
+    assert done.code == 2 and "Traceback" not in done.err and not (tmp_path / "o-final").exists(), done.err
+    stopped = checkpoints.step_of(checkpoints.newest_complete(tmp_path / "o"))
+    assert stopped == collapse.WINDOW and f"step {stopped}" in done.err and "--init_adapter" in done.err
+    assert ["collapse", "answers/tokens"] in rows_of(tmp_path / "o")[-1]["alerts"]
+    done = call("train_grpo", 8, *flags[1:], "--rewards", f"{tmp_path / 'mine.py'}:commas", "--resume")
+    assert done.code == 0 and "made up" not in done.out, "gone on with, without --stop_on_collapse, and not said again"
+    assert ["collapse", "answers/tokens"] in rows_of(tmp_path / "o-final")[stopped - 1]["alerts"]
+
+
+def test_the_private_methods_that_are_timed_and_replaced():
+    """What the project rests on in TRL 1.16 and transformers 5; if this fails, read the new trainer."""
+    signatures = {name: list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:] for name in (
+        "_generate_single_turn", "_calculate_rewards", "_get_train_sampler", "_save_checkpoint")}  # fmt: skip
+    assert signatures == {
+        "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+        "_get_train_sampler": ["dataset"],
+        "_save_checkpoint": ["model", "trial"],
+    }
+    assert "epoch" in inspect.signature(GRPOTrainer._run_epoch).parameters
+    assert "logits_to_keep" in inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters

@@ -1,0 +1,100 @@
+"""validate_model.py on the micro model: its files, its settings, and adapters that it refuses."""
+
+import json
+import shutil
+
+import numpy
+import pytest
+from conftest import refused
+
+from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
+from phi2_grpo.training import model_card
+
+
+@pytest.fixture
+def options(quick, final, tmp_path) -> tuple:
+    return (*quick[:10], "--adapter", final, "--validation_dir", tmp_path / "v", "--max_prompts", 12, "--samples_per_prompt", 2)
+
+
+def report_of(folder) -> dict:
+    return json.loads((folder / "v" / "report.json").read_text())
+
+
+def test_report(call, options, tmp_path):
+    done = call("validate_model", *options)
+    assert done.code == 0, done.err
+    assert {path.name for path in (tmp_path / "v").iterdir()} == {"report.json", "report.md", "validation.png", "samples.jsonl"}
+    numbers = report_of(tmp_path)
+    assert numbers["prompts"] == 12 and numbers["headline"] == "length"
+    assert set(numbers["metrics"]) == {"length", "ending", "repetition", "language", "reference", "answer tokens", "distinct-2",
+                                       "KL to base", "reference NLL"}  # fmt: skip
+    length, kl = numbers["metrics"]["length"], numbers["metrics"]["KL to base"]
+    assert length["trained"] and abs(length["tuned"] - length["base"] - length["difference"]) < 2e-4
+    assert length["low"] <= length["difference"] <= length["high"] and kl["base"] == 0 < kl["tuned"]
+    assert " ".join(numbers["line"].split()) in " ".join(done.out.split()), "the line to quote is printed"
+    samples = [json.loads(line) for line in (tmp_path / "v" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 12 * 2 and all(sample["finish_reason"] for sample in samples)
+    mean = numpy.mean([sample["scores"]["length"] for sample in samples if sample["side"] == "tuned"])
+    assert mean == pytest.approx(length["tuned"], abs=1e-3), "the report's numbers are those of the samples"
+    text = (tmp_path / "v" / "report.md").read_text()
+    for part in (numbers["line"], "## Most improved", "## Most harmed", "## At random", "validation.png", *SAMPLE_PROMPTS):
+        assert part in text
+    assert call("validate_model", *options).code == 0
+    assert report_of(tmp_path)["metrics"] == numbers["metrics"], "the same seed, the same numbers"
+
+
+def test_the_model_card(call, options, final, tmp_path):
+    """It gets the numbers once, where there are prompts enough, measured as the adapter was trained."""
+    adapter = shutil.copytree(final, tmp_path / "adapter")
+    options, card = (*options, "--adapter", adapter, "--samples_per_prompt", 1), adapter / "README.md"
+    for prompts, flags, validated in ((12, (), 0), (25, ("--temperature", 0.5), 0), (25, (), 1), (25, (), 1)):
+        assert call("validate_model", *options, "--max_prompts", prompts, *flags).code == 0
+        assert card.read_text().count(model_card.VALIDATED) == validated
+        assert (report_of(tmp_path)["line"] in card.read_text()) == bool(validated)
+
+
+def test_another_adapter_instead_of_the_base(call, options, loud, final, tmp_path):
+    assert call("validate_model", *options, "--against", loud).code == 0
+    numbers = report_of(tmp_path)
+    assert numbers["names"] == [str(loud), str(final)], "the same name: the paths tell them apart"
+    assert numbers["metrics"]["KL to base"]["base"] > 0
+    assert call("validate_model", *options, "--against", shutil.copytree(final, tmp_path / "twin")).code == 0
+    assert all(m["difference"] == 0 for m in report_of(tmp_path)["metrics"].values()), "the same, sampled alike"
+
+
+def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path):
+    """Base, target, length and temperature come from the adapter's run.json, unless a flag says otherwise."""
+    own = (*quick[4:6], "--adapter", final, "--validation_dir", tmp_path / "v", "--max_prompts", 5)  # --data_dir
+    refused(call("validate_model", "--preset", "tiny", *own), "another base")
+    assert call("validate_model", "--device", "cpu", *own, "--temperature", 0.5).code == 0
+    config = report_of(tmp_path)["config"]
+    assert (config["target_tokens"], config["max_completion_length"], config["temperature"]) == (6, 12, 0.5)
+    refused(call("validate_model", "--device", "cpu", *own, "--max_completion_length", 500), "context of 512")
+
+
+def test_what_is_no_report_is_not_replaced(call, options, tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "report.md").write_text("my thesis")
+    refused(call("validate_model", *options), str(tmp_path / "v"), "another folder")
+    assert (tmp_path / "v" / "report.md").read_text() == "my thesis"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "flag", "expected"),
+    [
+        ("run.json", '{"config": {"temperature": "hot"}}', "--adapter", "--temperature is 'hot'"),
+        ("run.json", '{"config": {"rewards": ["theirs.py:steal"]}}', "--adapter", "--rewards theirs.py:steal"),
+        ("run.json", '{"config": {"rewards": ["some/reward-model"]}}', "--adapter", "--rewards some/reward-model"),
+        ("generation_config.json", "{", "--adapter", "generation_config.json is broken"),
+        ("adapter_model.safetensors", "{", "--adapter", "damaged"),
+        ("adapter_model.safetensors", "{", "--against", "damaged"),
+        ("adapter_config.json", '{"base_model_name_or_path": "some/other"}', "--against", "some/other"),
+    ],
+)
+def test_adapters_that_are_refused(call, options, final, tmp_path, name, text, flag, expected):
+    folder = shutil.copytree(final, tmp_path / "damaged")
+    if name == "adapter_config.json":
+        text = json.dumps(json.loads((folder / name).read_text()) | json.loads(text))
+    (folder / name).write_text(text)
+    without_flags = (*options[:6], *options[10:])  # settings come from run.json
+    refused(call("validate_model", *without_flags, flag, folder), expected)

@@ -1,0 +1,114 @@
+"""Each check before a start by itself, and what a preflight returns when some of them fail."""
+
+import pytest
+import torch
+
+from config import CONFIG, PRESETS
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.training import checks
+from phi2_grpo.training.preflight import preflight, preflight_reward
+
+TINY = {**CONFIG, **PRESETS["tiny"]}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(micro, prepared, tmp_path) -> dict:
+    """Settings that pass every check."""
+    own = {"model": str(micro), "data_dir": str(prepared), "output_dir": str(tmp_path / "o"), "reward_dir": str(tmp_path / "r")}
+    return TINY | own | {"report_to": "none"}
+
+
+def test_a_run_that_can_start(config):
+    before = dict(config)
+    ready = preflight(config, resume=False, overwrite=False)
+    ready.raise_errors()
+    assert config == before, "no check changes the settings"
+    assert (ready.device, ready.dtype, ready.lora.r) == (CPU, torch.float32, 16)
+    assert set(ready.prompts) == {"train", "validation"} and ready.funnel["fingerprint"]
+    assert [reward.name for reward in ready.scorer.chosen] == ["length"] and ready.memory["weights"] > 0
+    assert all(check.ok for check in ready.results)
+
+
+def test_all_errors_at_once_and_what_depends_on_them_is_left_out(config):
+    ready = preflight(config | {"model": "no/such", "target_tokens": 50}, resume=True, overwrite=False)
+    assert {check.name: check.ok for check in ready.results} == {
+        "device": True, "output folder": True, "settings": False, "tracker": True, "base model": False
+    }  # fmt: skip
+    assert ready.tokenizer is None and ready.prompts is None and ready.lora is None
+    with pytest.raises(UserError, match="(?s)settings: .*50.*base model: .*no/such"):
+        ready.raise_errors()
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "group", "remedies"),
+    [
+        (8, 1, 3, ["--num_generations 2", "--per_device_train_batch_size 9"]),
+        (1, 1, 4, ["--per_device_train_batch_size 4"]),  # nothing divides 1
+        (3, 4, 8, ["--num_generations 6", "--per_device_train_batch_size 4"]),
+        (16, 1, 2, ["num_generations"]),  # there are 5 prompts
+    ],
+)
+def test_the_remedies_for_a_batch_work(size, steps, group, remedies):
+    config = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "num_generations": group}
+    with pytest.raises(UserError) as error:
+        checks.batch(config, {"train": range(5)})
+    for remedy in remedies:
+        assert remedy in str(error.value)
+        key, _, value = remedy.removeprefix("--").partition(" ")
+        assert checks.batch({**config, key: int(value or 4)}, {"train": range(5)})[0]
+
+
+@pytest.mark.parametrize(("asked", "good"), [("no", True), ("", True), ("bf16", False), ("fp8", False)])
+def test_mixed_precision_of_a_launcher(monkeypatch, asked, good):
+    """It would override ours, which is none on a CPU, and run.json would say otherwise."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    if good:
+        assert checks.device(TINY)[0] == (CPU, torch.float32)
+    else:
+        with pytest.raises(UserError, match=f"{asked}.* --mixed_precision no"):
+            checks.device(TINY)
+
+
+def test_a_gpu_needs_a_compiler_and_a_process_of_its_own(monkeypatch, tmp_path):
+    """Triton compiles a kernel in the first step; and TRL's trainer would split batches over all visible GPUs."""
+    monkeypatch.setattr(checks, "choose_device", lambda _: (torch.device("cuda", 0), torch.bfloat16))
+    monkeypatch.setattr(checks.outputs, "hardware_name", str)
+    monkeypatch.setattr(checks, "is_triton_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setenv("CC", "cc")
+    with pytest.raises(UserError, match=r"Python\.h"):
+        checks.device(TINY)
+    (tmp_path / "Python.h").touch()
+    assert checks.device(TINY)
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(UserError, match="C compiler"):
+        checks.device(TINY)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="2 GPUs.*CUDA_VISIBLE_DEVICES=0.*accelerate launch"):
+        checks.device(TINY)
+
+
+def test_a_folder_called_like_a_tracker_is_no_package(monkeypatch, tmp_path):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="pip install wandb"):
+        checks.tracker({"report_to": "wandb"})
+    assert checks.tracker({"report_to": "trackio"})[0]
+
+
+def test_the_checks_of_a_reward_model(monkeypatch, config):
+    ready = preflight_reward(config, resume=False, overwrite=False)
+    ready.raise_errors()
+    batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    assert ready.steps == config["reward_epochs"] * -(-len(ready.pairs["train"]) // batch)
+    monkeypatch.setattr(checks, "free_memory", lambda _: 1000)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ready = preflight_reward(config, resume=False, overwrite=False)
+    assert "per_device_train_batch_size" in next(check.text for check in ready.results if check.name == "memory")
+    with pytest.raises(UserError, match="one process"):
+        ready.raise_errors()

@@ -1,0 +1,355 @@
+"""Killed, out of disk, out of memory, in each other's way: what is on disk afterwards, and how it goes on."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from benchmarks import kills
+from phi2_grpo.common import files
+from phi2_grpo.common.cli import Terminated
+from phi2_grpo.rewards.scorer import BadReward
+from phi2_grpo.training import checkpoints, outputs
+from phi2_grpo.training.callbacks import GracefulStop
+from phi2_grpo.training.trainer import EpochSampler, Trainer
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the finished run's checkpoints, of steps 4 and 6, without what it left at the end."""
+    return shutil.copytree(trained, tmp_path / "o")
+
+
+def names(output: Path) -> list[str]:
+    return [path.name for path in checkpoints.list_checkpoints(output)]
+
+
+@contextmanager
+def tmpfs(place: Path, options: str):
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(place)], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)])
+
+
+# --- killed
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_ends_the_same(call, quick, tmp_path):
+    """Once in a save at least. (Thirty times: benchmarks/kills.py.)"""
+    flags = (14, *quick, "--eval_prompts", 3)
+    done = call("train_grpo", *kills.command(flags, tmp_path / "whole")[2:])
+    assert done.code == 0, done.err
+    found = kills.kill_and_resume(3, tmp_path / "killed", flags, seed=random.randrange(2**32))
+    assert found["kills"] >= 2, found
+    assert kills.same(tmp_path / "whole-final", tmp_path / "killed-final"), found
+    assert checkpoints.list_checkpoints(tmp_path / "killed") == checkpoints.complete_checkpoints(tmp_path / "killed")
+
+
+def test_killed_past_its_first_epochs(call, quick, micro, tmp_path, monkeypatch):
+    """Eight prompts, two a step: three epochs of four steps, each in an order of its own, that a resumed run finds again."""
+    rows = [json.loads(line) for line in (ROOT / "sample" / "tiny.jsonl").read_text(encoding="utf-8").splitlines()]
+    roots = [row for row in rows if row["parent_id"] is None and len(row["text"]) < 90]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in roots[:8]), encoding="utf-8")
+    how = ("--preset", "tiny", "--model", micro, "--dataset", tmp_path / "few.jsonl", "--validation_fraction", 0)
+    assert call("prepare_data", *how, "--data_dir", tmp_path / "d").code == 0
+    flags = (12, *quick, "--data_dir", tmp_path / "d", "--eval_prompts", 0)
+    epochs, plain = [], EpochSampler.__iter__
+    monkeypatch.setattr(EpochSampler, "__iter__", lambda self: epochs.append(self.epoch) or plain(self))
+    assert call("train_grpo", *kills.command(flags, tmp_path / "whole")[2:]).code == 0
+    output = tmp_path / "killed"
+    for steps in (5, 9):  # as a kill leaves it, in the second epoch and in the third
+        assert call("train_grpo", *kills.command((steps, *flags[1:]), output, "--resume")[2:]).code == 0
+    assert call("train_grpo", *kills.command(flags, output, "--resume")[2:]).code == 0
+    assert epochs == [0, 1, 2, 0, 1, 1, 2, 2], "the whole run, then its three parts"
+    assert kills.same(tmp_path / "whole-final", tmp_path / "killed-final")
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    sampler, orders = EpochSampler(range(8), 2, batch_size=2, seed=3), []
+    for epoch in (0, 1, 2, 1):
+        sampler.epoch = epoch
+        orders.append(list(sampler))
+    assert orders[1] == orders[3] and len({*map(tuple, orders)}) == 3
+    assert all(sorted(order) == sorted([*range(8)] * 2) for order in orders)
+
+
+def test_a_reward_of_another_content_is_another_run(call, quick, tmp_path):
+    reward, moved = tmp_path / "mine.py", tmp_path / "elsewhere.py"
+    reward.write_text("def mine(answers, **_):\n    return [float(len(a)) for a in answers]\n")
+    own = (*quick, "--eval_prompts", 0, "--save_steps", 1, "--output_dir", tmp_path / "o")
+    assert call("train_grpo", 1, *own, "--rewards", f"{reward}:mine").code == 0
+    shutil.copyfile(reward, moved)
+    check = ("train_grpo", 2, *own, "--resume", "--check")
+    assert call(*check, "--rewards", f"{moved}:mine").code == 0, "the same file by another path"
+    reward.write_text("def mine(answers, **_):\n    return [-float(len(a)) for a in answers]\n")
+    done = call(*check, "--rewards", f"{reward}:mine")
+    assert done.code == 2 and "mine" in done.err, done.err
+
+
+# --- checkpoints that are not complete
+
+
+class Killed(BaseException):
+    """As kill -9 in the middle of a save: nothing that comes after it runs."""
+
+
+def test_killed_inside_a_save_the_last_complete_checkpoint_stays(call, quick, run, tmp_path, monkeypatch):
+    """Resumed with a smaller save_steps, killed inside each of its first saves, before run.json is written."""
+    options = (*quick, "--output_dir", run, "--sample_steps", 3)
+    write_adapter_files = outputs.write_adapter_files
+
+    def killed(folder, *arguments, **keywords):
+        write_adapter_files(folder, *arguments, **keywords)
+        (folder / "run.json").unlink()
+        raise Killed
+
+    for _ in range(3):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(outputs, "write_adapter_files", killed)
+            call("train_grpo", 8, *options, "--resume", "--save_steps", 1)
+        assert names(run) == ["checkpoint-4", "checkpoint-6", "checkpoint-7"]
+        assert checkpoints.newest_complete(run).name == "checkpoint-6"
+    done = call("train_grpo", 8, *options, "--resume", "--save_steps", 1)
+    assert done.code == 0 and "resuming at checkpoint-6" in done.out, done.err
+    assert names(run) == ["checkpoint-7", "checkpoint-8"]
+    assert call("train_grpo", 8, *quick, "--output_dir", tmp_path / "straight", "--save_steps", 2).code == 0
+    ends = [(tmp_path / f"{name}-final" / "adapter_model.safetensors").read_bytes() for name in ("o", "straight")]
+    assert ends[0] == ends[1]
+
+
+def test_a_removal_that_is_killed_leaves_an_incomplete_checkpoint(run, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    checkpoints.remove(run / "checkpoint-4")
+    assert names(run) == ["checkpoint-4", "checkpoint-6"] and checkpoints.complete_checkpoints(run) == [run / "checkpoint-6"]
+
+
+def test_a_save_that_fails_leaves_the_complete_checkpoints(call, quick, run, monkeypatch):
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = (*quick, "--output_dir", run, "--resume", "--save_steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", full)
+        done = call("train_grpo", 8, *options)
+    assert done.code == 2 and "no room is left on the disk" in done.err and "Traceback" not in done.err, done.err
+    assert "checkpoint-6" in done.err and "--resume" in done.err
+    assert names(run) == ["checkpoint-4", "checkpoint-6"], "room is given back"
+    assert call("train_grpo", 8, *options).code == 0 and names(run) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_a_disk_that_is_really_full(call, quick, tmp_path):
+    """A file system of 3 MB: the first checkpoints fit, a later one does not; with room it goes on."""
+    with tmpfs(tmp_path / "small", "size=3m") as place:
+        how = (*quick, "--output_dir", place / "o", "--save_steps", 1, "--save_total_limit", 9, "--eval_prompts", 0)
+        done = call("train_grpo", 60, *how)
+        assert done.code == 2 and "no room is left" in done.err and "--resume" in done.err, done.err
+        assert "Traceback" not in done.err
+        left = checkpoints.complete_checkpoints(place / "o")
+        assert left and left == checkpoints.list_checkpoints(place / "o")
+        assert subprocess.run(["mount", "-o", "remount,size=60m", str(place)]).returncode == 0
+        step = checkpoints.step_of(left[-1])
+        done = call("train_grpo", step + 1, *how, "--resume")
+        assert done.code == 0 and f"resuming at checkpoint-{step}" in done.out, done.err
+
+
+def test_the_step_counts_and_not_the_clock(call, quick, run):
+    """A clock that went back between the checkpoints, and a metrics.jsonl cut in mid-line."""
+    os.utime(run / "checkpoint-6", (1, 1))
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-25])
+    done = call("train_grpo", 8, *quick, "--output_dir", run, "--resume", "--save_steps", 2, "--sample_steps", 3)
+    assert done.code == 0 and "resuming at checkpoint-6" in done.out, done.err
+    assert names(run) == ["checkpoint-6", "checkpoint-8"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "says"),
+    [
+        (
+            "_generate_single_turn",
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB."),
+            "--rollout_batch_size",
+        ),
+        ("training_step", BadReward("the reward 'mine' returned nan"), "--init_adapter"),
+        ("training_step", RuntimeError("[pytorch/third_party/gloo/pair.cc:553] Connection closed by peer"), "another process"),
+    ],
+)
+def test_what_ends_a_run_and_is_no_bug(call, quick, tmp_path, monkeypatch, where, error, says):
+    original = getattr(Trainer, where)
+
+    def fails(self, *arguments, **keywords):
+        if self.state.global_step == 2:
+            raise error
+        return original(self, *arguments, **keywords)
+
+    options = (*quick, "--output_dir", tmp_path / "o", "--save_steps", 1 if says == "another process" else 50)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, where, fails)
+        done = call("train_grpo", 3, *options)
+    assert done.code == 2 and says in done.err and "checkpoint-2 is complete" in done.err, done.err
+    assert "Traceback" not in done.err and call("train_grpo", 3, *options, "--resume").code == 0
+
+
+def test_a_bug_keeps_its_traceback(call, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "training_step", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o")
+
+
+def test_the_second_signal_stops_at_once(capsys):
+    stop = GracefulStop()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert stop.asked == signal.SIGTERM and "stops at once" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+    with pytest.raises(Terminated):
+        stop.raise_if_asked()
+    GracefulStop().raise_if_asked()
+
+
+# --- other settings
+
+
+def test_what_may_change_and_what_may_not(call, quick, micro, run, tmp_path):
+    resume = ("train_grpo", "--check", *quick, "--resume", "--output_dir", run)
+    assert call(*resume, "--max_steps", 50, "--save_steps", 7, "--sample_steps", 2, "--report_to", "none").code == 0
+    assert call(*resume, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2).code == 0
+    done = call(*resume, "--learning_rate", "1e-5", "--seed", 7, "--rewards", "ending", "--lora_r", 8)
+    assert done.code == 2 and "Traceback" not in done.err
+    for part in ("learning_rate: was 0.001, is 1e-05", "seed: was 0, is 7", "lora_r: was 16, is 8", "length x 1", "ending x 1"):
+        assert part in done.err, done.err
+    done = call(*resume, "--per_device_train_batch_size", 16)
+    assert done.code == 2 and "was 8, is 16" in done.err, done.err
+    other = ("--preset", "tiny", "--model", micro, "--max_prompt_tokens", 60, "--data_dir", tmp_path / "d")
+    assert call("prepare_data", *other).code == 0
+    done = call(*resume, "--data_dir", tmp_path / "d")
+    assert done.code == 2 and "prompts" in done.err and "--overwrite" in done.err, done.err
+    done = call(*resume, "--overwrite")
+    assert done.code == 2 and "--resume" in done.err and "--overwrite" in done.err
+
+
+def config(**values) -> dict:
+    return {"config": values}
+
+
+def rewards(name: str, weight: float, digest: str) -> dict:
+    return {"rewards": [{"name": name, "weight": weight, "digest": digest}]}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "facts", "changed"),
+    [
+        (config(seed=1), {"seed": 1}, {}, []),
+        (config(seed=1), {"seed": 2}, {}, ["seed: was 1, is 2"]),
+        (config(max_steps=10, lr_scheduler_type="constant"), {"max_steps": 20}, {}, []),
+        (config(max_steps=10, lr_scheduler_type="linear"), {"max_steps": 20}, {}, ["max_steps: was 10, is 20"]),
+        (config(lora_r=3), {"lora_r": 16, "init_adapter": "a"}, {}, []),  # the adapter's
+        ({"dtype": "float32"}, {}, {"dtype": "bfloat16"}, ["dtype: was float32, is bfloat16"]),
+        ({"model_commit": None}, {}, {"model_commit": "b"}, []),
+        (
+            {**rewards("mine", 1, "aa"), **config(rewards=["old.py:mine"])},
+            {"rewards": ["new.py:mine"]},
+            rewards("mine", 1, "aa"),
+            [],
+        ),
+        (rewards("mine", 1, "aa"), {}, rewards("mine", 1, "bb"), ["rewards: was mine x 1 aa, is mine x 1 bb"]),
+        (rewards("mine", 1, "aa"), {}, rewards("mine", 2, "aa"), ["rewards: was mine x 1 aa, is mine x 2 aa"]),
+    ],
+)
+def test_settings_that_a_resumed_run_may_not_change(then, now, facts, changed):
+    assert checkpoints.changed_settings(then, now, facts) == changed
+
+
+# --- in each other's way
+
+
+@pytest.mark.parametrize("name", ["train_grpo", "train_reward", "prepare_data", "validate_model"])
+def test_two_in_one_folder(call, quick, micro, final, tmp_path, name):
+    flags = {
+        "train_grpo": (1, *quick, "--output_dir", tmp_path / "o"),
+        "train_reward": (*quick[:6], "--report_to", "none", "--reward_dir", tmp_path / "o"),
+        "prepare_data": ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "o"),
+        "validate_model": (*quick[:6], "--adapter", final, "--validation_dir", tmp_path / "o"),
+    }[name]
+    with files.lock_folder(tmp_path / "o"):
+        done = call(name, *flags)
+    assert done.code == 2 and "another run is writing to" in done.err and "Traceback" not in done.err, done.err
+    assert not (tmp_path / "o" / "checkpoint-1").exists()
+
+
+# --- nothing let in, nothing let out
+
+
+def pickled(folder: Path, name: str, target: Path) -> Path:
+    """A copy of a folder with its weights as a pickle."""
+    shutil.copytree(folder, target)
+    weights = target / f"{name}.safetensors"
+    torch.save(load_file(weights), target / f"{'pytorch_model' if name == 'model' else name}.bin")
+    weights.unlink()
+    return target
+
+
+def test_pickles_are_not_read(call, quick, micro, final, tmp_path):
+    base = pickled(micro, "model", tmp_path / "base")
+    adapter = pickled(final, "adapter_model", tmp_path / "adapter")
+    for name, flags in (("train_grpo", (*quick, "--model", base, "--output_dir", tmp_path / "o")),
+                        ("train_grpo", (*quick, "--init_adapter", adapter, "--output_dir", tmp_path / "o")),
+                        ("validate_model", (*quick[:6], "--adapter", adapter, "--validation_dir", tmp_path / "v"))):  # fmt: skip
+        done = call(name, *flags)
+        assert done.code == 2 and "safetensors" in done.err and "Traceback" not in done.err, done.err
+
+
+SECRETS = {"HF_TOKEN": "hf_Zq7PlantedTokenOfTheHub", "WANDB_API_KEY": "planted0wandb0key0of0forty0characters000",
+           "AWS_SECRET_ACCESS_KEY": "PlantedSecretOfACloud"}  # fmt: skip
+
+
+def test_a_base_of_the_hub_and_secrets_in_the_environment(quick, micro, tmp_path):
+    """Offline, from a cache as the Hub's library lays it out: its commit is recorded. Tokens in the environment of a training and
+    a validation: in no file, no message. And the tracker, in a folder of this machine, is quiet about itself."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--someone--micro"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(micro, cache / "snapshots" / commit)
+    place = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "TRACKIO_DIR": str(tmp_path / "tracks")}
+    base = ("--preset", "tiny", "--model", "someone/micro", *quick[4:6])
+    tracked = [flag for flag in quick[6:] if flag not in ("--report_to", "none")]
+    printed = ""
+    for command in (
+        ["train_grpo.py", 1, *base, *tracked, "--output_dir", tmp_path / "o"],
+        ["validate_model.py", *base, "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 2],
+    ):
+        environment = {**os.environ, **SECRETS, **place}
+        command = [sys.executable, *map(str, command)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout + done.stderr
+    facts = json.loads((tmp_path / "o-final" / "run.json").read_text())
+    assert facts["model_commit"] == commit and facts["config"]["model_revision"] == "main"
+    assert "trackio project" not in printed.lower() and "upload" not in printed.lower()
+    assert list((tmp_path / "tracks").glob("phi2-grpo*")), "its table stands in TRACKIO_DIR"
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 30
+    for secret in SECRETS.values():
+        assert secret not in printed and not [path for path in written if secret.encode() in path.read_bytes()]
