@@ -1,4 +1,4 @@
-"""The two models that speed is measured on: Phi-2's full size with random weights, and the tiny one. With a live LoRA."""
+"""The two models that are measured: Phi-2's full size with random weights, and the tiny one; each with a LoRA."""
 
 import resource
 import subprocess
@@ -14,8 +14,7 @@ from phi2_grpo.models.base import TINY_FOLDER, load_base
 from phi2_grpo.models.lora import lora_config
 from phi2_grpo.models.tokenizer import load_tokenizer
 
-# microsoft/phi-2's config.json, as far as it differs from PhiConfig's defaults or decides about size: with it, tests and
-# benchmarks build the full-size model without a download.
+# What of microsoft/phi-2's config.json differs from PhiConfig's defaults or decides about the size.
 PHI2 = {
     "vocab_size": 51200,  # the tokenizer has 50,295 tokens; the rest is padding, so never resize
     "hidden_size": 2560,
@@ -41,12 +40,12 @@ def full_size_phi2(dtype: torch.dtype = torch.float32):
 
 
 def setting(name: str) -> dict:
-    """The values of the preset that the model is trained with: phi2 for "full", tiny for "tiny"."""
+    """The preset that the model is trained with: phi2 for "full", tiny for "tiny"."""
     return {**CONFIG, **PRESETS["phi2" if name == "full" else "tiny"]}
 
 
 def device_of(name: str) -> tuple[torch.device, torch.dtype]:
-    """The tiny model is the CPU's, as in its preset."""
+    """The tiny model runs on the CPU, as in its preset."""
     if name == "full" and torch.cuda.is_available():
         return torch.device("cuda"), torch.bfloat16
     return torch.device("cpu"), torch.bfloat16 if name == "full" else torch.float32
@@ -63,9 +62,9 @@ def base_of(name: str):
         base = full_size_phi2(dtype)
     end = tokenizer.eos_token_id
     base.config.eos_token_id = base.generation_config.eos_token_id = base.generation_config.pad_token_id = end
-    # Random logits have a spread s of about 1 each, so their exponentials sum to V exp(s^2 / 2).
-    spread = base.lm_head.weight.float().std() * base.config.hidden_size**0.5
-    base.lm_head.bias.data[end] = torch.log(base.config.vocab_size * torch.exp(spread**2 / 2) / MEAN_TOKENS)
+    # Random logits have a standard deviation s of about 1, so their exponentials sum to V exp(s^2 / 2).
+    deviation = base.lm_head.weight.float().std() * base.config.hidden_size**0.5
+    base.lm_head.bias.data[end] = torch.log(base.config.vocab_size * torch.exp(deviation**2 / 2) / MEAN_TOKENS)
     return base, tokenizer
 
 
@@ -76,7 +75,7 @@ def prepared() -> None:
 
 
 def policy_of(name: str) -> PeftModel:
-    """The base with a LoRA that has a say (B is zero at the start of a training)."""
+    """The base with a LoRA that has an effect (lora_B is zero at the start of a training)."""
     base, _ = base_of(name)
     policy = get_peft_model(base, lora_config(setting(name), base))
     for key, parameter in policy.named_parameters():
@@ -86,7 +85,7 @@ def policy_of(name: str) -> PeftModel:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: on the GPU, or of this process."""
+    """Most memory held so far: on the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""RESULTS.md, written by the benchmarks themselves: a section each, replaced when it is measured again."""
+"""RESULTS.md, which the benchmarks write: a section each, replaced when it is measured again."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ HEAD = "# Measured\n\nEach section was written by the script it names. Nothing h
 
 
 def commit() -> str:
-    """The commit measured; "-dirty" where a file differs from it, the results themselves apart."""
+    """The commit that was measured; "-dirty" where a file other than RESULTS.md differs from it."""
     others = ["git", "-C", str(RESULTS.parent.parent), "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/RESULTS.md"]
     changed = subprocess.run(others, check=False).returncode
     return str(git_commit()).removesuffix("-dirty") + ("-dirty" if changed else "")

@@ -1,10 +1,10 @@
-"""What a reward model costs in memory: on the policy's own weights, and loaded beside it.
+"""Memory that a reward model takes: on the policy's own weights, and loaded beside it.
 
   python benchmarks/reward_memory.py [--model full|tiny]
 
 full is Phi-2's size with random weights in bfloat16: nothing is downloaded, about 6 GB are written to a temporary folder. Each
-variant is a process of its own, which loads policy and reward model, and scores two answers: its resident memory on the CPU,
-its allocated memory on a CUDA GPU.
+variant is a process of its own, which loads policy and reward model and scores two answers: its resident memory on a CPU, its
+allocated memory on a GPU.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make(folder: Path, size: str) -> None:
     config = {**CONFIG, "model": str(base)}
     reward_model = new_reward_head(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="auto"))
     reward_model = get_peft_model(reward_model, lora_config(config, reward_model, "SEQ_CLS"))
-    reward_model.save_pretrained(folder / "reward-model")
+    reward_model.save_pretrained(folder / "reward")
 
 
 def measure(folder: Path, variant: str) -> None:
@@ -61,7 +61,7 @@ def measure(folder: Path, variant: str) -> None:
     with torch.no_grad():
         base(torch.arange(64, device=device)[None])
     if variant != "policy alone":
-        reward_model = RewardModel(str(folder / "reward-model"))
+        reward_model = RewardModel(str(folder / "reward"))
         if variant == "reward model beside it":
             reward_model.shares_base_of = lambda config: False  # as if its base were another
         reward_model.load(config, base, device, dtype)
@@ -87,17 +87,17 @@ def main() -> None:
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
 
-    found = {}
+    sizes = {}
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), arguments.model)
         for variant in VARIANTS:
             command = [sys.executable, __file__, "--measure", folder, variant]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[variant] = [int(size) for size in done.stdout.rpartition("memory ")[2].split()]
+            sizes[variant] = [int(size) for size in done.stdout.rpartition("memory ")[2].split()]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, resident memory of the whole process"
-    alone = found["policy alone"][0]
+    alone = sizes["policy alone"][0]
     rows = [
-        (variant, *(f"{size / 1e9:.2f} GB" for size in (held, held - alone, peak))) for variant, (held, peak) in found.items()
+        (variant, *(f"{size / 1e9:.2f} GB" for size in (held, held - alone, peak))) for variant, (held, peak) in sizes.items()
     ]
     lines = markdown_table(("", "held", "more than the policy alone", "peak, loading included"), rows)
     size = "Phi-2's size, random weights in bfloat16" if arguments.model == "full" else "the tiny model"

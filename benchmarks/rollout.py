@@ -1,10 +1,11 @@
-"""How fast are the rollout engines: tokens a second, milliseconds a decode step, memory.
+"""Speed of the rollout engines: tokens a second, milliseconds a decode step, memory, share of the bandwidth limit.
 
   python benchmarks/rollout.py --model full        # Phi-2's size, random weights, bfloat16; nothing is downloaded
   python benchmarks/rollout.py --model tiny        # on the CPU
 
 Groups of 8 prompts of 64 tokens with a live LoRA; no completion ends early, so both engines do the same work. The engines take
-turns, A B A B, after one turn that is not counted.
+turns, A B A B, after one turn that is not counted. The limit of a decode step: it reads the weights once, and the cache of
+each sequence.
 """
 
 import argparse
@@ -24,21 +25,34 @@ def prompts_of(batch: int, vocabulary: int) -> list[list[int]]:
     return [groups[row // GROUP] for row in range(batch)]
 
 
-def timed(engine, prompts: list[list[int]], new: int, device) -> float:
+def seconds_of(device, work, *arguments) -> float:
     import torch
-    from transformers import GenerationConfig
 
-    how = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0,
-                           disable_compile=True)  # fmt: skip
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    completions = engine(prompts, how)
+    work(*arguments)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    assert all(len(ids) == new for ids in completions)
-    return seconds
+    return time.perf_counter() - started
+
+
+def complete(engine, prompts: list[list[int]], new: int) -> None:
+    from transformers import GenerationConfig
+
+    generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
+                                         pad_token_id=0, disable_compile=True)  # fmt: skip
+    assert all(len(ids) == new for ids in engine(prompts, generation_config))
+
+
+def measured_bandwidth(device) -> float:
+    """Bytes a second of a copy, reading and writing."""
+    import torch
+
+    source = torch.ones((2**28 if device.type == "cuda" else 2**24), device=device)
+    target = torch.empty_like(source)
+    times = [seconds_of(device, target.copy_, source) for _ in range(4)]  # the first warms up
+    return 2 * source.nbytes / min(times[1:])
 
 
 def main() -> None:
@@ -56,12 +70,15 @@ def main() -> None:
     from benchmarks import models
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
+    from phi2_grpo.rollout.cache import cache_bytes_per_token
     from phi2_grpo.rollout.engine import FastEngine, GenerateEngine
     from phi2_grpo.training.outputs import hardware_name
 
     device, dtype = models.device_of(arguments.model)
     policy = models.policy_of(arguments.model)
     policy.generation_config.eos_token_id = policy.get_base_model().generation_config.eos_token_id = None
+    weights = sum(p.nbytes for name, p in policy.named_parameters() if "lora_" not in name)
+    bandwidth = measured_bandwidth(device)
     rows = []
     for batch in map(int, arguments.batches.split(",")):
         for new in map(int, arguments.lengths.split(",")):
@@ -71,23 +88,26 @@ def main() -> None:
             for name, engine in engines.items():
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                timed(engine, prompts, new, device)
+                complete(engine, prompts, new)
                 peak[name] = models.peak_bytes(device)
             seconds = {name: [] for name in engines}
             for _ in range(arguments.turns):
                 for name, engine in engines.items():
-                    seconds[name].append(timed(engine, prompts, new, device))
+                    seconds[name].append(seconds_of(device, complete, engine, prompts, new))
             ratios = [slow / fast for fast, slow in zip(seconds["fast"], seconds["generate"], strict=True)]
             step = min(seconds["fast"]) / new
+            cache = batch * (PROMPT + new / 2) * cache_bytes_per_token(policy.config, dtype)
+            share = (weights + cache) / bandwidth / step
             peaks = f"{peak['fast'] / 1e9:.2f}" if device.type == "cuda" else ""
             speeds = [f"{batch * new / min(seconds[name]):,.4g}" for name in engines]
-            rows.append((batch, new, *speeds, models.middle(ratios), f"{1000 * step:.2f}", peaks))
+            rows.append((batch, new, *speeds, models.middle(ratios), f"{1000 * step:.2f}", f"{share:.0%}", peaks))
             print(*rows[-1], sep="  ", flush=True)
-    columns = ("batch", "tokens", "fast, tokens/s", "generate, tokens/s", "times", "fast, ms a step", "peak, GB")
+    columns = ("batch", "tokens", "fast, tokens/s", "generate, tokens/s", "times", "fast, ms a step", "of the limit",
+               "peak, GB")  # fmt: skip
     body = "\n".join(markdown_table(columns, rows)) + (
-        f"\n\n{hardware_name(device)}, {str(dtype).removeprefix('torch.')}, "
-        f"Tokens/s and ms of the fastest of {arguments.turns} turns, the prefill included; times: median [lowest, highest] "
-        "of the turns' ratios."
+        f"\n\n{hardware_name(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
+        f"Tokens/s and ms of the fastest of {arguments.turns} turns, prefill included; times: median [lowest, "
+        "highest] of the turns' ratios. What fits the processor's own cache can be read faster than the limit of a copy."
     )
     command = " ".join(["python benchmarks/rollout.py", *sys.argv[1:]])
     write_section(f"Rollout, {arguments.model}", command, body, "torch", "transformers", "peft")

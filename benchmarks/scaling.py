@@ -1,8 +1,8 @@
-"""Samples a second by one process and by two, each on a core of its own, with the same batch a process.
+"""Samples a second of one process and of two, each on a core of its own, with the same batch a process.
 
   python benchmarks/scaling.py [--turns 3] [--steps 14]
 
-train_grpo.py on preset tiny under torchrun (gloo), in turn 1 2 1 2; the first two steps of each are not counted.
+train_grpo.py on preset tiny under torchrun (gloo), in the order 1 2 1 2; the first two steps of each are not counted.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-BATCH, WARM = 32, 2
+BATCH, WARMUP = 32, 2
 
 
 def samples_a_second(processes: int, steps: int, output: Path) -> float:
@@ -27,7 +27,7 @@ def samples_a_second(processes: int, steps: int, output: Path) -> float:
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM:]
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARMUP:]
     return processes * BATCH * len(rows) / sum(row["step_time"] for row in rows)
 
 
@@ -41,19 +41,17 @@ def main() -> None:
     from phi2_grpo.common.console import markdown_table
 
     prepared()
-    speeds_of = {1: [], 2: []}
+    samples = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(arguments.turns):
-            for processes, speeds in speeds_of.items():
+            for processes, speeds in samples.items():
                 speeds.append(samples_a_second(processes, arguments.steps, Path(scratch) / f"{turn}-{processes}"))
                 print(f"turn {turn + 1}, {processes}: {speeds[-1]:.1f} samples/s", flush=True)
-    rows = [(processes, middle(speeds, 1)) for processes, speeds in speeds_of.items()]
+    rows = [(processes, middle(speeds, 1)) for processes, speeds in samples.items()]
     lines = markdown_table(("processes", "samples/s, median [lowest, highest]"), rows)
-    ratios = [two / one for one, two in zip(*speeds_of.values(), strict=True)]
-    body = (
-        "\n".join(lines)
-        + f"\n\n{BATCH} completions a process and step, a thread each.\n\ntwo processes {middle(ratios)} times one"
-    )
+    ratios = [two / one for one, two in zip(*samples.values(), strict=True)]
+    note = f"{BATCH} completions a process and step, a thread each.\n\ntwo processes {middle(ratios)} times one"
+    body = "\n".join([*lines, "", note])
     write_section("Two processes", "python benchmarks/scaling.py", body, "torch", "trl", "accelerate")
 
 

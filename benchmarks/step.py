@@ -1,10 +1,10 @@
-"""A whole GRPO step by part: ours, stock TRL with the same settings, and the recipe that people copy.
+"""A GRPO step by part: ours, stock TRL with the same settings, and a widely copied recipe.
 
   python benchmarks/step.py --model full           # Phi-2's size, random weights (preset phi2); nothing is downloaded
   python benchmarks/step.py --model tiny           # preset tiny, on the CPU
 
-Each turn is a process of its own, in turn A B C A B C; the first two steps of each are not counted, the capturing of
-graphs after them is. Stock is TRL's GRPOTrainer with the settings of ours, its rollout by generate. The copied recipe: 1 x 4
+Each turn is a process of its own, in the order A B C A B C; its first two steps are not counted, the capture of CUDA graphs
+after them is. Stock is TRL's GRPOTrainer with the settings of ours, its rollout by generate. The copied recipe: 1 x 4
 completions, two generations, checkpointing on, TRL's other defaults.
 """
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SIDES = ("ours", "stock", "recipe")
 PARTS = ("rollout", "rewards", "log_probs", "update")
-WARM = 2
+WARMUP = 2
 
 
 def work(side: str, name: str, steps: int) -> dict:
@@ -77,8 +77,8 @@ def work(side: str, name: str, steps: int) -> dict:
             parts = memory.estimate(config, wrapped, 64, device, dtype, free_memory(device))
             trainer.engine = make_engine("auto", wrapped, reserve=memory.reserved_bytes(parts))
         trainer.train()
-    rows = [row for row in trainer.state.log_history if "reward" in row][WARM:]
-    seconds = (times[-1] - times[WARM - 1]) / (steps - WARM)
+    rows = [row for row in trainer.state.log_history if "reward" in row][WARMUP:]
+    seconds = (times[-1] - times[WARMUP - 1]) / (steps - WARMUP)
     count = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     return {
         "step": seconds,
@@ -105,30 +105,30 @@ def main() -> None:
     from phi2_grpo.common.console import markdown_table
 
     prepared()
-    runs_of = {side: [] for side in SIDES}
+    runs = {side: [] for side in SIDES}
     for turn in range(arguments.turns):
         for side in SIDES:
             command = [sys.executable, __file__, "--side", side, "--model", arguments.model, "--steps", str(arguments.steps)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)
-            runs_of[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"turn {turn + 1}, {side}: {runs_of[side][-1]['step']:.2f} s a step", flush=True)
+            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"turn {turn + 1}, {side}: {runs[side][-1]['step']:.2f} s a step", flush=True)
     rows = []
-    for side, runs in runs_of.items():
-        of = {key: [run[key] for run in runs] for key in ("samples", "step", *PARTS, "tokens", "peak")}
-        parts = [f"{sum(of[part]) / len(runs):.3f}" for part in PARTS]
-        tokens, peak = f"{sum(of['tokens']) / len(runs):.1f}", f"{max(of['peak']) / 1e9:.2f}"
-        rows.append((side, middle(of["samples"]), middle(of["step"]), *parts, tokens, peak))
+    for side, turns in runs.items():
+        values = {key: [turn[key] for turn in turns] for key in ("samples", "step", *PARTS, "tokens", "peak")}
+        parts = [f"{sum(values[part]) / len(turns):.3f}" for part in PARTS]
+        tokens, peak = f"{sum(values['tokens']) / len(turns):.1f}", f"{max(values['peak']) / 1e9:.2f}"
+        rows.append((side, middle(values["samples"]), middle(values["step"]), *parts, tokens, peak))
     lines = markdown_table(("", "samples/s", "s a step", *PARTS, "tokens a completion", "peak, GB"), rows)
-    pairs = list(zip(*runs_of.values(), strict=True))
+    pairs = list(zip(*runs.values(), strict=True))
     ratios = {
         "step {} times stock TRL": [ours["samples"] / stock["samples"] for ours, stock, _ in pairs],
         "rollout {} times stock TRL": [stock["rollout"] / ours["rollout"] for ours, stock, _ in pairs],
         "samples {} times the copied recipe": [ours["samples"] / recipe["samples"] for ours, _, recipe in pairs],
     }
     sentences = [text.format(middle(values)) for text, values in ratios.items()][::-1]
-    note = f"{runs_of['ours'][0]['machine']}; {arguments.turns} turns of {arguments.steps} steps, the first {WARM} not counted."
+    note = f"{runs['ours'][0]['machine']}; {arguments.turns} turns of {arguments.steps} steps, the first {WARMUP} not counted."
     body = "\n".join(lines) + f"\n\n{note} Medians [lowest, highest].\n\n" + "\n\n".join(sentences)
     command = " ".join(["python benchmarks/step.py", *sys.argv[1:]])
     write_section(f"A GRPO step, {arguments.model}", command, body, "torch", "transformers", "trl", "peft")

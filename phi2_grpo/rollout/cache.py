@@ -1,24 +1,16 @@
-"""The rollout's KV cache: how many sequences fit, and the state of the sequences being decoded."""
+"""The state of a rollout on the device, and how many sequences of it memory holds."""
 
 import psutil
 import torch
 
-from phi2_grpo.rollout.phi_step import PhiDecoder
 from phi2_grpo.rollout.sampling import Sampling
 
-LENGTH_MULTIPLE = 128  # a captured decode step reads a multiple of so many cache positions
-CPU_ROWS = 64  # completions decoded at once on a CPU; 64 were no faster than 32 there (benchmarks/RESULTS.md)
-
-
-def cache_bytes_per_token(config, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+LENGTH_MULTIPLE = 128  # cache lengths are multiples of it, so that a rollout needs few CUDA graphs
+MAX_ROWS = {"cuda": 256, "cpu": 64}  # on a CPU 64 rows were no faster than 32 (benchmarks/RESULTS.md)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have."""
+    """Bytes that this process can still allocate."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -26,80 +18,84 @@ def free_memory(device: torch.device) -> int:
 
 
 def round_length(length: int) -> int:
-    """`length` as the cache has it: the next multiple of LENGTH_MULTIPLE."""
+    """The next multiple of LENGTH_MULTIPLE."""
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
-def rows_in(free: float, row: int, reserve: int, device: torch.device) -> int:
-    """How many sequences, `row` bytes of cache each, to decode at once in `free` bytes less `reserve`."""
-    room = 0.9 * free - reserve  # the rest is for logits, and for the prefill
-    return max(1, min(256 if device.type == "cuda" else CPU_ROWS, int(room / row)))
+def cache_bytes_per_token(config, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
 
 
-def rows_that_fit(loaded, length: int, reserve: int = 0) -> int:
+def rows_within(free: float, bytes_per_row: int, reserve: int, device: torch.device) -> int:
+    """Sequences to decode at once in `free` bytes, of which `reserve` are left to others."""
+    available = 0.9 * free - reserve  # the last tenth is for logits and the prefill
+    return max(1, min(MAX_ROWS[device.type], int(available / bytes_per_row)))
+
+
+def rows_that_fit(model, length: int, reserve: int = 0) -> int:
     """The same for sequences of `length` tokens of a loaded model, in the memory that is free now."""
-    row = round_length(length) * cache_bytes_per_token(loaded.config, loaded.dtype)
-    return rows_in(free_memory(loaded.device), row, reserve, loaded.device)
+    bytes_per_row = round_length(length) * cache_bytes_per_token(model.config, model.dtype)
+    return rows_within(free_memory(model.device), bytes_per_row, reserve, model.device)
 
 
 class DecodeState:
-    """A batch being decoded: tensors on the device whose addresses stay, for captured graphs.
+    """A batch that is being decoded. Its tensors keep their addresses, by which a captured CUDA graph finds them.
 
-    By row: `tokens`, `positions`, `finished` and `sample_index` (the completion that a row belongs to). By completion:
-    `uniforms` (random numbers in [0, 1), one a token) and `output_ids`.
+    `tokens`, `positions`, `finished` and `sample_index` (the completion that a row decodes) are by row; `uniforms` and
+    `output_ids` by completion.
     """
 
-    def __init__(self, decoder: PhiDecoder, rows: int, length: int):
-        self.rows, self.length = rows, length
-        device, shape = decoder.device, (len(decoder.layers), rows, 2, decoder.heads, length, decoder.head_width)
-        # Zeros: what lies behind a row's end is masked, and 0 x NaN is NaN.
-        self.cache = torch.zeros(shape, dtype=decoder.dtype, device=device)
-        self.tokens, self.positions, self.sample_index = torch.zeros(3, rows, dtype=torch.long, device=device)
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.uniforms = torch.zeros(rows, length, dtype=torch.float64, device=device)
-        self.output_ids = torch.zeros(rows, length, dtype=torch.long, device=device)
-        self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens sampled so far
+    def __init__(self, decode_step, rows: int, length: int):
+        self.rows, self.length, self.device = rows, length, decode_step.device
+        self.cache = decode_step.new_cache(rows, length)
+        with self.device:
+            self.tokens, self.positions, self.sample_index = torch.zeros(3, rows, dtype=torch.long)
+            self.finished = torch.zeros(rows, dtype=torch.bool)
+            self.uniforms = torch.zeros(rows, length, dtype=torch.float64)
+            self.output_ids = torch.zeros(rows, length, dtype=torch.long)
+            self.count = torch.zeros(1, dtype=torch.long)  # tokens sampled so far by each live row
 
-    def changed_by_step(self) -> list[torch.Tensor]:
-        """What a step changes, but for the cache: a repeated step writes the same there."""
-        return [self.tokens, self.positions, self.finished, self.output_ids, self.count]
-
-    def reset(self, prompts: list[list[int]], uniforms: torch.Tensor | None) -> None:
-        rows = len(prompts)
-        self.positions[:rows] = torch.tensor([len(prompt) for prompt in prompts], device=self.positions.device)
+    def reset(self, prompt_ids: list[list[int]], uniforms: torch.Tensor) -> None:
+        """Begin a batch. `uniforms` (B, new tokens) decide what is sampled."""
+        rows, new = uniforms.shape
+        self.positions[:rows] = torch.tensor(list(map(len, prompt_ids)), device=self.device)
         torch.arange(rows, out=self.sample_index[:rows])
         self.finished.zero_()
         self.count.zero_()
-        if uniforms is not None:
-            self.uniforms[:rows, : uniforms.shape[1]] = uniforms.to(self.uniforms.device)
+        self.uniforms[:rows, :new] = uniforms.to(self.device)
 
-    def append_tokens(self, logits: torch.Tensor, rows: int, sampling: Sampling) -> None:
-        """Sample a token for each of the first `rows` rows, and append it."""
+    def append_tokens(self, logits: torch.Tensor, sampling: Sampling) -> None:
+        """Sample a token from each row of `logits` (B, V), for the first B rows."""
+        rows = len(logits)
         sample_index = self.sample_index[:rows]
         tokens = sampling.sample(logits, self.uniforms[sample_index, self.count][:, None])
         self.output_ids[sample_index, self.count] = tokens
         self.tokens[:rows] = tokens
-        for end in sampling.eos_ids:
-            self.finished[:rows] |= tokens == end
+        for eos in sampling.eos_token_ids:
+            self.finished[:rows] |= tokens == eos
         self.count += 1
 
-    def compact_finished(self, rows: int, halves: bool) -> tuple[int, int]:
-        """Move unfinished rows to the front; returns how many rows go on (0: all are finished), and their highest position.
+    def compact_finished(self, rows: int, power_of_two: bool) -> tuple[int, int]:
+        """Move the unfinished of the first `rows` rows to the front.
 
-        `halves`: only by halves, as every number of rows is a graph of its own.
+        Returns how many rows to decode from now on (0: all have finished), and the largest of their positions. With
+        `power_of_two` their number is one, because each number of rows needs CUDA graphs of its own.
         """
         finished, positions = self.finished[:rows].tolist(), self.positions[:rows].tolist()
         live = [row for row in range(rows) if not finished[row]]
         if not live:
             return 0, 0
-        kept = min(rows, 1 << (len(live) - 1).bit_length()) if halves else len(live)
-        movers = [row for row in live if row >= kept]
-        if movers:
-            holes = [row for row in range(kept) if finished[row]][: len(movers)]
-            highest = max(positions[row] for row in movers)
-            to, source = (torch.tensor(side, device=self.tokens.device) for side in (holes, movers))
+        length = max(positions[row] for row in live)
+        kept = min(rows, 1 << (len(live) - 1).bit_length()) if power_of_two else len(live)
+        source = [row for row in live if row >= kept]
+        target = [row for row in range(kept) if finished[row]][: len(source)]
+        if source:
+            source, target = (torch.tensor(index, device=self.device) for index in (source, target))
             for tensor in (self.tokens, self.positions, self.finished, self.sample_index):
-                tensor[to] = tensor[source]
-            for cached in self.cache:
-                cached[to, :, :, :highest] = cached[source, :, :, :highest]
-        return kept, max(positions[row] for row in live)
+                tensor[target] = tensor[source]
+            for layer in self.cache:
+                layer[target, :, :, :length] = layer[source, :, :, :length]
+        return kept, length

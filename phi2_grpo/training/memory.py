@@ -1,47 +1,47 @@
-"""An estimate of a run's memory, by arithmetic and without weights."""
+"""What a training will hold in memory, and the largest preset that fits: estimates, computed on a model without weights."""
 
 import torch
 from peft import PeftModel
 
 from config import CONFIG, PRESETS
 from phi2_grpo.models.lora import lora_counts
-from phi2_grpo.rollout.cache import cache_bytes_per_token, round_length, rows_in
+from phi2_grpo.rollout.cache import cache_bytes_per_token, round_length, rows_within
 
-GB = 1e9
-GPU_PRESETS = ("phi2", "phi2-24gb", "phi2-80gb")  # for one GPU, from small to large
+GPU_PRESETS = ("phi2", "phi2-24gb", "phi2-80gb")  # from small to large
 
 
 def estimate(
-    config: dict, policy: PeftModel, longest: int, device: torch.device, dtype: torch.dtype, free: int, reward_models: int = 0
+    config: dict, model: PeftModel, longest: int, device: torch.device, dtype: torch.dtype, free: int, reward_models: int = 0
 ) -> dict[str, int]:
-    """Bytes by part, at the longest prompt (`longest` tokens) and completions of full length.
+    """Bytes by part, for prompts of `longest` tokens and completions of full length.
 
-    The cache takes what is left by the update, up to all completions of a step or an evaluation. `reward_models`:
-    their bytes.
+    The KV cache takes what the update leaves of `free`, up to all completions of a step or an evaluation. `reward_models`:
+    bytes of the reward models.
     """
     length = longest + config["max_completion_length"]
-    parts = update_estimate(config, policy, config["per_device_train_batch_size"] * length, device, dtype)
+    parts = update_estimate(config, model, config["per_device_train_batch_size"] * length, device, dtype)
     parts["reward model"] = reward_models
-    per_row = round_length(length) * cache_bytes_per_token(policy.config, dtype)
-    left = free - parts["CUDA"] - parts["weights"] - reward_models
-    rows = config["rollout_batch_size"] or rows_in(left, per_row, reserved_bytes(parts), device)
-    parts["KV cache"] = min(rows, max(completions(config), config["eval_prompts"])) * per_row
+    bytes_per_row = round_length(length) * cache_bytes_per_token(model.config, dtype)
+    available = free - parts["CUDA"] - parts["weights"] - reward_models
+    rows = config["rollout_batch_size"] or rows_within(available, bytes_per_row, reserved_bytes(parts), device)
+    completions = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    parts["KV cache"] = min(rows, max(completions, config["eval_prompts"])) * bytes_per_row
     return {name: int(size) for name, size in parts.items() if size}
 
 
-def update_estimate(config: dict, policy: PeftModel, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+def update_estimate(config: dict, model: PeftModel, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
     """Bytes by part of an update over `tokens` in one pass, padding included.
 
-    Activations are an estimate: 100 bytes for each token, layer and hidden unit in bfloat16 (for Phi with LoRA under autocast:
-    inputs of the adapters 18, attention 8, the layer norm 4, gelu in float32 56, and temporaries); with
-    checkpointing this for one layer, and each layer's input.
+    Activations take about 100 bytes for each token, layer and hidden unit in bfloat16 (Phi with LoRA under autocast: 18 for
+    the inputs of the adapters, 8 for attention, 4 for the layer norm, 56 for gelu in float32, the rest temporary). With
+    checkpointing they are those of one layer, and the input of each.
     """
-    base = policy.config
-    _, trainable, parameters = lora_counts(policy)
+    base = model.config
+    _, trainable, parameters = lora_counts(model)
     layer = 50 * dtype.itemsize * tokens * base.hidden_size
     inputs = dtype.itemsize * tokens * base.hidden_size * base.num_hidden_layers
     return {
-        "CUDA": GB // 2 if device.type == "cuda" else 0,
+        "CUDA": 500_000_000 if device.type == "cuda" else 0,
         "weights": parameters * dtype.itemsize,
         "adapter, gradient, Adam": trainable * 4 * 4,
         "update": inputs + layer if config["activation_checkpointing"] else layer * base.num_hidden_layers,
@@ -49,27 +49,22 @@ def update_estimate(config: dict, policy: PeftModel, tokens: int, device: torch.
 
 
 def reserved_bytes(parts: dict[str, int]) -> int:
-    """Bytes that the rollout engine must leave free: the optimizer and the update come after it has taken its cache."""
+    """What the rollout engine leaves free, as it is allocated later: the optimizer and the update."""
     return parts["adapter, gradient, Adam"] + parts["update"]
 
 
-def completions(config: dict) -> int:
-    """Completions sampled for one update by one process."""
-    return config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
-
-
 def peak(parts: dict[str, int], engine: str) -> int:
-    """The fast engine keeps its cache during the update; generate frees it before."""
+    """The most held at once. "fast" keeps its cache during the update; generate frees it before."""
     return sum(parts.values()) - (0 if engine == "fast" else min(parts["update"], parts["KV cache"]))
 
 
-def largest_preset(policy: PeftModel, longest: int, device: torch.device, dtype: torch.dtype, free: int) -> str | None:
-    """The largest of GPU_PRESETS that fits `free` bytes, with a cache for at least one group of completions."""
+def largest_preset(model: PeftModel, longest: int, device: torch.device, dtype: torch.dtype, free: int) -> str | None:
+    """The last of GPU_PRESETS that fits into `free` bytes, with a cache for a group of completions at least."""
     fitting = None
     for name in GPU_PRESETS:
         config = {**CONFIG, **PRESETS[name]}
-        parts = estimate(config, policy, longest, device, dtype, free)
-        per_row = round_length(longest + config["max_completion_length"]) * cache_bytes_per_token(policy.config, dtype)
-        if peak(parts, "fast") <= free and parts["KV cache"] >= config["num_generations"] * per_row:
+        parts = estimate(config, model, longest, device, dtype, free)
+        bytes_per_row = round_length(longest + config["max_completion_length"]) * cache_bytes_per_token(model.config, dtype)
+        if peak(parts, "fast") <= free and parts["KV cache"] >= config["num_generations"] * bytes_per_row:
             fitting = name
     return fitting

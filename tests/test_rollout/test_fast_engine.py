@@ -1,0 +1,300 @@
+"""The fast engine against transformers' generate, against a fresh forward pass, and against the exact distribution.
+
+`pytest -m gpu` runs the tests that take `policy` on a GPU as well, with captured steps.
+"""
+
+import random
+
+import pytest
+import torch
+from conftest import make_micro
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chi2_contingency, chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from phi2_grpo.models.tokenizer import batches_by_length
+from phi2_grpo.rollout.cache import LENGTH_MULTIPLE, DecodeState
+from phi2_grpo.rollout.engine import FastEngine, GenerateEngine, choose_engine, make_engine
+from phi2_grpo.rollout.phi_step import unsupported_reason
+from phi2_grpo.rollout.sampling import Sampling, truncate_at_eos
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+def load_micro(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def make_policy(folder, dtype=torch.float32, seed=0, head=0.3):
+    """The base with a LoRA that has an effect, and with a head that depends on what was read."""
+    torch.manual_seed(seed)
+    base = load_micro(folder, dtype)
+    torch.nn.init.normal_(base.lm_head.weight, std=head)
+    policy = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return policy.eval()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def policy(micro, request):
+    return make_policy(micro).to(request.param)
+
+
+def prompts_of(policy, count: int, group: int, seed: int = 0, longest: int = 20) -> list[list[int]]:
+    """Random prompts of 1 to `longest` tokens, each `group` times."""
+    draw, eos = random.Random(seed), policy.config.eos_token_id
+    tokens = [token for token in range(policy.config.vocab_size) if token != eos]
+    return [ids for _ in range(count) for ids in [draw.choices(tokens, k=draw.randint(1, longest))] * group]
+
+
+def greedy(policy, new: int, **others) -> GenerationConfig:
+    eos = policy.config.eos_token_id
+    return GenerationConfig(**{"do_sample": False, "eos_token_id": eos, **others}, max_new_tokens=new, pad_token_id=eos)
+
+
+def sampled(policy, new: int, **others) -> GenerationConfig:
+    return greedy(policy, new, **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **others})
+
+
+def draw(engine, prompts, generation_config, seed=3):
+    torch.manual_seed(seed)
+    return engine(prompts, generation_config)
+
+
+def assert_as_generate(policy, prompts, generation_config):
+    completions = FastEngine(policy)(prompts, generation_config)
+    assert completions == GenerateEngine(policy)(prompts, generation_config)
+    return completions
+
+
+def test_ragged_prompts_in_groups_by_one_engine_whose_cache_grows(policy):
+    engine, lengths = FastEngine(policy), set()
+    for count, group, longest, new in ((1, 1, 20, 1), (1, 1, 20, 2), (6, 3, 20, 40), (5, 3, 200, 150), (6, 3, 20, 40),
+                                       (3, 2, 4, 3), (1, 2, 300, 100)):  # fmt: skip
+        prompts = prompts_of(policy, count, group, count, longest)
+        completions = engine(prompts, greedy(policy, new))
+        assert completions == GenerateEngine(policy)(prompts, greedy(policy, new))
+        lengths |= set(map(len, completions))
+    assert len(lengths) > 5, "some end early"
+
+
+def test_phi2_s_head_size_and_a_base_without_an_adapter(micro, tmp_path):
+    folder = make_micro(tmp_path / "base", hidden_size=160, num_attention_heads=2, partial_rotary_factor=0.4)  # 32 of 80 rotate
+    for model in (make_policy(folder), load_micro(micro)):
+        assert_as_generate(model, prompts_of(model, 5, 2), greedy(model, 25))
+
+
+def test_several_end_tokens(policy):
+    prompts, eos = prompts_of(policy, 6, 2), policy.config.eos_token_id
+    plain = FastEngine(policy)(prompts, greedy(policy, 30))
+    second = next(ids[3] for ids in plain if len(ids) > 5)
+    completions = assert_as_generate(policy, prompts, greedy(policy, 30, eos_token_id=[eos, second]))
+    assert completions == [truncate_at_eos(ids, [eos, second]) for ids in plain] != plain
+
+
+def test_the_context_ends_a_completion(policy):
+    context = policy.config.max_position_embeddings
+    long = prompts_of(policy, 1, 1)[0][:1] * (context - 5)
+    assert_as_generate(policy, [long, long[:7], long], greedy(policy, 5))
+    assert len(FastEngine(policy)([long], greedy(policy, 50))[0]) <= 5
+    assert FastEngine(policy)([long + long[:5]], greedy(policy, 50)) == [[]], "no room for any token"
+
+
+def test_an_updated_a_disabled_and_another_adapter(policy):
+    prompts, generation_config = prompts_of(policy, 4, 2), greedy(policy, 20)
+    fast, generate = FastEngine(policy), GenerateEngine(policy)
+    before, graphs = fast(prompts, generation_config), dict(fast.graphs)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    after = fast(prompts, generation_config)
+    assert after == generate(prompts, generation_config) != before
+    assert all(fast.graphs[key] is graph for key, graph in graphs.items()), "a graph was captured again"
+    with policy.disable_adapter():
+        assert fast(prompts, generation_config) == generate(prompts, generation_config) != after
+    assert fast(prompts, generation_config) == after
+    policy.add_adapter("other", LoraConfig(r=3, target_modules=["fc1", "dense"]))
+    policy.set_adapter("other")
+    torch.nn.init.normal_(policy.get_base_model().model.layers[0].mlp.fc1.lora_B["other"].weight, std=1.0)
+    assert fast(prompts, generation_config) == generate(prompts, generation_config) != after
+
+
+@pytest.mark.parametrize("engine", [FastEngine, GenerateEngine])
+def test_a_policy_in_training_mode_stays_in_it(micro, engine):
+    """With activation checkpointing, which disables the cache in that mode."""
+    policy = make_policy(micro)
+    prompts = prompts_of(policy, 3, 2)
+    in_eval_mode = GenerateEngine(policy)(prompts, greedy(policy, 15))
+    policy.train()
+    policy.gradient_checkpointing_enable()
+    policy.enable_input_require_grads()
+    assert engine(policy)(prompts, greedy(policy, 15)) == in_eval_mode and policy.training
+
+
+def test_a_setting_that_the_engine_does_not_support_goes_to_generate(micro):
+    policy = make_policy(micro)
+    generation_config = greedy(policy, 20, repetition_penalty=3.0)
+    assert Sampling.of(generation_config) is None
+    assert_as_generate(policy, prompts_of(policy, 4, 1), generation_config)
+    usual = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, eos_token_id=[0, 1], stop_strings=["Exercise"])
+    assert Sampling.of(usual) == Sampling(False, 0.7, 50, 0.9, (0, 1))
+
+
+@pytest.mark.parametrize(("dtype", "head", "tolerance"), [(torch.float32, 0.3, 1e-4), (torch.bfloat16, 0.1, 2e-2)])
+def test_log_probs_are_those_of_a_fresh_forward_pass(micro, monkeypatch, dtype, head, tolerance):
+    """Decoded one by one over the cache, against one pass over the whole text. bfloat16 keeps 8 bits of a logit of about 1."""
+    policy = make_policy(micro, dtype, head=head)
+    log_probs, append_tokens = {}, DecodeState.append_tokens
+
+    def recording(self, logits, sampling):
+        index, count = self.sample_index[: len(logits)].tolist(), int(self.count)
+        append_tokens(self, logits, sampling)
+        chosen = logits.float().log_softmax(-1).gather(1, self.tokens[: len(logits), None])[:, 0]
+        log_probs.update(zip(((i, count) for i in index), chosen.tolist(), strict=True))
+
+    monkeypatch.setattr(DecodeState, "append_tokens", recording)
+    prompts = prompts_of(policy, 5, 2)
+    completions = draw(FastEngine(policy), prompts, sampled(policy, 24))
+    differences = []
+    for i, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
+        with torch.no_grad():
+            fresh = policy(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 :].float().log_softmax(-1)
+        differences += [abs(log_probs[i, t] - float(fresh[t, token])) for t, token in enumerate(ids)]
+    assert len(differences) > 50 and max(differences) < tolerance, max(differences)
+
+
+@pytest.fixture(scope="module")
+def byte_policy(tmp_path_factory):
+    """With the smallest vocabulary, 257 tokens, and with logits that differ enough for top-p and top-k."""
+    policy = make_policy(make_micro(tmp_path_factory.mktemp("bytes") / "base", texts=["a"]))
+    torch.nn.init.normal_(policy.get_base_model().lm_head.bias, std=1.5)
+    return policy
+
+
+@pytest.mark.parametrize(
+    "others", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"temperature": 1.5, "top_k": 30, "top_p": 0.9}]
+)
+def test_sampled_tokens_have_the_model_s_distribution(byte_policy, others):
+    """Chi-squared of 10,000 tokens against the exact distribution, and against generate's own draws."""
+    prompt = prompts_of(byte_policy, 1, 1)[0]
+    with torch.no_grad():
+        logits = byte_policy(torch.tensor([prompt])).logits[0, -1] / others.get("temperature", 1.0)
+    if k := others.get("top_k"):
+        logits[logits < logits.topk(k).values[-1]] = -torch.inf
+    probabilities, order = logits.softmax(-1).sort(descending=True)
+    logits[order[probabilities.cumsum(-1) - probabilities >= others.get("top_p", 2.0)]] = -torch.inf
+    exact = logits.double().softmax(-1)
+    ours, theirs = (
+        torch.tensor(draw(engine(byte_policy, 5000), [prompt] * 10_000, sampled(byte_policy, 1, **others))).flatten()
+        .bincount(minlength=len(exact)) for engine in (FastEngine, GenerateEngine)
+    )  # fmt: skip
+    assert not ours[exact == 0].any(), "a token that the cut forbids"
+    expected = exact * ours.sum()
+    common = expected >= 5  # the rare tokens are taken together
+    observed, expected = (torch.cat((counts[common], counts[~common].sum(0, keepdim=True))) for counts in (ours, expected))
+    assert chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
+    table = torch.stack((ours, theirs))[:, ours + theirs >= 10]
+    assert chi2_contingency(table.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_neither_batches_nor_the_capture_change_what_is_drawn(policy, rows):
+    prompts, generation_config = prompts_of(policy, 6, 4), sampled(policy, 25, top_k=50, top_p=0.95, temperature=0.9)
+    completions = draw(FastEngine(policy), prompts, generation_config)
+    assert draw(FastEngine(policy, rows=rows), prompts, generation_config) == completions
+    uncaptured = FastEngine(policy)
+    uncaptured.cuda = False
+    assert draw(uncaptured, prompts, generation_config) == completions and len(set(map(tuple, completions))) > 12
+
+
+def test_finished_rows_and_repeated_prompts_cost_nothing(micro, monkeypatch):
+    policy = make_policy(micro)
+    engine, decoded, prefilled = FastEngine(policy), [], []
+    logits, phi = engine.decode_step.logits, policy.get_base_model().model
+    forward = phi.forward
+    monkeypatch.setattr(engine.decode_step, "logits", lambda *a: (decoded.append(len(a[0])), logits(*a))[1])
+    monkeypatch.setattr(phi, "forward", lambda *a, **k: (prefilled.append(len(k["input_ids"])), forward(*a, **k))[1])
+    completions = engine(prompts_of(policy, 4, 8), sampled(policy, 40))
+    assert sum(prefilled) == 4 and sum(decoded) == sum(len(ids) - 1 for ids in completions)
+    assert min(map(len, completions)) < max(map(len, completions))
+
+
+def test_the_base_is_the_same_bits_after_100_updates(micro):
+    policy = make_policy(micro)
+    base = {name: parameter.clone() for name, parameter in policy.named_parameters() if "lora_" not in name}
+    adapter = [parameter for name, parameter in policy.named_parameters() if "lora_" in name]
+    before = [parameter.clone() for parameter in adapter]
+    optimizer, engine, prompts = torch.optim.AdamW(adapter, lr=1e-3), FastEngine(policy), prompts_of(policy, 2, 2)
+    for _ in range(100):
+        ids = torch.tensor([prompts[0] + engine(prompts, sampled(policy, 6))[0]])
+        policy(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(parameter, base[name]) for name, parameter in policy.named_parameters() if name in base)
+    assert not any(torch.equal(old, new) for old, new in zip(before, adapter, strict=True))
+
+
+class Replayed:
+    """Instead of a CUDA graph: the captured step again, with the rows and the length that it was captured with."""
+
+    def __init__(self, engine, *key):
+        self.replay = lambda: engine._step(*key)
+        self.replay()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_way_of_a_gpu(micro, monkeypatch, seed):
+    """Without one: finished rows checked now and then, rows by powers of two, lengths by multiples; the same completions."""
+    policy = make_policy(micro, seed=seed)
+    policy.get_base_model().lm_head.bias.data[policy.config.eos_token_id] -= 2  # so that some need two cache lengths
+    prompts, generation_config, captured = prompts_of(policy, 9, 4, seed, longest=70), sampled(policy, 90), []
+    plain = draw(FastEngine(policy), prompts, generation_config)
+    engine = FastEngine(policy, rows=20)
+    engine.cuda = True
+    monkeypatch.setattr(FastEngine, "_step_and_capture", lambda self, *key: (captured.append(key), Replayed(self, *key))[1])
+    assert draw(engine, prompts, generation_config) == plain
+    assert len(captured) == len(set(captured)) > 3 and all(length % LENGTH_MULTIPLE == 0 for _, length, _ in captured)
+    count = len(captured)
+    assert draw(engine, prompts, generation_config) == plain and len(captured) == count, "nothing is captured twice"
+    assert engine(prompts, greedy(policy, 90)) == GenerateEngine(policy)(prompts, greedy(policy, 90))
+
+
+def test_no_step_waits_for_the_device(micro):
+    """A value that Python reads, or a shape that depends on values, would break a captured graph and stall a GPU."""
+    policy = make_policy(micro)
+    waits = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique"}
+
+    class NoWait(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert str(function).rsplit(".", 1)[0] not in waits, function
+            return function(*args, **(kwargs or {}))
+
+    engine, generation_config = FastEngine(policy), sampled(policy, 10, top_k=9, top_p=0.8, temperature=0.7)
+    engine(prompts_of(policy, 3, 2), generation_config)
+    with torch.no_grad(), NoWait():
+        engine._step(4, 64, Sampling.of(generation_config))
+
+
+def test_which_models_get_which_engine(micro):
+    policy = make_policy(micro)
+    assert choose_engine("auto", policy)[0] == choose_engine("fast", policy)[0] == "fast"
+    assert choose_engine("generate", policy)[0] == "generate"
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+    llama = LlamaForCausalLM(LlamaConfig(**shape))
+    name, reason = choose_engine("fast", llama)
+    assert name == "generate" and "llama" in reason and type(make_engine("auto", llama)) is GenerateEngine
+    with torch.device("meta"):  # preflight asks before there are weights
+        assert unsupported_reason(AutoModelForCausalLM.from_config(policy.config)) is None
+    for others in ({"target_modules": ["fc1"], "use_dora": True}, {"target_modules": ["fc1", "lm_head"]},
+                   {"target_modules": ["fc1"], "modules_to_save": ["embed_tokens"]}):  # fmt: skip
+        assert unsupported_reason(get_peft_model(load_micro(micro), LoraConfig(r=2, **others))), others
+
+
+def test_batches_by_length_hold_what_a_forward_pass_may():
+    assert list(batches_by_length([900, 10, 5000, 1000, 20, 1100])) == [[1, 4], [0, 3], [5], [2]]
+    assert list(batches_by_length([])) == []
