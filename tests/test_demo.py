@@ -27,6 +27,7 @@ FLAGS = {"against", "preset", "check", "resume", "overwrite", "help", "language"
          "steps", "seeds", "build", "reports", "kills", "lora_"}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_tiny_chain(call, tmp_path):
     """Prepare, inspect, train and validate the real tiny model: after 25 steps it is better on prompts it has not seen."""
     where = ("--data_dir", tmp_path / "data")

@@ -63,6 +63,9 @@ def run_metadata(config: dict, preset: str, device: torch.device, dtype: torch.d
     """What is known when a run starts. LoRA is the model's, which `init_adapter` may have given."""
     lora = model.peft_config["default"]
     lora_settings = {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+    if config.get("init_adapter"):
+        modules = lora.target_modules  # a string is a pattern
+        lora_settings["lora_target_modules"] = [modules] if isinstance(modules, str) else sorted(modules)
     return {
         "preset": preset,
         "config": {**config, **lora_settings},
