@@ -22,8 +22,10 @@ def use_adapter(policy, name: str | None) -> Iterator[None]:
             yield
     else:
         policy.set_adapter(name)
-        yield
-        policy.set_adapter("default")
+        try:
+            yield
+        finally:
+            policy.set_adapter("default")
 
 
 def reserved_bytes(model) -> int:
