@@ -70,12 +70,3 @@ def alert(title: str, text: str, serious: bool) -> None:
 
     with QUIET:
         trackio.alert(title=title, text=text, level=trackio.AlertLevel.ERROR if serious else trackio.AlertLevel.WARN)
-
-
-def log_answers(step: int, answers: list[dict]) -> None:
-    """A few answers of an evaluation on trackio's page, as a table."""
-    import pandas
-    import trackio
-
-    with QUIET:
-        trackio.log({"eval/answers": trackio.Table(dataframe=pandas.DataFrame(answers).assign(step=step))}, step=step)

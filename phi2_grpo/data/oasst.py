@@ -189,7 +189,7 @@ def rank_replies(replies: list[Message]) -> dict:
     ranked = sorted((reply for reply in replies if reply.rank is not None), key=lambda reply: reply.rank)
     best = ranked or (replies if len(replies) == 1 else [])  # a single reply has nothing to be ranked against
     pairs = [
-        {"chosen": [_turn(better)], "rejected": [_turn(worse)], "rank_distance": int(worse.rank - better.rank)}
+        {"chosen": [_turn(better)], "rejected": [_turn(worse)]}
         for better, worse in combinations(ranked, 2)
         if better.rank < worse.rank and better.text != worse.text
     ]

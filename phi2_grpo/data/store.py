@@ -23,7 +23,7 @@ FEATURES = {
     PROMPTS: Features({"prompt": _MESSAGES, "lang": Value("string"), "message_id": Value("string"),
                        "reference": Value("string")}),
     PREFERENCES: Features({"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES, "lang": Value("string"),
-                           "message_id": Value("string"), "rank_distance": Value("int32")}),
+                           "message_id": Value("string")}),
 }  # fmt: skip
 
 # What a reader compares with its own settings: a difference is a note, and no error.

@@ -8,7 +8,8 @@ from phi2_grpo.common.console import BLUE, GREY, ORANGE, make_figure, plot_inter
 from phi2_grpo.common.stats import FEW, interval
 
 COLORS = {"base": GREY, "tuned": BLUE}
-NOT_RATED = ("answer tokens", "KL to base", "reference NLL")  # no win rate: more of them is not better
+# Metrics that are not rewards: whether more is better (None: neither); they have no win rate.
+DIRECTION = {"answer tokens": None, "KL to base": None, "reference NLL": False}
 
 
 def draw(report: dict, samples: list[dict], path: Path) -> None:
@@ -30,7 +31,7 @@ def draw(report: dict, samples: list[dict], path: Path) -> None:
         lengths.hist(tokens[side], edges, color=COLORS[side], alpha=0.6, label=name)
     lengths.legend(frameon=False)
     lengths.set(title="Answer lengths", xlabel="tokens", ylabel="answers")
-    rated = [name for name in metrics if name not in NOT_RATED][::-1]
+    rated = [name for name in metrics if name not in DIRECTION][::-1]
     for i, name in enumerate(rated):
         won = [(t > b) + 0.5 * (t == b) for b, t in _pairs(report, name)]
         plot_interval(wins, i, metrics[name]["win_rate"], interval(won), BLUE)

@@ -9,13 +9,11 @@ from rich.text import Text
 from phi2_grpo.common import files
 from phi2_grpo.common.console import make_table, markdown_table
 from phi2_grpo.common.stats import FEW, paired, simultaneous, verdict
-from phi2_grpo.evaluation.plots import draw
+from phi2_grpo.evaluation.plots import DIRECTION, draw
 from phi2_grpo.rewards import collapse
 
 SIDES = ("base", "tuned")
 FILES = {"report.md", "report.json", "validation.png", "samples.jsonl"}  # the last has every completion with its scores
-# Metrics that are not rewards: whether more is better (None: neither).
-DIRECTION = {"answer tokens": None, "KL to base": None, "reference NLL": False}
 EXPLAINED = {
     "total reward": "all rewards of the training, by their weights",
     "distinct-2": "share of different token bigrams in the answers to one prompt",
@@ -225,7 +223,7 @@ def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list
         lines += [f"**{_one_line(question['prompt'])}**", ""]
         for side, name in zip(SIDES, report["names"], strict=True):
             answer = question[side]
-            lines += [f"*{name}* ({answer['tokens']} tokens, {answer['finish_reason']})", "", _fenced(answer["answer"]), ""]
+            lines += [f"*{name}* ({answer['tokens']} tokens, {answer['finish_reason']})", "", fenced(answer["answer"]), ""]
     for title, picks in _examples(report, seed).items():
         lines += [f"## {title}", ""] + ["None.", ""] * (not picks)
         for i in picks:
@@ -234,7 +232,7 @@ def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list
                 first = next(s for s in samples if s["side"] == side and s["prompt"] == i)
                 scores = ", ".join(f"{key} {value:.2f}" for key, value in first["scores"].items() if value is not None)
                 answer = first["answer"]
-                lines += [f"*{name}* ({answer.tokens} tokens, {answer.finish_reason}; {scores})", "", _fenced(answer.text), ""]
+                lines += [f"*{name}* ({answer.tokens} tokens, {answer.finish_reason}; {scores})", "", fenced(answer.text), ""]
     return "\n".join(lines)
 
 
@@ -279,7 +277,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("*", "\\*")
 
 
-def _fenced(text: str) -> str:
+def fenced(text: str) -> str:
     """A code block that no text can leave."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}text\n{text}\n{ticks}"

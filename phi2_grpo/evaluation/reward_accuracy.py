@@ -10,17 +10,9 @@ from scipy import stats
 from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, make_table, markdown_table, plot_interval, save_figure
 
 NEAR = 0.15  # two replies are of nearly equal length where they differ by at most this share of the longer
-
-
-FEW = 20  # pairs; a language or rank distance with fewer, or from fewer prompts, is not shown by itself
-
-
+FEW = 20  # pairs; a language with fewer, or from fewer prompts, is not shown by itself
 FEW_PROMPTS = 10  # and has no interval: too few to redraw
-
-
 LABELS = {"model": "reward model", "longer": "the longer reply wins"}
-
-
 ScoreFunction = Callable[[list[list[dict]], list[str]], list[float]]  # raw scores of replies to conversations
 
 
@@ -55,7 +47,7 @@ def measure_accuracy(pairs: list[dict], chosen: list[float], rejected: list[floa
     """The reward model's accuracy on `pairs` (rows of oasst1_preferences) beside that of "the longer reply wins".
 
     Returns `groups`, a list of {"group", "pairs", "model", "model_interval", "longer", "longer_interval", "difference",
-    "difference_interval"} with all pairs first, then those of nearly equal length, each language and each rank distance
+    "difference_interval"} with all pairs first, then those of nearly equal length and of each language
     that has enough; `ties`, how many pairs it scored alike; and `rank_correlation`, Spearman's, of score and length.
     """
     lengths = [(len(pair["chosen"][0]["content"]), len(pair["rejected"][0]["content"])) for pair in pairs]  # characters
@@ -64,9 +56,8 @@ def measure_accuracy(pairs: list[dict], chosen: list[float], rejected: list[floa
     prompts = numpy.array([pair["message_id"] for pair in pairs])
     near = numpy.array([abs(a - b) <= NEAR * max(a, b) for a, b in lengths])
     groups: list[tuple[str, numpy.ndarray]] = [("all", numpy.ones(len(pairs), bool)), ("nearly equal length", near)]
-    for name, key in (("language", "lang"), ("rank distance", "rank_distance")):
-        values = numpy.array([pair[key] for pair in pairs])
-        groups += [(f"{name} {value}", values == value) for value in sorted(set(values.tolist()))]
+    languages = numpy.array([pair["lang"] for pair in pairs])
+    groups += [(f"language {code}", languages == code) for code in sorted(set(languages.tolist()))]
     measured = []
     for name, mask in groups:
         enough = mask.sum() >= FEW and len(set(prompts[mask])) >= FEW_PROMPTS

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import HANGUP, Terminated, UserError, print_error
 from phi2_grpo.common.console import format_duration
-from phi2_grpo.common.progress import ProgressBar, alert, log_answers
+from phi2_grpo.common.progress import ProgressBar, alert
 from phi2_grpo.common.stats import interval
 from phi2_grpo.models.tokenizer import render
 from phi2_grpo.rewards import collapse
@@ -112,7 +112,7 @@ class LogCallback(ProgressBar):
             rows[-1]["alerts"].append([each.kind, each.metric])
             collapsed = each.kind == "collapse"
             self.console.print(f"{each.kind}: {each.text}", style="bold red" if collapsed else "yellow")
-            if tracks(args, state):
+            if "trackio" in args.report_to and state.is_world_process_zero:  # transformers opens it in the first process alone
                 alert(f"{each.kind}: {each.metric}", each.text, collapsed)
             if collapsed and self.config["stop_on_collapse"]:
                 self.collapsed_at = state.global_step
@@ -132,11 +132,6 @@ class LogCallback(ProgressBar):
 
 def _format(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
-
-
-def tracks(args, state) -> bool:
-    """Whether this process feeds trackio, which transformers opens in the first process alone."""
-    return "trackio" in args.report_to and state.is_world_process_zero
 
 
 class EvaluationCallback(TrainerCallback):
@@ -182,8 +177,6 @@ class EvaluationCallback(TrainerCallback):
         self.console.print(text, style="cyan")
         # To every tracker of --report_to; `trainer.log` would take the training's metrics with it.
         self.trainer.callback_handler.on_log(args, state, TrainerControl(), known)
-        if tracks(args, state):
-            log_answers(state.global_step, answers)
 
     def means(self, scored: list[dict]) -> dict[str, float | None]:
         """Of the reward with its 95 % interval, of each reward where there are several, and of the answers."""

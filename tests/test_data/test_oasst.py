@@ -78,8 +78,8 @@ def test_reference_is_the_best_usable_reply_and_pairs_are_the_ranked_ones():
         rows.append(row(text, text, "q", rank=rank, deleted=deleted))
     _, prompts, pairs, *_ = choose(rows)
     assert [prompt["reference"] for prompt in prompts] == ["good", "the only reply", None, None]
-    sides = [(pair["chosen"][0]["content"], pair["rejected"][0]["content"], pair["rank_distance"]) for pair in pairs]
-    assert sides == [("good", "tied", 1), ("good", "tied too", 1)], "equal ranks say nothing"
+    sides = [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs]
+    assert sides == [("good", "tied"), ("good", "tied too")], "equal ranks say nothing"
 
 
 def test_later_turns_come_with_their_history():

@@ -53,4 +53,4 @@ def test_a_language_with_enough_prompts_has_its_own_row():
 
 
 def test_a_text_cannot_leave_its_block():
-    assert report._fenced("a ```` b").startswith("`````text\n") and report._fenced("x").startswith("```text\n")
+    assert report.fenced("a ```` b").startswith("`````text\n") and report.fenced("x").startswith("```text\n")

@@ -6,14 +6,14 @@ import pytest
 from phi2_grpo.evaluation import reward_accuracy
 
 
-def pair(prompt: str, chosen: str, rejected: str, lang: str = "en", distance: int = 1) -> dict:
+def pair(prompt: str, chosen: str, rejected: str, lang: str = "en") -> dict:
     sides = {"chosen": [{"role": "assistant", "content": chosen}], "rejected": [{"role": "assistant", "content": rejected}]}
-    return {"message_id": prompt, "lang": lang, "rank_distance": distance, **sides}
+    return {"message_id": prompt, "lang": lang, **sides}
 
 
 def test_accuracies_of_known_pairs():
     pairs = [pair(str(i), "long reply", "short") for i in range(30)] + [
-        pair(str(i), "x" * 99, "y" * 100, "es", 2) for i in range(30, 50)
+        pair(str(i), "x" * 99, "y" * 100, "es") for i in range(30, 50)
     ]
     accuracy = reward_accuracy.measure_accuracy(pairs, [1.0] * 20 + [0.0] * 10 + [2.0] * 20, [0.0] * 50)
     rows = {row["group"]: row for row in accuracy["groups"]}
@@ -23,7 +23,7 @@ def test_accuracies_of_known_pairs():
         "pairs": 20,
         "longer": 0.0,
     }
-    assert rows["language es"]["model"] == 1.0 and rows["rank distance 1"]["model"] == pytest.approx(25 / 30, abs=1e-4)
+    assert rows["language es"]["model"] == 1.0 and rows["language en"]["model"] == pytest.approx(25 / 30, abs=1e-4)
     low, high = rows["all"]["model_interval"]
     assert 0.8 < low < 0.9 < high < 1.0 and "better than" in reward_accuracy.verdict(accuracy)
 
