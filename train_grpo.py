@@ -100,6 +100,7 @@ def make_trainer(config: dict, ready, base):
         "reward_weights": [reward.weight for reward in ready.scorer.chosen],
         "disable_dropout": True,  # Phi-2 ships resid_pdrop 0.1: rollout and log-probs would see two models
         "ddp_find_unused_parameters": False,  # every adapter weight is in every forward pass
+        "ddp_broadcast_buffers": False,  # all are constant; and processes may differ in how many passes an update takes
     }
     trainer = Trainer(
         model=base,

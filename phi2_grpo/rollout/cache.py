@@ -6,7 +6,7 @@ import torch
 from phi2_grpo.rollout.sampling import Sampling
 
 LENGTH_MULTIPLE = 128  # cache lengths are multiples of it, so that a rollout needs few CUDA graphs
-MAX_ROWS = {"cuda": 256, "cpu": 64}  # on a CPU 64 rows were no faster than 32 (benchmarks/RESULTS.md)
+MAX_ROWS = {"cuda": 256, "mps": 64, "cpu": 64}  # on a CPU 64 rows were no faster than 32 (benchmarks/RESULTS.md)
 
 
 def free_memory(device: torch.device) -> int:
@@ -22,11 +22,18 @@ def round_length(length: int) -> int:
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
-def cache_bytes_per_token(config, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token in all layers."""
+def cache_shape(config) -> tuple[int, int, int]:
+    """Layers, heads of keys and values, and their size."""
+    config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    return config.num_hidden_layers, heads, head_dim
+
+
+def cache_bytes_per_token(config, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers."""
+    layers, heads, head_dim = cache_shape(config)
+    return 2 * layers * heads * head_dim * dtype.itemsize
 
 
 def rows_within(free: float, bytes_per_row: int, reserve: int, device: torch.device) -> int:

@@ -1,9 +1,9 @@
 """Rollouts: prompts and sampling settings in, completions out, all as token ids. There are two engines.
 
-`GenerateEngine` is transformers' generate, for every architecture. `FastEngine` is ours, for Phi: each distinct prompt is
-prefilled once and its cache copied to the rows of its group; finished rows are dropped; on a GPU each decode step
-(phi_step.py) is captured as a CUDA graph and replayed, so that no kernel waits for Python (as gpt-fast does,
-https://pytorch.org/blog/accelerating-generative-ai-2/). On a CPU the same steps run without the capture.
+`GenerateEngine` is transformers' generate, for every architecture. `FastEngine` is ours, for decoders with ordinary attention
+(decode_step.py, and phi_step.py for Phi): each distinct prompt is prefilled once and its cache copied to the rows of its group;
+finished rows are dropped; on a CUDA GPU each decode step is captured as a CUDA graph and replayed, so that no kernel waits for
+Python (as gpt-fast does, https://pytorch.org/blog/accelerating-generative-ai-2/). Elsewhere the same steps run uncaptured.
 """
 
 from collections import defaultdict
@@ -11,11 +11,12 @@ from collections.abc import Iterator
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, set_seed
+from transformers import GenerationConfig, set_seed
 
 from phi2_grpo.models.tokenizer import batches_by_length
 from phi2_grpo.rollout.cache import DecodeState, round_length, rows_that_fit
-from phi2_grpo.rollout.phi_step import PhiDecodeStep, unsupported_reason
+from phi2_grpo.rollout.decode_step import DecodeStep, unsupported_reason
+from phi2_grpo.rollout.phi_step import PhiDecodeStep, is_phi
 from phi2_grpo.rollout.sampling import Sampling, generation_eos_ids, truncate_at_eos
 
 FINISHED_CHECK_STEPS = 16  # decode steps on a GPU between two checks for finished rows, each of which waits for the device
@@ -80,7 +81,7 @@ class FastEngine(GenerateEngine):
 
     def __init__(self, model, rows: int = 0, reserve: int = 0):
         super().__init__(model, rows, reserve)
-        self.decode_step = PhiDecodeStep(model)
+        self.decode_step = (PhiDecodeStep if is_phi(model) else DecodeStep)(model)
         self.state = DecodeState(self.decode_step, 0, 0)
         self.max_rows = 0
         self.cuda = self.decode_step.device.type == "cuda"
@@ -99,8 +100,9 @@ class FastEngine(GenerateEngine):
             self.graphs.clear()
         self._allocate(len(prompt_ids), longest + new)
         completions, rows = [], self.state.rows
-        for start in range(0, len(prompt_ids), rows):
-            completions += self._complete_batch(prompt_ids[start : start + rows], uniforms[start : start + rows], sampling)
+        with self.decode_step.lean_lora():
+            for start in range(0, len(prompt_ids), rows):
+                completions += self._complete_batch(prompt_ids[start : start + rows], uniforms[start : start + rows], sampling)
         return completions
 
     def _allocate(self, rows: int, length: int) -> None:
@@ -129,22 +131,20 @@ class FastEngine(GenerateEngine):
 
     def _prefill(self, prompt_ids: list[list[int]]) -> torch.Tensor:
         """Run each distinct prompt once and copy its keys and values to the rows that have it. Returns logits (B, V)."""
-        model, device = self.decode_step.model, self.decode_step.device
+        device, logits = self.decode_step.device, None
         rows_of = defaultdict(list)
         for row, prompt in enumerate(prompt_ids):
             rows_of[tuple(prompt)].append(row)
         prompts = list(rows_of)
-        logits = torch.empty(len(prompt_ids), model.lm_head.out_features, dtype=self.decode_step.dtype, device=device)
         for indices in batches_by_length(list(map(len, prompts))):
             batch = [torch.tensor(prompts[i], device=device) for i in indices]
-            # Padded on the right: causal attention never reads the padding, and decoding overwrites it.
-            ids, prefilled = pad_sequence(batch, batch_first=True), DynamicCache()
-            hidden = model.model(input_ids=ids, past_key_values=prefilled, use_cache=True).last_hidden_state  # (b, T, H)
-            last_logits = model.lm_head(hidden[range(len(batch)), [len(prompt) - 1 for prompt in batch]])  # (b, V)
+            ids = pad_sequence(batch, batch_first=True)  # what is read of the padding into the cache, decoding overwrites
+            last_logits, prefilled = self.decode_step.prefill(ids, [len(prompt) - 1 for prompt in batch])
             pairs = [(row, source) for source, i in enumerate(indices) for row in rows_of[prompts[i]]]
             target, source = torch.tensor(pairs, device=device).unbind(1)
             for layer, new in zip(self.state.cache, prefilled.layers, strict=True):
                 layer[target, :, :, : ids.shape[1]] = torch.stack((new.keys, new.values), 1)[source]
+            logits = last_logits.new_empty(len(prompt_ids), last_logits.shape[-1]) if logits is None else logits
             logits[target] = last_logits[source]
         return logits
 

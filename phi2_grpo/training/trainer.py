@@ -16,9 +16,13 @@ from trl.trainer.utils import RepeatSampler
 
 from phi2_grpo.common import files, progress
 from phi2_grpo.common.cli import UserError, disk_is_full, first_line, memory_ran_out
+from phi2_grpo.models.base import is_sharded
+from phi2_grpo.models.tokenizer import batches_by_length
 from phi2_grpo.rewards.scorer import BadReward
 from phi2_grpo.training import checkpoints
 from phi2_grpo.training.callbacks import GracefulStop, LogCallback
+
+SIMILAR = 0.8  # rows in one pass of an update have at least this share of its longest row's tokens
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype) -> str:
@@ -175,12 +179,42 @@ class Trainer(RunMixin, GRPOTrainer):
 
     _generate_single_turn = timed("rollout", _rollout)
     _calculate_rewards = timed("rewards", GRPOTrainer._calculate_rewards)
-    _reference_logps = timed("log_probs", GRPOTrainer._get_per_token_logps_and_entropies)
+
+    def _logps(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **others):
+        """TRL's, on real tokens only: rows of similar lengths together, each from its first token on, padded on the right.
+
+        TRL pads all rows to the longest prompt and the longest completion. Causal attention never reads padding on the right,
+        so no mask is needed, and positions count from each row's own start. Returns log-probs (B, T) of the last
+        `logits_to_keep` tokens, 0 where there is none, their entropies or None, and None.
+        """
+        if is_sharded() or any(value is not None and value is not False for value in others.values()):
+            # Sharded weights are gathered in each pass, so all processes need equally many of them.
+            arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+            return super()._get_per_token_logps_and_entropies(*arguments, **others)
+        rows, width = input_ids.shape
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)  # real tokens first
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :-logits_to_keep] = -100
+        ids, labels, lengths = input_ids.gather(1, order), labels.gather(1, order), attention_mask.sum(1).tolist()
+        parts = []
+        for batch in batches_by_length(lengths, (batch_size or rows) * width, SIMILAR):
+            longest = lengths[batch[-1]]
+            with self.accelerator.autocast():
+                out = model(input_ids=ids[batch, :longest], labels=labels[batch, :longest], fused_lm_head=True)
+            values = [out.log_probs, out.entropy] if compute_entropy else [out.log_probs]
+            aligned = torch.nn.functional.pad(
+                torch.stack(values), (1, width - longest)
+            )  # (1 or 2, b, T), 0 for the first token
+            back = order[batch].argsort(dim=1)[:, -logits_to_keep:]
+            parts.append((batch, aligned.gather(2, back.expand(len(values), -1, -1))))
+        inverse = torch.tensor([i for batch, _ in parts for i in batch]).argsort()
+        logps, *entropies = torch.cat([values for _, values in parts], 1)[:, inverse]
+        return logps, entropies[0] if entropies else None, None
+
+    _reference_logps = timed("log_probs", _logps)
 
     def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
-        in_update = torch.is_grad_enabled()
-        method = super()._get_per_token_logps_and_entropies if in_update else self._reference_logps
-        return method(*arguments, **keywords)
+        return (self._logps if torch.is_grad_enabled() else self._reference_logps)(*arguments, **keywords)
 
     def training_step(self, *arguments, **keywords):
         started, before = self.now(), sum(self.seconds.values())

@@ -11,12 +11,13 @@ from conftest import make_micro
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2_contingency, chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from phi2_grpo.models.tokenizer import batches_by_length
 from phi2_grpo.rollout.cache import LENGTH_MULTIPLE, DecodeState
+from phi2_grpo.rollout.decode_step import DecodeStep, unsupported_reason
 from phi2_grpo.rollout.engine import FastEngine, GenerateEngine, choose_engine, make_engine
-from phi2_grpo.rollout.phi_step import unsupported_reason
+from phi2_grpo.rollout.phi_step import PhiDecodeStep, is_phi
 from phi2_grpo.rollout.sampling import Sampling, truncate_at_eos
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
@@ -284,15 +285,69 @@ def test_which_models_get_which_engine(micro):
     policy = make_policy(micro)
     assert choose_engine("auto", policy)[0] == choose_engine("fast", policy)[0] == "fast"
     assert choose_engine("generate", policy)[0] == "generate"
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
-    llama = LlamaForCausalLM(LlamaConfig(**shape))
-    name, reason = choose_engine("fast", llama)
-    assert name == "generate" and "llama" in reason and type(make_engine("auto", llama)) is GenerateEngine
+    name, reason = choose_engine("fast", random_model("mistral", sliding_window=8))
+    assert name == "generate" and "sliding" in reason
+    assert type(make_engine("auto", random_model("mistral", sliding_window=8))) is GenerateEngine
     with torch.device("meta"):  # preflight asks before there are weights
         assert unsupported_reason(AutoModelForCausalLM.from_config(policy.config)) is None
-    for others in ({"target_modules": ["fc1"], "use_dora": True}, {"target_modules": ["fc1", "lm_head"]},
-                   {"target_modules": ["fc1"], "modules_to_save": ["embed_tokens"]}):  # fmt: skip
-        assert unsupported_reason(get_peft_model(load_micro(micro), LoraConfig(r=2, **others))), others
+    assert type(FastEngine(policy).decode_step) is PhiDecodeStep
+
+
+OTHER_ADAPTERS = ({"target_modules": ["fc1", "dense"], "use_dora": True}, {"target_modules": ["fc1", "lm_head"]},
+                  {"target_modules": ["fc1"], "modules_to_save": ["lm_head"]},
+                  {"target_modules": ["fc1"], "lora_bias": True})  # fmt: skip
+
+
+@pytest.mark.parametrize("others", OTHER_ADAPTERS)
+def test_what_is_no_plain_lora_decodes_by_the_general_step(micro, others):
+    policy = get_peft_model(load_micro(micro), LoraConfig(r=2, **others)).eval()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    assert not is_phi(policy) and type(FastEngine(policy).decode_step) is DecodeStep
+    assert_as_generate(policy, prompts_of(policy, 5, 2), greedy(policy, 25))
+
+
+def random_model(kind: str, **others):
+    """A small decoder with grouped queries and a tied head, where its kind has those."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
+             "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "sliding_window": None,
+             "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # fmt: skip
+    if kind == "gpt2":  # absolute positions
+        for key in ("head_dim", "num_key_value_heads", "intermediate_size", "sliding_window"):
+            del shape[key]
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind, **{**shape, **others})
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("kind", ["phi", "llama", "qwen2", "qwen3", "mistral", "gemma", "olmo2", "gpt2"])
+def test_other_decoders_greedy_as_generate_with_a_live_adapter(kind, device):
+    policy = get_peft_model(random_model(kind), LoraConfig(r=4, target_modules="all-linear")).to(device).eval()
+    adapter = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]
+    engine = FastEngine(policy)
+    assert choose_engine("auto", policy)[0] == "fast" and type(engine.decode_step) is DecodeStep
+    prompts, generation_config, seen = prompts_of(policy, 6, 3), greedy(policy, 40), []
+    for std in (0.0, 0.1, 0.3):
+        for parameter in adapter:
+            torch.nn.init.normal_(parameter, std=std)
+        seen.append(engine(prompts, generation_config))
+        assert seen[-1] == GenerateEngine(policy)(prompts, generation_config)
+    assert seen[0] != seen[1] != seen[2], "the adapter's update is seen"
+    with policy.disable_adapter():
+        assert engine(prompts, generation_config) == seen[0]
+    assert engine(prompts, generation_config) == seen[2]
+    assert draw(engine, prompts, sampled(policy, 20)) == draw(FastEngine(policy, rows=5), prompts, sampled(policy, 20))
+
+
+def test_the_lora_layers_are_as_before_after_an_exception():
+    policy = get_peft_model(random_model("llama"), LoraConfig(r=4, target_modules="all-linear"))
+    engine = FastEngine(policy)
+    engine.decode_step.logits = None
+    with pytest.raises(TypeError):
+        engine(prompts_of(policy, 2, 2), greedy(policy, 5))
+    assert not any("forward" in vars(module) for module in policy.modules())
 
 
 def test_batches_by_length_hold_what_a_forward_pass_may():

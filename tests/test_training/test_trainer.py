@@ -1,0 +1,75 @@
+"""What the trainer overrides of TRL's: log-probs and gradients on real tokens only are TRL's own."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from phi2_grpo.training.trainer import Trainer
+
+ROWS = [(3, 9), (12, 1), (1, 14), (7, 7), (12, 14), (5, 2)]  # tokens of prompt and completion
+PROMPT, COMPLETION = 12, 14
+
+
+def make_model(kind: str):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.3, resid_pdrop=0.0,
+                                  embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", "entropy"))
+    return model
+
+
+def padded_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """As TRL pads them: prompts on the left, completions on the right."""
+    ids, mask = torch.zeros(2, len(ROWS), PROMPT + COMPLETION, dtype=torch.long)
+    for row, (prompt, completion) in enumerate(ROWS):
+        real = slice(PROMPT - prompt, PROMPT + completion)
+        ids[row, real], mask[row, real] = torch.randint(3, 60, (prompt + completion,)), 1
+    return ids, mask
+
+
+def log_probs(of, model, ids, mask, **options):
+    """By the method of class `of`, with the gradient of a weighted sum."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.accelerator, trainer.args = (
+        SimpleNamespace(autocast=nullcontext, is_main_process=True),
+        SimpleNamespace(report_to=[]),
+    )
+    model.zero_grad()
+    logps, entropies, _ = of._get_per_token_logps_and_entropies(trainer, model, ids, mask, COMPLETION, **options)
+    weights = torch.linspace(-1, 1, logps.numel()).reshape(logps.shape) * mask[:, -COMPLETION:]
+    (logps * weights).sum().backward()
+    return logps.detach(), entropies, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["phi", "llama", "qwen3"])
+def test_log_probs_entropies_and_gradients_are_trl_s(kind, checkpointing):
+    model, (ids, mask) = make_model(kind), padded_rows()
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable()
+    passes, forward = [], model.model.forward
+    model.model.forward = lambda *a, **k: (passes.append(k["input_ids"].shape), forward(*a, **k))[1]
+    theirs = log_probs(GRPOTrainer, model, ids, mask, compute_entropy=True)
+    padded, real = passes.pop().numel(), int(mask.sum())
+    for limit in (None, 2):
+        ours = log_probs(Trainer, model, ids, mask, batch_size=limit, compute_entropy=True)
+        assert all(torch.allclose(mine, their, atol=2e-5) for mine, their in zip(ours, theirs, strict=True))
+    assert len(passes) > 4 and sum(map(torch.Size.numel, passes[: len(passes) // 2])) < (padded + real) / 2
+
+
+def test_positions_count_from_a_row_s_own_start():
+    """Of a model with absolute positions, too, where TRL's count the padding."""
+    model, (ids, mask) = make_model("gpt2"), padded_rows()
+    ours = log_probs(Trainer, model, ids, mask)[0]
+    for row, (prompt, completion) in enumerate(ROWS):
+        text = ids[row, mask[row] == 1][None]
+        alone = (model(text).logits[0, :-1] / 0.8).log_softmax(-1).gather(1, text[0, 1:, None])[prompt - 1 :, 0]
+        assert torch.allclose(ours[row, :completion], alone, atol=2e-5)
