@@ -9,13 +9,13 @@ CONFIG = {
     # --- model
     "model": "microsoft/phi-2",  # Hub id or local folder of the base model; "tiny" builds the 2M-parameter one
     "model_revision": "main",  # branch, tag or commit of a Hub model
-    "device": "auto",  # auto (one CUDA GPU, else an error), cuda, cpu
-    "dtype": "auto",  # of the frozen base: auto (bfloat16 on GPU, float32 on CPU), bfloat16, float32
+    "device": "auto",  # auto (CUDA, else MPS, else the CPU for a base under 1B parameters), cuda, mps, cpu
+    "dtype": "auto",  # of the frozen base: auto (bfloat16 on CUDA from Ampere on, else float32), bfloat16, float32
     # --- LoRA (all linear layers, r 16: the gap to full fine-tuning closes, arXiv 2106.09685 and "LoRA Without Regret")
     "lora_r": 16,  # rank: 23.6M trainable parameters for Phi-2
     "lora_alpha": 32,  # the update is scaled by alpha / r
     "lora_dropout": 0.0,  # 0, so that rollout and log-probs see the same model
-    "lora_target_modules": ["Wqkv", "out_proj", "fc1", "fc2"],  # Phi's names, old or new; or all-linear
+    "lora_target_modules": ["Wqkv", "out_proj", "fc1", "fc2"],  # Phi's names, old or new, which on other models mean all-linear
     "init_adapter": "",  # adapter folder to start from instead of a fresh adapter (the KL is still to the base)
     # --- data
     "dataset": "OpenAssistant/oasst1",  # Hub id, or .jsonl, .json, .gz, .parquet, folder of them
@@ -28,7 +28,7 @@ CONFIG = {
     "validation_fraction": 0.05,  # share of the trees held out where the source has no validation split
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
-    "rollout": "auto",  # auto (fast where it can), fast (ours, for Phi), generate (transformers' own)
+    "rollout": "auto",  # auto and fast (ours, where it can decode the model), generate (transformers' own)
     "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With fast the training does not depend on it
     "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts (docs/rollout.md)
     "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
@@ -118,7 +118,7 @@ PRESETS = {
 
 # What a value may be: a set of choices, or (lowest, highest), both included. Checked before anything slow starts.
 LIMITS = {
-    "device": {"auto", "cuda", "cpu"},
+    "device": {"auto", "cuda", "mps", "cpu"},
     "dtype": {"auto", "bfloat16", "float32"},
     "lora_r": (1, 1024),
     "lora_alpha": (1, 4096),

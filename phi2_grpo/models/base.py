@@ -84,25 +84,42 @@ def base_load_errors(config: dict):
 
 def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
     """The device, and the dtype of the frozen base. Raises UserError where the machine lacks what was asked for."""
-    if config["device"] != "cpu" and not torch.cuda.is_available():
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = config["device"]
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name] or (name == "cpu" != config["device"] and _parameters(config) > 1e9):
         raise UserError(
-            f"no CUDA GPU was found, and --device {config['device']} needs one (12 GB or more for Phi-2).\n"
+            f"no {'MPS' if name == 'mps' else 'CUDA'} GPU was found, and --device {config['device']} needs one for this base "
+            "(12 GB or more for Phi-2).\n"
             "  To try everything on this machine: --preset tiny (a 2M-parameter model, minutes on two cores)\n"
-            "  --device cpu runs this very job in float32: about 14 GB of memory, and hours"
+            "  --device cpu runs this very job in float32: about 14 GB of memory for Phi-2, and hours"
         )
     # Under accelerate or torchrun each process has its own GPU, and loads the base straight to it.
-    device = torch.device("cpu") if config["device"] == "cpu" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
     if config["dtype"] != "auto":
         return device, getattr(torch, config["dtype"])
-    if device.type == "cpu":
+    if name != "cuda":
         return device, torch.float32
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):  # torch.cuda.is_bf16_supported() says True below 8.0 too: by slow emulation
+    if capability >= (8, 0):  # torch.cuda.is_bf16_supported() says True below 8.0 too: by slow emulation
+        return device, torch.bfloat16
+    need, free = 4 * _parameters(config) / 1e9, torch.cuda.mem_get_info(device)[0] / 1e9
+    if need > 0.8 * free:
         raise UserError(
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 needs 8.0.\n"
-            "  --dtype float32 works, in twice the memory. Phi-2 overflows in float16."
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 needs 8.0, and "
+            f"in float32 the weights take {need:.1f} GB of the {free:.1f} GB that are free.\n"
+            "  Take a smaller base, or a GPU from Ampere on; --dtype float32 tries it all the same. Phi-2 overflows in float16."
         )
-    return device, torch.bfloat16
+    return device, torch.float32
+
+
+def _parameters(config: dict) -> float:
+    """How many the base has; without end where that cannot be read, which is said elsewhere."""
+    try:
+        return meta_model(config).num_parameters()
+    except UserError:
+        return float("inf")
 
 
 def load_base(config: dict, device: torch.device, dtype: torch.dtype):

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 
+from config import CONFIG
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, load_errors
 from phi2_grpo.models.base import base_of_adapter, is_same_base, meta_model, resolve_model
@@ -30,11 +31,15 @@ def resolve_lora(config: dict, model) -> LoraConfig:
 
 
 def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig:
-    """The settings' LoRA for `model`. Phi's module names, old or new, reach those of the native port.
+    """The settings' LoRA for `model`. Phi's module names, old or new, reach those of the native port; on another architecture
+    the default, which has Phi's names, means all linear layers but the head.
 
     `task_type` SEQ_CLS trains the head too. Raises UserError for a name that matches no linear module of the model.
     """
-    targets, names = config["lora_target_modules"], PHI_NAMES if model.config.model_type == "phi" else {}
+    is_phi, targets = model.config.model_type == "phi", config["lora_target_modules"]
+    names = PHI_NAMES if is_phi else {}
+    if not is_phi and targets == CONFIG["lora_target_modules"]:
+        targets = ["all-linear"]
     modules: str | list[str] = sorted({new for target in targets for new in names.get(target, [target])})
     linear = Counter(name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     if modules == ["all-linear"]:

@@ -18,6 +18,10 @@ HEALTHY = {
     "completions/clipped_ratio": (0, 0.3, "many completions are cut off at max_completion_length: the model does not end "
                                   "its answers (yet), or has no room for them"),
     "kl": (0, 0.5, "the policy is far from its base; above 2 it has diverged: lower learning_rate or raise beta"),
+    "sampling/sampling_logp_difference/mean": (0, 0.1, "the update sees other log-probs than the rollout sampled by (nats a "
+                                               "token): compare with --rollout generate"),
+    "sampling/nearer_to_reference": (-100, 0.02, "the rollout samples from the base and not from the policy: compare with "
+                                     "--rollout generate"),
     "grad_norm": (0.001, 1, "gradients are vanishing (nothing is learnt) or exploding (lower learning_rate)"),
 }  # fmt: skip
 # What no reward can excuse: --stop_on_collapse ends a run at these.

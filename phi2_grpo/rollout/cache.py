@@ -51,8 +51,8 @@ def rows_that_fit(model, length: int, reserve: int = 0) -> int:
 class DecodeState:
     """A batch that is being decoded. Its tensors keep their addresses, by which a captured CUDA graph finds them.
 
-    `tokens`, `positions`, `finished` and `sample_index` (the completion that a row decodes) are by row; `uniforms` and
-    `output_ids` by completion.
+    `tokens`, `positions`, `finished` and `sample_index` (the completion that a row decodes) are by row; `uniforms`,
+    `output_ids` and `log_probs` by completion.
     """
 
     def __init__(self, decode_step, rows: int, length: int):
@@ -63,6 +63,7 @@ class DecodeState:
             self.finished = torch.zeros(rows, dtype=torch.bool)
             self.uniforms = torch.zeros(rows, length, dtype=torch.float64)
             self.output_ids = torch.zeros(rows, length, dtype=torch.long)
+            self.log_probs = torch.zeros(rows, length)
             self.count = torch.zeros(1, dtype=torch.long)  # tokens sampled so far by each live row
 
     def reset(self, prompt_ids: list[list[int]], uniforms: torch.Tensor) -> None:
@@ -78,7 +79,8 @@ class DecodeState:
         """Sample a token from each row of `logits` (B, V), for the first B rows."""
         rows = len(logits)
         sample_index = self.sample_index[:rows]
-        tokens = sampling.sample(logits, self.uniforms[sample_index, self.count][:, None])
+        tokens, log_probs = sampling.sample(logits, self.uniforms[sample_index, self.count][:, None])
+        self.log_probs[sample_index, self.count] = log_probs
         self.output_ids[sample_index, self.count] = tokens
         self.tokens[:rows] = tokens
         for eos in sampling.eos_token_ids:

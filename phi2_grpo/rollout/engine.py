@@ -42,7 +42,11 @@ class GenerateEngine:
     Args:
         rows: completions decoded at once; 0 for as many as memory holds.
         reserve: bytes of memory to leave to whatever else runs beside the cache.
+
+    `log_probs`: of the tokens of the last call, by completion, or None where the engine does not know them.
     """
+
+    log_probs: list[list[float]] | None = None
 
     def __init__(self, model, rows: int = 0, reserve: int = 0):
         self.model, self.rows, self.reserve = model, rows, reserve
@@ -50,7 +54,7 @@ class GenerateEngine:
     @torch.no_grad()
     def __call__(self, prompt_ids: list[list[int]], generation_config: GenerationConfig, tokenizer=None) -> list[list[int]]:
         """Completion ids of each prompt, with the end token and without padding. Stop strings need the `tokenizer`."""
-        training = self.model.training
+        training, self.log_probs = self.model.training, None
         self.model.eval()  # in training mode activation checkpointing disables the cache
         try:
             return self._complete(prompt_ids, generation_config, tokenizer)
@@ -99,7 +103,7 @@ class FastEngine(GenerateEngine):
         if self.decode_step.sync_adapter():
             self.graphs.clear()
         self._allocate(len(prompt_ids), longest + new)
-        completions, rows = [], self.state.rows
+        completions, self.log_probs, rows = [], [], self.state.rows
         with self.decode_step.lean_lora():
             for start in range(0, len(prompt_ids), rows):
                 completions += self._complete_batch(prompt_ids[start : start + rows], uniforms[start : start + rows], sampling)
@@ -127,7 +131,12 @@ class FastEngine(GenerateEngine):
                     break
             position += 1
             self._decode(rows, position, sampling)
-        return [truncate_at_eos(ids, sampling.eos_token_ids) for ids in state.output_ids[: len(prompt_ids), :new].tolist()]
+        completions = [
+            truncate_at_eos(ids, sampling.eos_token_ids) for ids in state.output_ids[: len(prompt_ids), :new].tolist()
+        ]
+        of_all = state.log_probs[: len(prompt_ids), :new].tolist()
+        self.log_probs += [values[: len(ids)] for values, ids in zip(of_all, completions, strict=True)]
+        return completions
 
     def _prefill(self, prompt_ids: list[list[int]]) -> torch.Tensor:
         """Run each distinct prompt once and copy its keys and values to the rows that have it. Returns logits (B, V)."""

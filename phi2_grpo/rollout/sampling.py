@@ -58,21 +58,21 @@ class Sampling:
         top_k = 50 if config.top_k is None else config.top_k  # generate's own default
         return cls(not config.do_sample, config.temperature or 1.0, top_k, config.top_p or 1.0, generation_eos_ids(config))
 
-    def sample(self, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B,) for `logits` (B, V) and `uniforms` (B, 1) in [0, 1), by inversion of the cumulative distribution.
 
-        The same number picks the same token whatever else is in the batch.
+        The same number picks the same token whatever else is in the batch. With the tokens come their log-probs (B,) at this
+        temperature, before top-k and top-p: what the update computes for them.
         """
-        if self.greedy:
-            return logits.argmax(-1)
         logits = logits.float() / self.temperature
-        if self.top_k:
-            logits = TopKLogitsWarper(self.top_k)(None, logits)
-        if self.top_p < 1:
-            logits = TopPLogitsWarper(self.top_p)(None, logits)
-        cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # float32 loses the rare tokens
-        tokens = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)[:, 0]
-        return tokens.clamp_(max=logits.shape[-1] - 1)
+        if self.greedy:
+            tokens = logits.argmax(-1)
+        else:
+            kept = TopKLogitsWarper(self.top_k)(None, logits) if self.top_k else logits
+            kept = TopPLogitsWarper(self.top_p)(None, kept) if self.top_p < 1 else kept
+            cdf = kept.softmax(-1).cumsum(-1, dtype=torch.float64)  # float32 loses the rare tokens
+            tokens = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def generation_eos_ids(config: GenerationConfig) -> tuple[int, ...]:

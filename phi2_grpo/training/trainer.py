@@ -174,7 +174,7 @@ class Trainer(RunMixin, GRPOTrainer):
     def _rollout(self, prompt_ids, *arguments, **keywords):
         """TRL's: token ids of the prompts, a group's next to each other, to (completion ids, log-probs or None)."""
         if self.engine and not self.use_vllm:
-            return self.engine(prompt_ids, self.generation_config), None
+            return self.engine(prompt_ids, self.generation_config), self.engine.log_probs
         return super()._generate_single_turn(prompt_ids, *arguments, **keywords)
 
     _generate_single_turn = timed("rollout", _rollout)
@@ -209,12 +209,27 @@ class Trainer(RunMixin, GRPOTrainer):
             parts.append((batch, aligned.gather(2, back.expand(len(values), -1, -1))))
         inverse = torch.tensor([i for batch, _ in parts for i in batch]).argsort()
         logps, *entropies = torch.cat([values for _, values in parts], 1)[:, inverse]
+        self.policy_logps = logps.detach()
         return logps, entropies[0] if entropies else None, None
 
     _reference_logps = timed("log_probs", _logps)
 
     def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
         return (self._logps if torch.is_grad_enabled() else self._reference_logps)(*arguments, **keywords)
+
+    def _compute_loss(self, model, inputs: dict) -> torch.Tensor:
+        """TRL's; and the step's log says how far the sampled tokens' log-probs at the rollout are from those of the update, under
+        TRL's own names, and from the reference's: a rollout that is not the policy's would be nearer to the reference."""
+        loss, sampled = super()._compute_loss(model, inputs), inputs.get("sampling_per_token_logps")
+        if sampled is not None and not self.use_vllm:
+            real = inputs["completion_mask"].bool()
+            difference = (self.policy_logps - sampled).abs()[real]
+            logged = {"sampling_logp_difference/mean": difference.mean(), "sampling_logp_difference/max": difference.max()}
+            if (reference := inputs.get("ref_per_token_logps")) is not None:
+                logged["nearer_to_reference"] = difference.mean() - (reference - sampled).abs()[real].mean()
+            for name, value in logged.items():
+                self._metrics["train"][f"sampling/{name}"].append(self.accelerator.gather(value).mean().item())
+        return loss
 
     def training_step(self, *arguments, **keywords):
         started, before = self.now(), sum(self.seconds.values())

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from config import CONFIG
 from phi2_grpo.common.cli import UserError
+from phi2_grpo.models import base
 from phi2_grpo.models.base import choose_device, is_same_base, load_base, meta_model, resolve_model, use_adapter_base
 from phi2_grpo.models.tokenizer import check_vocabulary, load_tokenizer
 
@@ -126,14 +127,20 @@ def test_an_adapter_names_its_base(tmp_path, given, expected):
         (None, "cpu", "bfloat16", ("cpu", torch.bfloat16)),
         (None, "auto", "auto", "--preset tiny"),
         (None, "cuda", "auto", "--preset tiny"),
-        ((7, 5), "auto", "auto", "--dtype float32"),
+        ((7, 5), "auto", "auto", "compute capability 7.5"),
+        ((6, 1), "auto", "auto", ("cuda:0", torch.float32)),
+        ("mps", "auto", "auto", ("mps", torch.float32)),
+        ("small", "auto", "auto", ("cpu", torch.float32)),
         ((7, 5), "auto", "float32", ("cuda:0", torch.float32)),
         ((8, 0), "auto", "auto", ("cuda:0", torch.bfloat16)),
         ((9, 0), "cpu", "auto", ("cpu", torch.float32)),
     ],
 )
 def test_device_and_dtype(capability, device, dtype, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: isinstance(capability, tuple))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: capability == "mps")
+    monkeypatch.setattr(base, "_parameters", lambda _: 1e8 if capability in ("small", (6, 1)) else 2.7e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8e9, 8e9))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     config = {"device": device, "dtype": dtype}

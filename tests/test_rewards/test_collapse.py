@@ -32,7 +32,7 @@ def test_collapse_metrics(answers, languages, expected):
 
 HEALTHY = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 0.1, "grad_norm": 0.5, "entropy": 2.0,
            "collapse/repetition": 0.05, "collapse/distinct_2": 0.7, "collapse/one_language": 0.1, "collapse/at_target": 0.1,
-           "collapse/empty": 0.0}  # fmt: skip
+           "collapse/empty": 0.0, "sampling/sampling_logp_difference/mean": 0.0, "sampling/nearer_to_reference": -0.1}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from phi2_grpo.models.tokenizer import batches_by_length
-from phi2_grpo.rollout.cache import LENGTH_MULTIPLE, DecodeState
+from phi2_grpo.rollout.cache import LENGTH_MULTIPLE
 from phi2_grpo.rollout.decode_step import DecodeStep, unsupported_reason
 from phi2_grpo.rollout.engine import FastEngine, GenerateEngine, choose_engine, make_engine
 from phi2_grpo.rollout.phi_step import PhiDecodeStep, is_phi
@@ -147,25 +147,16 @@ def test_a_setting_that_the_engine_does_not_support_goes_to_generate(micro):
 
 
 @pytest.mark.parametrize(("dtype", "head", "tolerance"), [(torch.float32, 0.3, 1e-4), (torch.bfloat16, 0.1, 2e-2)])
-def test_log_probs_are_those_of_a_fresh_forward_pass(micro, monkeypatch, dtype, head, tolerance):
+def test_log_probs_are_those_of_a_fresh_forward_pass(micro, dtype, head, tolerance):
     """Decoded one by one over the cache, against one pass over the whole text. bfloat16 keeps 8 bits of a logit of about 1."""
     policy = make_policy(micro, dtype, head=head)
-    log_probs, append_tokens = {}, DecodeState.append_tokens
-
-    def recording(self, logits, sampling):
-        index, count = self.sample_index[: len(logits)].tolist(), int(self.count)
-        append_tokens(self, logits, sampling)
-        chosen = logits.float().log_softmax(-1).gather(1, self.tokens[: len(logits), None])[:, 0]
-        log_probs.update(zip(((i, count) for i in index), chosen.tolist(), strict=True))
-
-    monkeypatch.setattr(DecodeState, "append_tokens", recording)
-    prompts = prompts_of(policy, 5, 2)
-    completions = draw(FastEngine(policy), prompts, sampled(policy, 24))
+    engine, prompts = FastEngine(policy, rows=4), prompts_of(policy, 5, 2)
+    completions = draw(engine, prompts, sampled(policy, 24))
     differences = []
     for i, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
         with torch.no_grad():
             fresh = policy(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 :].float().log_softmax(-1)
-        differences += [abs(log_probs[i, t] - float(fresh[t, token])) for t, token in enumerate(ids)]
+        differences += [abs(engine.log_probs[i][t] - float(fresh[t, token])) for t, token in enumerate(ids)]
     assert len(differences) > 50 and max(differences) < tolerance, max(differences)
 
 

@@ -5,11 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from phi2_grpo.training.trainer import Trainer
+from config import CONFIG
+from phi2_grpo.models.tokenizer import load_tokenizer
+from phi2_grpo.rewards import collapse
+from phi2_grpo.rollout.engine import FastEngine, GenerateEngine
+from phi2_grpo.training.trainer import Trainer, training_arguments
 
 ROWS = [(3, 9), (12, 1), (1, 14), (7, 7), (12, 14), (5, 2)]  # tokens of prompt and completion
 PROMPT, COMPLETION = 12, 14
@@ -73,3 +79,41 @@ def test_positions_count_from_a_row_s_own_start():
         text = ids[row, mask[row] == 1][None]
         alone = (model(text).logits[0, :-1] / 0.8).log_softmax(-1).gather(1, text[0, 1:, None])[prompt - 1 :, 0]
         assert torch.allclose(ours[row, :completion], alone, atol=2e-5)
+
+
+class FromTheBase(FastEngine):
+    """Samples from the base, as a trainer does that forgets the adapter."""
+
+    def __call__(self, *arguments, **keywords):
+        with self.adapter_off():
+            return super().__call__(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("engine", [FastEngine, GenerateEngine, FromTheBase])
+def test_a_rollout_that_is_not_the_policy_s_raises_an_alert(micro, tmp_path, engine):
+    settings = {"num_generations": 4, "max_completion_length": 12, "per_device_train_batch_size": 4, "beta": 0.01,
+                "gradient_accumulation_steps": 2, "max_steps": collapse.WINDOW, "learning_rate": 1e-4, "report_to": "none",
+                "save_strategy": "no", "temperature": 0.9, "output_dir": str(tmp_path)}  # fmt: skip
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(micro, attn_implementation="sdpa"),
+        reward_funcs=lambda completion_ids, **_: [len(set(ids)) / 12 for ids in completion_ids],
+        args=training_arguments(GRPOConfig, settings, torch.device("cpu"), torch.float32, disable_dropout=True),
+        train_dataset=Dataset.from_list([{"prompt": "Why?"}, {"prompt": "How do you do it?"}] * 20),
+        processing_class=load_tokenizer({**CONFIG, "model": str(micro)}),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    trainer.engine = engine(policy)
+    trainer.engine.adapter_off = policy.disable_adapter
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    differences = [row.get("sampling/sampling_logp_difference/mean") for row in rows]
+    raised = {alert.metric for alert in collapse.alerts(rows, set()) if "sampling" in alert.metric}
+    if engine is FromTheBase:
+        assert raised == {"sampling/sampling_logp_difference/mean", "sampling/nearer_to_reference"} and min(differences) > 0.1
+    else:
+        known = engine is FastEngine
+        assert not raised and all((value is not None and value < 1e-4) if known else value is None for value in differences)
