@@ -1,4 +1,4 @@
-"""The two models that are measured: Phi-2's full size with random weights, and the tiny one; each with a LoRA."""
+"""The models that are measured, each with a LoRA: Phi-2's full size with random weights, the tiny one, or one in a folder."""
 
 import resource
 import subprocess
@@ -40,20 +40,23 @@ def full_size_phi2(dtype: torch.dtype = torch.float32):
 
 
 def setting(name: str) -> dict:
-    """The preset that the model is trained with: phi2 for "full", tiny for "tiny"."""
-    return {**CONFIG, **PRESETS["phi2" if name == "full" else "tiny"]}
+    """The preset that the model is trained with: phi2 for "full", else tiny; a folder's has 16 longer completions."""
+    others = {"model": name, "per_device_train_batch_size": 16, "max_completion_length": 96, "learning_rate": 5e-4}
+    return {**CONFIG, **PRESETS["phi2" if name == "full" else "tiny"], **(others if name not in ("full", "tiny") else {})}
 
 
 def device_of(name: str) -> tuple[torch.device, torch.dtype]:
     """The tiny model runs on the CPU, as in its preset."""
-    if name == "full" and torch.cuda.is_available():
+    if name != "tiny" and torch.cuda.is_available():
         return torch.device("cuda"), torch.bfloat16
     return torch.device("cpu"), torch.bfloat16 if name == "full" else torch.float32
 
 
 def base_of(name: str):
-    """The base without an adapter, and a tokenizer: the tiny one for both, as no text of the full-size model is read."""
+    """The base without an adapter, and a tokenizer: the tiny one's for "full", as no text of that model is read."""
     device, dtype = device_of(name)
+    if name not in ("full", "tiny"):
+        return load_base(setting(name), device, dtype), load_tokenizer(setting(name))
     tokenizer = load_tokenizer({**setting("tiny"), "model": str(TINY_FOLDER)})
     if name == "tiny":
         return load_base(setting("tiny"), device, dtype), tokenizer

@@ -2,10 +2,12 @@
 
   python benchmarks/rollout.py --model full        # Phi-2's size, random weights, bfloat16; nothing is downloaded
   python benchmarks/rollout.py --model tiny        # on the CPU
+  python benchmarks/rollout.py --model FOLDER --batches 16 --lengths 96
 
 Groups of 8 prompts of 64 tokens with a live LoRA; no completion ends early, so both engines do the same work. The engines take
 turns, A B A B, after one turn that is not counted. The limit of a decode step: it reads the weights once, and the cache of
-each sequence.
+each sequence. On a CPU, where the matrix products take the time, their own time is measured beside it. Kernels are the
+operations that torch dispatches in a decode step, views left out.
 """
 
 import argparse
@@ -55,9 +57,44 @@ def measured_bandwidth(device) -> float:
     return 2 * source.nbytes / min(times[1:])
 
 
+def products_seconds(policy, batch: int) -> float:
+    """Of the matrix products of a decode step alone: the base's linear layers and its head."""
+    import torch
+
+    base = policy.get_base_model()
+    layers = [m for name, m in base.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in name]
+    inputs = [torch.randn(batch, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device) for layer in layers]
+
+    def multiply() -> None:
+        for x, layer in zip(inputs, layers, strict=True):
+            torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+    with torch.no_grad():
+        return min(seconds_of(base.device, multiply) for _ in range(6))
+
+
+def kernels_of(engine, prompts: list[list[int]]) -> int:
+    """Operations dispatched in one decode step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for new in (4, 8):
+        with Count() as counted:
+            complete(engine, prompts, new)
+        counts.append(counted.count)
+    return round((counts[1] - counts[0]) / 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("full", "tiny"), default="tiny")
+    parser.add_argument("--model", metavar="full|tiny|FOLDER", default="tiny")
     parser.add_argument("--batches", default="1,8,32,64")
     parser.add_argument("--lengths", default="128,256,512")
     parser.add_argument("--turns", type=int, default=3)
@@ -71,6 +108,7 @@ def main() -> None:
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
     from phi2_grpo.rollout.cache import cache_bytes_per_token
+    from phi2_grpo.rollout.decode_step import DecodeStep
     from phi2_grpo.rollout.engine import FastEngine, GenerateEngine
     from phi2_grpo.training.outputs import hardware_name
 
@@ -95,22 +133,38 @@ def main() -> None:
                 for name, engine in engines.items():
                     seconds[name].append(seconds_of(device, complete, engine, prompts, new))
             ratios = [slow / fast for fast, slow in zip(seconds["fast"], seconds["generate"], strict=True)]
-            step = min(seconds["fast"]) / new
+            step, products = min(seconds["fast"]) / new, products_seconds(policy, batch)
             cache = batch * (PROMPT + new / 2) * cache_bytes_per_token(policy.config, dtype)
             share = (weights + cache) / bandwidth / step
             peaks = f"{peak['fast'] / 1e9:.2f}" if device.type == "cuda" else ""
             speeds = [f"{batch * new / min(seconds[name]):,.4g}" for name in engines]
-            rows.append((batch, new, *speeds, models.middle(ratios), f"{1000 * step:.2f}", f"{share:.0%}", peaks))
+            rows.append(
+                (
+                    batch,
+                    new,
+                    *speeds,
+                    models.middle(ratios),
+                    f"{1000 * step:.2f}",
+                    f"{1000 * products:.2f}",
+                    f"{share:.0%}",
+                    peaks,
+                )
+            )
             print(*rows[-1], sep="  ", flush=True)
-    columns = ("batch", "tokens", "fast, tokens/s", "generate, tokens/s", "times", "fast, ms a step", "of the limit",
-               "peak, GB")  # fmt: skip
+    columns = ("batch", "tokens", "fast, tokens/s", "generate, tokens/s", "times", "fast, ms a step", "products, ms",
+               "of the limit", "peak, GB")  # fmt: skip
+    engines = {"generate": GenerateEngine(policy, rows=8), "fast": FastEngine(policy), "fast, general step": FastEngine(policy)}
+    engines["fast, general step"].decode_step = DecodeStep(policy)
+    engines["fast"].cuda = engines["fast, general step"].cuda = False  # a replayed graph dispatches nothing
+    kernels = {name: kernels_of(engine, prompts_of(8, policy.config.vocab_size)) for name, engine in engines.items()}
     body = "\n".join(markdown_table(columns, rows)) + (
+        "\n\nKernels of a decode step: " + ", ".join(f"{count:,} ({name})" for name, count in kernels.items()) + "."
         f"\n\n{hardware_name(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
         f"Tokens/s and ms of the fastest of {arguments.turns} turns, prefill included; times: median [lowest, "
         "highest] of the turns' ratios. What fits the processor's own cache can be read faster than the limit of a copy."
     )
     command = " ".join(["python benchmarks/rollout.py", *sys.argv[1:]])
-    write_section(f"Rollout, {arguments.model}", command, body, "torch", "transformers", "peft")
+    write_section(f"Rollout, {Path(arguments.model).name}", command, body, "torch", "transformers", "peft")
 
 
 if __name__ == "__main__":

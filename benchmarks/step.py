@@ -2,6 +2,7 @@
 
   python benchmarks/step.py --model full           # Phi-2's size, random weights (preset phi2); nothing is downloaded
   python benchmarks/step.py --model tiny           # preset tiny, on the CPU
+  python benchmarks/step.py --model FOLDER --data DATA_DIR --steps 4 --turns 2    # of 16 completions of up to 96 tokens
 
 Each turn is a process of its own, in the order A B C A B C; its first two steps are not counted, the capture of CUDA graphs
 after them is. Stock is TRL's GRPOTrainer with the settings of ours, its rollout by generate. The copied recipe: 1 x 4
@@ -23,7 +24,7 @@ PARTS = ("rollout", "rewards", "log_probs", "update")
 WARMUP = 2
 
 
-def work(side: str, name: str, steps: int) -> dict:
+def work(side: str, name: str, data: str, steps: int) -> dict:
     """Train `steps` steps as `side` does; seconds by part and samples a second of those after the first two."""
     from phi2_grpo.common import setup
 
@@ -31,7 +32,7 @@ def work(side: str, name: str, steps: int) -> dict:
     import torch
     from datasets import load_from_disk
     from transformers import TrainerCallback
-    from trl import GRPOConfig
+    from trl import GRPOConfig, GRPOTrainer
 
     from benchmarks import models
     from phi2_grpo.common import progress
@@ -40,7 +41,7 @@ def work(side: str, name: str, steps: int) -> dict:
     from phi2_grpo.rollout.engine import make_engine
     from phi2_grpo.training import memory
     from phi2_grpo.training.outputs import hardware_name
-    from phi2_grpo.training.trainer import Trainer, training_arguments
+    from phi2_grpo.training.trainer import Trainer, timed, training_arguments
 
     config, (device, dtype) = models.setting(name), models.device_of(name)
     base, tokenizer = models.base_of(name)
@@ -61,12 +62,18 @@ def work(side: str, name: str, steps: int) -> dict:
     def length(completion_ids, **_):
         return [min(1.0, len(ids) / config["target_tokens"]) for ids in completion_ids]
 
+    class Stock(Trainer):
+        """TRL's own passes over padded rows, with our clock."""
+
+        _logps = GRPOTrainer._get_per_token_logps_and_entropies
+        _reference_logps = timed("log_probs", _logps)
+
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
+        trainer = (Trainer if side == "ours" else Stock)(
             model=base,
             reward_funcs=length,
             args=training_arguments(GRPOConfig, settings, device, dtype, output_dir=scratch, disable_dropout=True),
-            train_dataset=load_from_disk(str(ROOT / "data" / "tiny" / "oasst1_prompts"))["train"],
+            train_dataset=load_from_disk(str(Path(data) / "oasst1_prompts"))["train"],
             processing_class=tokenizer,
             peft_config=lora_config(config, base),
             callbacks=[Clock()],
@@ -92,23 +99,26 @@ def work(side: str, name: str, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("full", "tiny"), default="tiny")
+    parser.add_argument("--model", metavar="full|tiny|FOLDER", default="tiny")
+    parser.add_argument("--data", metavar="DIR", default=str(ROOT / "data" / "tiny"), help="of prompts that were prepared")
+    parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--steps", type=int, default=22)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--side", choices=SIDES, help="one turn of this side alone, printed as JSON")
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(work(arguments.side, arguments.model, arguments.steps)))
+        print(json.dumps(work(arguments.side, arguments.model, arguments.data, arguments.steps)))
         return
     from benchmarks.models import middle, prepared
     from benchmarks.results import write_section
     from phi2_grpo.common.console import markdown_table
 
     prepared()
-    runs = {side: [] for side in SIDES}
+    runs = {side: [] for side in arguments.sides.split(",")}
     for turn in range(arguments.turns):
-        for side in SIDES:
-            command = [sys.executable, __file__, "--side", side, "--model", arguments.model, "--steps", str(arguments.steps)]
+        for side in runs:
+            command = [sys.executable, __file__, "--side", side, "--model", arguments.model, "--data", arguments.data,
+                       "--steps", str(arguments.steps)]  # fmt: skip
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)
@@ -121,17 +131,20 @@ def main() -> None:
         tokens, peak = f"{sum(values['tokens']) / len(turns):.1f}", f"{max(values['peak']) / 1e9:.2f}"
         rows.append((side, middle(values["samples"]), middle(values["step"]), *parts, tokens, peak))
     lines = markdown_table(("", "samples/s", "s a step", *PARTS, "tokens a completion", "peak, GB"), rows)
-    pairs = list(zip(*runs.values(), strict=True))
     ratios = {
-        "step {} times stock TRL": [ours["samples"] / stock["samples"] for ours, stock, _ in pairs],
-        "rollout {} times stock TRL": [stock["rollout"] / ours["rollout"] for ours, stock, _ in pairs],
-        "samples {} times the copied recipe": [ours["samples"] / recipe["samples"] for ours, _, recipe in pairs],
+        f"{what} {{}} times {name}": [turn(ours, other) for ours, other in zip(runs["ours"], runs.get(side, []), strict=False)]
+        for what, side, name, turn in (
+            ("step", "stock", "stock TRL", lambda ours, stock: stock["step"] / ours["step"]),
+            ("rollout", "stock", "stock TRL", lambda ours, stock: stock["rollout"] / ours["rollout"]),
+            ("update", "stock", "stock TRL", lambda ours, stock: stock["update"] / ours["update"]),
+            ("samples", "recipe", "the copied recipe", lambda ours, recipe: ours["samples"] / recipe["samples"]),
+        )
     }
-    sentences = [text.format(middle(values)) for text, values in ratios.items()][::-1]
+    sentences = [text.format(middle(values)) for text, values in ratios.items() if values]
     note = f"{runs['ours'][0]['machine']}; {arguments.turns} turns of {arguments.steps} steps, the first {WARMUP} not counted."
     body = "\n".join(lines) + f"\n\n{note} Medians [lowest, highest].\n\n" + "\n\n".join(sentences)
     command = " ".join(["python benchmarks/step.py", *sys.argv[1:]])
-    write_section(f"A GRPO step, {arguments.model}", command, body, "torch", "transformers", "trl", "peft")
+    write_section(f"A GRPO step, {Path(arguments.model).name}", command, body, "torch", "transformers", "trl", "peft")
 
 
 if __name__ == "__main__":

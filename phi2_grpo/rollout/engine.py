@@ -131,11 +131,9 @@ class FastEngine(GenerateEngine):
                     break
             position += 1
             self._decode(rows, position, sampling)
-        completions = [
-            truncate_at_eos(ids, sampling.eos_token_ids) for ids in state.output_ids[: len(prompt_ids), :new].tolist()
-        ]
-        of_all = state.log_probs[: len(prompt_ids), :new].tolist()
-        self.log_probs += [values[: len(ids)] for values, ids in zip(of_all, completions, strict=True)]
+        sampled, log_probs = (kept[: len(prompt_ids), :new].tolist() for kept in (state.output_ids, state.log_probs))
+        completions = [truncate_at_eos(ids, sampling.eos_token_ids) for ids in sampled]
+        self.log_probs += [values[: len(ids)] for values, ids in zip(log_probs, completions, strict=True)]
         return completions
 
     def _prefill(self, prompt_ids: list[list[int]]) -> torch.Tensor:

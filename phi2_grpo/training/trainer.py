@@ -209,17 +209,20 @@ class Trainer(RunMixin, GRPOTrainer):
             parts.append((batch, aligned.gather(2, back.expand(len(values), -1, -1))))
         inverse = torch.tensor([i for batch, _ in parts for i in batch]).argsort()
         logps, *entropies = torch.cat([values for _, values in parts], 1)[:, inverse]
-        self.policy_logps = logps.detach()
         return logps, entropies[0] if entropies else None, None
 
     _reference_logps = timed("log_probs", _logps)
 
     def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
-        return (self._logps if torch.is_grad_enabled() else self._reference_logps)(*arguments, **keywords)
+        result = (self._logps if torch.is_grad_enabled() else self._reference_logps)(*arguments, **keywords)
+        self.policy_logps = result[0].detach()  # read after the loss, whose pass is the last
+        return result
 
     def _compute_loss(self, model, inputs: dict) -> torch.Tensor:
-        """TRL's; and the step's log says how far the sampled tokens' log-probs at the rollout are from those of the update, under
-        TRL's own names, and from the reference's: a rollout that is not the policy's would be nearer to the reference."""
+        """TRL's; and logs how far the sampled tokens' log-probs moved from rollout to update, under TRL's own names.
+
+        And by how much the rollout is nearer to the reference: it is, where it does not sample from the policy.
+        """
         loss, sampled = super()._compute_loss(model, inputs), inputs.get("sampling_per_token_logps")
         if sampled is not None and not self.use_vllm:
             real = inputs["completion_mask"].bool()

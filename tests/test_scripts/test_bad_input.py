@@ -79,6 +79,7 @@ def test_a_training(call, quick, tmp_path, flags, expected):
 
 def test_no_gpu_for_the_default_preset(call, micro, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("phi2_grpo.models.base._parameters", lambda _: 2.7e9)
     done = call("train_grpo", "--model", micro, "--data_dir", prepared, "--output_dir", tmp_path / "o")
     refused(done, "no CUDA GPU", "--preset tiny", "--device cpu")
 
