@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all set-up on a fresh machine. PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
-# Passed to pip; README's "Without a GPU" shows what for.
+# Passed to pip; docs/troubleshooting.md shows what for.
 PIP_FLAGS ?=
 TINY := --preset tiny
 

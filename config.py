@@ -25,7 +25,7 @@ CONFIG = {
     "max_prompt_tokens": 384,  # longest prompt kept, counted with the chat template
     "max_turns": 1,  # user turns in a prompt: 1 takes first questions, 2 also follow-ups with their history
     "max_toxicity": 1.0,  # keep prompts up to this toxicity label (0-1); 1 keeps all
-    "validation_fraction": 0.05,  # share of the trees held out where the source has no validation split
+    "validation_fraction": 0.05,  # share of the conversation trees held out where the source has no validation split
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
     "rollout": "auto",  # auto and fast (ours, where it can decode the model), generate (transformers' own)
@@ -35,7 +35,7 @@ CONFIG = {
     "vllm_server_base_url": "",  # of that server, http://HOST:8000
     "vllm_gpu_memory_utilization": 0.3,  # share of the GPU's memory for vLLM in colocate mode
     "num_generations": 8,  # completions per prompt, the group that GRPO compares (4 small, 16 large)
-    "max_completion_length": 256,  # tokens; at least twice target_tokens, or ending late looks like ending well
+    "max_completion_length": 256,  # tokens; at least twice target_tokens, so that a cut answer is far from the target
     "temperature": 1.0,  # of the rollouts; 1 is the policy itself
     "top_p": 1.0,  # 1 = no nucleus cut: the log-probs that train are those that sampled
     "top_k": 0,  # 0 = no cut, as above
@@ -51,7 +51,7 @@ CONFIG = {
     "reward_max_length": 1024,  # tokens of prompt and reply; pairs with a longer one are left out of the training
     # --- training (sources: TRL's LoRA and paper guides, Dr. GRPO arXiv 2503.20783, DeepSeekMath 2402.03300)
     "max_steps": 100,  # optimizer steps: 100 to see it work, 200-300 for a demo, 500 and more for a claim
-    "learning_rate": 4e-5,  # 4e-5 for 100 steps, 1e-5 for 500: what counts is the sum over the steps
+    "learning_rate": 4e-5,  # 4e-5 for 100 steps, 1e-5 for 500: learning_rate x steps is roughly what matters
     "lr_scheduler_type": "constant_with_warmup",  # constant, so that a resumed run may add steps
     "warmup_steps": 5,  # optimizer steps
     "beta": 0.03,  # weight of the KL to the base; 0.02-0.04 where length is the only reward
@@ -59,7 +59,7 @@ CONFIG = {
     "scale_rewards": "none",  # advantage = reward - group mean, not divided by the group's std: rewards are bounded
     "per_device_train_batch_size": 4,  # completions in one forward and backward pass; what training memory depends on
     "gradient_accumulation_steps": 8,  # x the above = 32 completions in one optimizer step
-    "activation_checkpointing": True,  # recompute activations in the backward pass: slower, but far less memory
+    "activation_checkpointing": True,  # (gradient checkpointing) recompute them in the backward pass: slower, far less memory
     "max_grad_norm": 0.5,  # gradients are clipped to this norm
     "seed": 0,  # of sampling, data order and the adapter's initial values
     # --- what a run leaves

@@ -1,7 +1,7 @@
 """Fine-tune Phi-2 with GRPO and LoRA on oasst1 prompts.
 
   python train_grpo.py                     # 100 steps on one 12-16 GB GPU
-  python train_grpo.py 500 --learning_rate 1e-5    # longer: what counts is the sum of the rates
+  python train_grpo.py 500 --learning_rate 1e-5    # longer: learning_rate x steps is what matters
   python train_grpo.py --check             # check everything, train nothing
   python train_grpo.py --resume            # go on from the newest complete checkpoint
   python train_grpo.py --preset tiny       # a 2M-parameter model on the CPU, in minutes
@@ -44,7 +44,7 @@ def main() -> None:
     from phi2_grpo.common.console import Console
     from phi2_grpo.data import oasst
     from phi2_grpo.models import embedded
-    from phi2_grpo.training.checkpoints import advice_when_interrupted
+    from phi2_grpo.training.checkpoints import add_resume_hint
     from phi2_grpo.training.preflight import preflight
 
     output, console = Path(config["output_dir"]), Console(quiet=cli.process_index() > 0)
@@ -56,12 +56,12 @@ def main() -> None:
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    with files.lock_folder(output), advice_when_interrupted(output):
+    with files.lock_folder(output), add_resume_hint(output):
         train(config, arguments, console, ready)
 
 
 def train(config: dict, arguments, console, ready) -> None:
-    """Train, and leave the finished adapter in <output_dir>-final."""
+    """Train, and leave the finished adapter in <output_dir>-final. `ready`: the preflight's result, with what it loaded."""
     from transformers import set_seed
 
     from phi2_grpo.models.base import load_base
@@ -80,7 +80,7 @@ def train(config: dict, arguments, console, ready) -> None:
     log = add_callbacks(config, ready, trainer, facts)
     trainer.run(log, checkpoint)
     raise_if_collapsed(log.collapsed_at, output)
-    if trainer.args.should_save:  # in one process
+    if trainer.args.should_save:  # in the first process; the last step has a checkpoint, for transformers saves there
         save_adapter(checkpoints.newest_complete(output), final, ready.tokenizer, facts, trainer.state.log_history)
         print_result(config, arguments.preset, console, final, trainer.state.log_history)
 
@@ -130,18 +130,18 @@ def describe_run(config: dict, preset: str, ready, trainer) -> dict:
 
 
 def add_callbacks(config: dict, ready, trainer, facts: dict):
-    """Logging, checkpoints, and evaluation on held-out prompts; returns the first of them."""
+    """Logging, checkpoints, and evaluation on held-out prompts. Returns the LogCallback, which has the run's clock."""
     from phi2_grpo.data.store import select_rows
     from phi2_grpo.rewards.scorer import Scorer
     from phi2_grpo.training.callbacks import GRPO_COLUMNS, CheckpointCallback, EvaluationCallback, LogCallback
     from phi2_grpo.training.outputs import write_adapter_files
 
-    def complete(folder: Path, history: list[dict]) -> None:
+    def write_files(folder: Path, history: list[dict]) -> None:
         write_adapter_files(folder, ready.tokenizer, facts, history, log.seconds(), finished=False)
 
     log = LogCallback(GRPO_COLUMNS, config, ready.scorer)
     trainer.add_callback(log)
-    trainer.add_callback(CheckpointCallback(complete, config["save_total_limit"]))
+    trainer.add_callback(CheckpointCallback(write_files, config["save_total_limit"]))
     if rows := select_rows(ready.prompts["validation"], config["eval_prompts"], seed=0):
         scorer = Scorer(ready.tokenizer, config["target_tokens"], ready.scorer.chosen)
         trainer.add_callback(EvaluationCallback(trainer, scorer, rows, config, log.console))

@@ -47,7 +47,7 @@ def main() -> None:
     if arguments.check:
         console.print("All is ready. Without --check, training starts here.")
         return
-    with files.lock_folder(Path(config["reward_dir"])), checkpoints.advice_when_interrupted(run_folder):
+    with files.lock_folder(Path(config["reward_dir"])), checkpoints.add_resume_hint(run_folder):
         train(config, arguments, console, ready, run_folder)
 
 

@@ -72,7 +72,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from phi2_grpo.models.base import choose_device, context_length, meta_model, use_adapter_base
     from phi2_grpo.models.lora import check_adapter, check_same_base
     from phi2_grpo.models.tokenizer import check_context, check_vocabulary, load_tokenizer
-    from phi2_grpo.rewards.scorer import Scorer, choose_rewards, try_rewards, with_all_built_in
+    from phi2_grpo.rewards.scorer import Scorer, add_built_in, parse_rewards, try_rewards
     from phi2_grpo.rollout.cache import rows_that_fit
     from phi2_grpo.rollout.engine import make_engine
 
@@ -89,7 +89,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     check_vocabulary(tokenizer, base)
     table, funnel = load_held_out(console, config, tokenizer, trained)
     prompts = select_rows(table, config["max_prompts"], config["seed"])
-    scorer = Scorer(tokenizer, config["target_tokens"], with_all_built_in(choose_rewards(config["rewards"])))
+    scorer = Scorer(tokenizer, config["target_tokens"], add_built_in(parse_rewards(config["rewards"])))
     try_rewards(scorer, prompts[:8])
     context = context_length(base)
     generation = saved_generation_config(adapters[0], tokenizer, config, context)  # how to chat

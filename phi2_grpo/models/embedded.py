@@ -32,8 +32,8 @@ RECIPE = {"vocab_size": 3072, "hidden_size": 160, "layers": 4, "heads": 4, "cont
 def prepare(model: str, load_dialogues: Callable[[], list[dict]]) -> None:
     """Build the tiny base in TINY_FOLDER unless it is there and current, or `model` is another.
 
-    `load_dialogues` returns the rows that it is trained on, with the texts `prompt` and `reply`. The scripts hand it over: this
-    room needs nothing of the data's.
+    `load_dialogues` returns the rows that it is trained on, with the texts `prompt` and `reply`. The scripts hand it over, so
+    that this folder needs nothing of data/.
     """
     if model != "tiny":
         return

@@ -41,7 +41,7 @@ class Reward:
         return str(self.function.__doc__ or "").strip().partition("\n")[0]
 
 
-def choose_rewards(items: list[str]) -> list[Reward]:
+def parse_rewards(items: list[str]) -> list[Reward]:
     """The rewards that `--rewards length:1.0,my_rewards.py:polite,results/reward-model` names; a weight left out is 1.
 
     Reward models are read but not loaded (see `RewardModel.load`). Raises UserError for what cannot be found, imported or
@@ -63,7 +63,7 @@ def choose_rewards(items: list[str]) -> list[Reward]:
     return chosen
 
 
-def with_all_built_in(chosen: list[Reward]) -> list[Reward]:
+def add_built_in(chosen: list[Reward]) -> list[Reward]:
     """`chosen`, and with weight 0 the built-in rewards that are not among them: measured, though they were not trained for."""
     names = {reward.name for reward in chosen}
     return chosen + [Reward(name, 0.0, function) for name, function in BUILT_IN.items() if name not in names]
@@ -128,13 +128,13 @@ def _import_module(name: str):
 
 
 class Scorer:
-    """The rewards as TRL calls them: `functions`. Each batch is trimmed once; `last` keeps the last batch, one dict a
+    """The rewards as TRL calls them: `functions`. Each batch is trimmed once; `last_batch` keeps the last batch, one dict a
     completion: `prompt`, `completion_ids`, `answer`, `scores` by reward name, and `score`, their weighted sum."""
 
     def __init__(self, tokenizer, target_tokens: int, chosen: list[Reward]):
         self.tokenizer, self.target_tokens, self.chosen = tokenizer, target_tokens, chosen
-        self.functions = [self._for_trl(reward) for reward in chosen]
-        self.last: list[dict] = []
+        self.functions = [self._wrap_for_trl(reward) for reward in chosen]
+        self.last_batch: list[dict] = []
         self.state = TrainerState(global_step=1, max_steps=1)  # what a reward sees outside training: the end of it
 
     @property
@@ -143,7 +143,7 @@ class Scorer:
         return [reward.function for reward in self.chosen if isinstance(reward.function, RewardModel)]
 
     def score(self, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
-        """Completions outside training, of `rows` of the data set, one each; returns `last`.
+        """Completions outside training, of `rows` of the data set, one each; returns `last_batch`.
 
         What a reward does not score is left out of the sum, as in TRL; what none of them scores has no score (None). A reward
         model that is not loaded yet is passed over.
@@ -155,12 +155,12 @@ class Scorer:
         for reward, function in zip(self.chosen, self.functions, strict=True):
             if not isinstance(reward.function, RewardModel) or reward.function.model:
                 function(prompts=[row["prompt"] for row in rows], completion_ids=completion_ids, **columns)
-        return self.last
+        return self.last_batch
 
-    def _for_trl(self, reward: Reward) -> Callable:
+    def _wrap_for_trl(self, reward: Reward) -> Callable:
         def scored(prompts, completions, completion_ids, **columns):
             self._start_batch(prompts, completion_ids, columns)
-            answers = [row["answer"] for row in self.last]
+            answers = [row["answer"] for row in self.last_batch]
             arguments = {
                 "prompts": list(prompts),
                 "completions": list(completions),
@@ -173,7 +173,7 @@ class Scorer:
                 **columns,
             }
             scores = _call(reward, arguments, len(answers))
-            for row, value in zip(self.last, scores, strict=True):
+            for row, value in zip(self.last_batch, scores, strict=True):
                 row["scores"][reward.name] = value
                 row["score"] = self._weighted_sum(row["scores"])
             self._log_languages(reward.name, scores, columns)
@@ -185,10 +185,10 @@ class Scorer:
     def _start_batch(self, prompts: list, completion_ids: list[list[int]], columns: dict) -> None:
         """Trim a batch and log its answers, at the first of the rewards that see it."""
         batch = list(zip(prompts, completion_ids, strict=True))
-        if batch == [(row["prompt"], row["completion_ids"]) for row in self.last]:
+        if batch == [(row["prompt"], row["completion_ids"]) for row in self.last_batch]:
             return
         answers = trim(completion_ids, self.tokenizer)
-        self.last = [{"prompt": prompt, "completion_ids": ids, "answer": answer, "score": None, "scores": {}}
+        self.last_batch = [{"prompt": prompt, "completion_ids": ids, "answer": answer, "score": None, "scores": {}}
                      for (prompt, ids), answer in zip(batch, answers, strict=True)]  # fmt: skip
         if log := columns.get("log_metric"):  # TRL's: the mean over a step, beside its own metrics
             log("answers/ended", sum(answer.ended for answer in answers) / len(answers))

@@ -120,7 +120,7 @@ class LogCallback(ProgressBar):
 
     def show_samples(self, step: int) -> None:
         """The best and the worst completion of the last batch, prompt and tokens as the model sees them."""
-        rows = sorted(self.scorer.last, key=lambda row: -math.inf if row["score"] is None else row["score"])
+        rows = sorted(self.scorer.last_batch, key=lambda row: -math.inf if row["score"] is None else row["score"])
         for name, row, color in (("best", rows[-1], "green"), ("worst", rows[0], "red")):
             prompt, completion = render(self.scorer.tokenizer, [row["prompt"]])[0], row["completion_ids"]
             body = Text.assemble((prompt, "dim"), self.scorer.tokenizer.decode(completion))
@@ -135,7 +135,7 @@ def _format(value: float | None, spec: str) -> str:
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates at step 0, every `eval_steps` and at the end: a curve that learning the prompts by heart cannot lift.
+    """Evaluates at step 0, every `eval_steps` and at the end: memorised prompts cannot raise it.
 
     Prompts and seeds are fixed, and nothing is drawn from the run's own random numbers: a run with it and one without end
     with the same weights.

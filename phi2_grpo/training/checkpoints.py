@@ -55,15 +55,15 @@ def newest_complete(output: Path) -> Path | None:
 
 
 @contextmanager
-def advice_when_interrupted(output: Path) -> Iterator[None]:
+def add_resume_hint(output: Path) -> Iterator[None]:
     """Adds to a Ctrl-C or SIGTERM what is left, and how to go on."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        raise type(interrupt)(what_is_left(output)) from None
+        raise type(interrupt)(resume_hint(output)) from None
 
 
-def what_is_left(output: Path) -> str:
+def resume_hint(output: Path) -> str:
     newest = newest_complete(output)
     return f"{newest} is complete: go on with --resume." if newest else "No checkpoint was written yet."
 
@@ -74,7 +74,7 @@ def is_result_of(final: Path, checkpoint: Path) -> bool:
     return weights[0].is_file() and filecmp.cmp(*weights, shallow=False)
 
 
-def is_ours(output: Path) -> bool:
+def is_run_folder(output: Path) -> bool:
     """Whether what a run would replace in `output` is a run's: each begins its metrics.jsonl before its first checkpoint."""
     rows, evaluations = (output / name for name in ROWS)
     if not rows.exists():

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from phi2_grpo.models.base import base_of_adapter, choose_device, commit_of, con
 from phi2_grpo.models.lora import lora_counts, lora_summary, meta_lora_model
 from phi2_grpo.models.tokenizer import check_context, check_vocabulary, load_tokenizer
 from phi2_grpo.rewards.reward_model import render_conversations
-from phi2_grpo.rewards.scorer import Scorer, choose_rewards, try_rewards
+from phi2_grpo.rewards.scorer import Scorer, parse_rewards, try_rewards
 from phi2_grpo.rollout.cache import free_memory
 from phi2_grpo.rollout.engine import choose_engine
 from phi2_grpo.training import checkpoints, outputs
@@ -72,7 +73,7 @@ def output_folder(output: Path, final: Path, key: str, resume: bool, overwrite: 
     files.check_writable(output)
     files.check_writable(final)
     finished = files.check_replaceable(final, lambda folder: key in files.read_run(folder))
-    if not checkpoints.is_ours(output) or (output / "adapter_config.json").exists():
+    if not checkpoints.is_run_folder(output) or (output / "adapter_config.json").exists():
         raise UserError(f"{output} holds an adapter, metrics or checkpoints of another program. Choose another folder.")
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
@@ -228,7 +229,7 @@ def rollout(config: dict, policy: PeftModel):
 
 
 def rewards(config: dict, tokenizer, prompts: DatasetDict):
-    scorer = Scorer(tokenizer, config["target_tokens"], choose_rewards(config["rewards"]))
+    scorer = Scorer(tokenizer, config["target_tokens"], parse_rewards(config["rewards"]))
     tried = try_rewards(scorer, first_rows(prompts))
     parts = []
     for reward in scorer.chosen:
@@ -244,24 +245,42 @@ def rewards(config: dict, tokenizer, prompts: DatasetDict):
 def memory(config: dict, policy: PeftModel, longest: int, device, dtype, scorer: Scorer, engine: str):
     reward_models = sum(model.extra_bytes(config, dtype) for model in scorer.models)
     free = free_memory(device)
-    parts = estimate(config, policy, longest, device, dtype, free, reward_models)
-    text = _memory_text(parts, peak(parts, engine), free)
+
+    def parts_of(config: dict) -> dict[str, int]:
+        return estimate(config, policy, longest, device, dtype, free, reward_models)
+
+    text = _memory_text(config, parts_of, lambda parts: peak(parts, engine), free)
     if device.type == "cuda":
         text += f". Largest preset that fits: {largest_preset(policy, longest, device, dtype, free) or 'none'}"
-    return parts, text
+    return parts_of(config), text
 
 
 def pair_memory(config: dict, policy: PeftModel, longest: int, device, dtype):
     """Both replies of a pair are in one forward pass."""
-    parts = update_estimate(config, policy, 2 * config["per_device_train_batch_size"] * longest, device, dtype)
-    return parts, _memory_text(parts, sum(parts.values()), free_memory(device))
+
+    def parts_of(config: dict) -> dict[str, int]:
+        return update_estimate(config, policy, 2 * config["per_device_train_batch_size"] * longest, device, dtype)
+
+    return parts_of(config), _memory_text(config, parts_of, lambda parts: sum(parts.values()), free_memory(device))
 
 
-def _memory_text(parts: dict[str, int], total: int, free: int) -> str:
+def _memory_text(config: dict, parts_of: Callable[[dict], dict], total: Callable[[dict], int], free: int) -> str:
+    """The estimate in words, and where it does not fit the largest batch, by halves, that does."""
+    parts = parts_of(config)
     listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
-    text = f"about {total / GB:.2f} GB ({listing}), of {free / GB:.1f} GB free"
-    lower = "per_device_train_batch_size (and raise gradient_accumulation_steps), rollout_batch_size or the longest length"
-    return text + f"\nThis may not fit: lower {lower}" * (total > free)
+    text = f"about {total(parts) / GB:.2f} GB ({listing}), of {free / GB:.1f} GB free"
+    if total(parts) <= free:
+        return text
+    size, steps = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
+    while size % 2 == 0:
+        size, steps = size // 2, steps * 2
+        smaller = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        if total(parts_of({**config, **smaller})) <= free:
+            flags = " ".join(f"--{key} {value}" for key, value in smaller.items())
+            return f"{text}\nThis may not fit; this does: {flags}"
+    return (
+        f"{text}\nThis may not fit, nor a smaller batch: lower rollout_batch_size, or take a smaller base"
+    )
 
 
 def disk(config: dict, policy: PeftModel, output: Path):

@@ -1,4 +1,7 @@
-"""TRL's trainers, with our rollout, a clock and an end that says how to go on; what overrides private methods is here alone."""
+"""TRL's trainers with our rollouts, updates without padding, the seconds of each part, and clear endings of a run.
+
+All that overrides private methods of TRL or transformers is in this file.
+"""
 
 import shutil
 import time
@@ -103,7 +106,7 @@ class RunMixin:
         elif isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             text = f"another process of this run is gone, or its machine: {first_line(error)[:200]}"
         if text:
-            raise UserError(f"{text}\n  {checkpoints.what_is_left(output)}") from None
+            raise UserError(f"{text}\n  {checkpoints.resume_hint(output)}") from None
 
     def _save_now(self, output: Path) -> None:
         """Save what the last complete step left, where no checkpoint has it yet."""

@@ -9,7 +9,7 @@ from phi2_grpo.evaluation import measure
 from phi2_grpo.models.base import load_base
 from phi2_grpo.models.lora import load_adapter
 from phi2_grpo.models.tokenizer import load_tokenizer, render
-from phi2_grpo.rewards.scorer import Scorer, choose_rewards
+from phi2_grpo.rewards.scorer import Scorer, parse_rewards
 from phi2_grpo.rollout.engine import complete, make_engine
 from phi2_grpo.rollout.sampling import rollout_generation_config
 
@@ -67,7 +67,7 @@ def test_a_model_against_itself_shows_no_difference(config, tokenizer, base):
     """Two draws of the same model, 60 trials of 20 prompts: at least 52 say so (57 are expected)."""
     rows = [{**ROWS[0], "prompt": [{"role": "user", "content": f"Why {i}?"}]} for i in range(20)] * 60
     texts, engine = render(tokenizer, [row["prompt"] for row in rows]), make_engine("auto", base)
-    scorer, scores = Scorer(tokenizer, 6, choose_rewards(["length"])), []
+    scorer, scores = Scorer(tokenizer, 6, parse_rewards(["length"])), []
     for seed in (10_000, 20_000):
         ids = complete(engine, tokenizer, texts, rollout_generation_config(config, tokenizer), seed)
         scores.append([row["score"] for row in scorer.score(rows, ids)])

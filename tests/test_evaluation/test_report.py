@@ -4,14 +4,14 @@ import pytest
 
 from phi2_grpo.evaluation import report
 from phi2_grpo.models.answers import Answer
-from phi2_grpo.rewards.scorer import Scorer, choose_rewards, with_all_built_in
+from phi2_grpo.rewards.scorer import Scorer, add_built_in, parse_rewards
 
 SHORT, RIGHT = [list(range(3))] * 30, [list(range(8))] * 30
 
 
 def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str) -> dict:
     """Of answers with these tokens to prompts; each prompt has one answer."""
-    scorer = Scorer(None, 8, with_all_built_in(choose_rewards(list(rewards or ["length"]))))
+    scorer = Scorer(None, 8, add_built_in(parse_rewards(list(rewards or ["length"]))))
     prompts = [{"prompt": [{"role": "user", "content": "Q"}], "lang": "en", "message_id": str(i)} for i in range(len(base))]
     samples = []
     for side, answers in (("base", base), ("tuned", tuned)):

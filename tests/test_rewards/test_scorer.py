@@ -8,7 +8,7 @@ import torch
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.tokenizer import load_tokenizer
 from phi2_grpo.rewards.functions import length
-from phi2_grpo.rewards.scorer import Reward, Scorer, choose_rewards, describe_rewards, try_rewards
+from phi2_grpo.rewards.scorer import Reward, Scorer, describe_rewards, parse_rewards, try_rewards
 
 END = "<|endoftext|>"
 ROWS = [{"prompt": [{"role": "user", "content": "Why?"}], "lang": "en", "message_id": "1", "reference": "Because."}] * 3
@@ -28,7 +28,7 @@ MINE = "def polite(answers, **_):\n    return ['please' in answer for answer in 
 
 def test_names_weights_and_files(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
-    chosen = choose_rewards(["length", "repetition:0.5", "ending:-1", f"{tmp_path}/mine.py:polite:2"])
+    chosen = parse_rewards(["length", "repetition:0.5", "ending:-1", f"{tmp_path}/mine.py:polite:2"])
     assert [(reward.name, reward.weight) for reward in chosen] == [
         ("length", 1.0), ("repetition", 0.5), ("ending", -1.0), ("polite", 2.0)]  # fmt: skip
     assert chosen[0].summary.startswith("Rewards answers of about")
@@ -36,11 +36,11 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
     (tmp_path / "other.py").write_text(
         with_dataclass + "import functools\npart = functools.partial(lambda answers, **_: [1.0])\n"
     )
-    assert choose_rewards([f"{tmp_path}/other.py:part"])[0].name == "part"
+    assert parse_rewards([f"{tmp_path}/other.py:part"])[0].name == "part"
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "inner.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    assert choose_rewards(["package.inner:polite"])[0].function(answers=["Yes, please"]) == [True]
+    assert parse_rewards(["package.inner:polite"])[0].function(answers=["Yes, please"]) == [True]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_cannot_be_chosen(tmp_path, text, expected):
     (tmp_path / "syntax.py").write_text("x = 1\ndef f(:\n")
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(UserError) as refused:
-        choose_rewards(text.format(dir=tmp_path).split(","))
+        parse_rewards(text.format(dir=tmp_path).split(","))
     assert expected in str(refused.value)
 
 
@@ -135,7 +135,7 @@ def test_they_get_columns_and_answers_and_are_logged_once(tokenizer):
     assert seen == {"answers": ["Because.", "Why not"], "reference": ["a", "b"]}
     assert logged["answers/ended"] == 0.5 and "rewards/length/es" in logged and "rewards/custom/en" not in logged
     assert "collapse/at_target" in logged
-    row = scorer.last[1]
+    row = scorer.last_batch[1]
     assert row["scores"]["custom"] == 1.0 and row["score"] == pytest.approx(2.0 - row["scores"]["length"])
     assert scorer.functions[1].__name__ == "length", "TRL logs it under its name"
 
@@ -273,6 +273,6 @@ def test_weights_are_trl_s(tokenizer):
 
 
 def test_what_run_json_says_of_a_reward():
-    assert describe_rewards(choose_rewards(["ending:3"])) == [
+    assert describe_rewards(parse_rewards(["ending:3"])) == [
         {"name": "ending", "weight": 3.0, "summary": "Rewards ending by itself. 0 or 1.", "digest": None}
     ]

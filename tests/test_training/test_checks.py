@@ -106,9 +106,11 @@ def test_the_checks_of_a_reward_model(monkeypatch, config):
     ready.raise_errors()
     batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
     assert ready.steps == config["reward_epochs"] * -(-len(ready.pairs["train"]) // batch)
-    monkeypatch.setattr(checks, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(checks, "free_memory", lambda _: 150_000_000)
     monkeypatch.setenv("WORLD_SIZE", "2")
     ready = preflight_reward(config, resume=False, overwrite=False)
-    assert "per_device_train_batch_size" in next(check.text for check in ready.results if check.name == "memory")
+    assert f"this does: --per_device_train_batch_size {batch // 2} " in next(
+        check.text for check in ready.results if check.name == "memory"
+    )
     with pytest.raises(UserError, match="one process"):
         ready.raise_errors()
