@@ -278,9 +278,7 @@ def _memory_text(config: dict, parts_of: Callable[[dict], dict], total: Callable
         if total(parts_of({**config, **smaller})) <= free:
             flags = " ".join(f"--{key} {value}" for key, value in smaller.items())
             return f"{text}\nThis may not fit; this does: {flags}"
-    return (
-        f"{text}\nThis may not fit, nor a smaller batch: lower rollout_batch_size, or take a smaller base"
-    )
+    return f"{text}\nThis may not fit, nor a smaller batch: lower rollout_batch_size, or take a smaller base"
 
 
 def disk(config: dict, policy: PeftModel, output: Path):
