@@ -215,6 +215,7 @@ def test_a_phone_has_no_sideways_scroll(visit, tab):
 def test_about_shows_what_the_adapter_s_files_say(visit):
     page = visit()
     page.get_by_role("tab", name="About").click()
+    page.locator("#card").get_by_text("mean reward").first.wait_for()
     text = page.locator("#card").inner_text()
     assert "mean reward" in text and "6 steps" in text and "peft" in text and "library_name" not in text
     page.wait_for_function("[...document.images].some(image => image.naturalWidth > 500)")

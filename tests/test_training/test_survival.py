@@ -62,6 +62,7 @@ def test_killed_three_times_it_ends_the_same(call, quick, tmp_path):
     assert checkpoints.list_checkpoints(tmp_path / "killed") == checkpoints.complete_checkpoints(tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_killed_past_its_first_epochs(call, quick, micro, tmp_path, monkeypatch):
     """Eight prompts, two a step: three epochs of four steps, each in an order of its own, that a resumed run finds again."""
     rows = [json.loads(line) for line in (ROOT / "sample" / "tiny.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -324,6 +325,7 @@ SECRETS = {"HF_TOKEN": "hf_Zq7PlantedTokenOfTheHub", "WANDB_API_KEY": "planted0w
            "AWS_SECRET_ACCESS_KEY": "PlantedSecretOfACloud"}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_base_of_the_hub_and_secrets_in_the_environment(quick, micro, tmp_path):
     """Offline, from a cache as the Hub's library lays it out: its commit is recorded. Tokens in the environment of a training and
     a validation: in no file, no message. And the tracker, in a folder of this machine, is quiet about itself."""
