@@ -31,7 +31,7 @@ def is_phi(model) -> bool:
 
 
 class PhiDecodeStep(DecodeStep):
-    """One decode step of `model`, which `unsupported_reason` must accept. Call `sync_adapter` before a rollout."""
+    """One decode step of `model`, which `is_phi` must accept. Call `sync_adapter` before a rollout."""
 
     @torch.no_grad()
     def __init__(self, model):
