@@ -205,9 +205,7 @@ class Trainer(RunMixin, GRPOTrainer):
             with self.accelerator.autocast():
                 out = model(input_ids=ids[batch, :longest], labels=labels[batch, :longest], fused_lm_head=True)
             values = [out.log_probs, out.entropy] if compute_entropy else [out.log_probs]
-            aligned = torch.nn.functional.pad(
-                torch.stack(values), (1, width - longest)
-            )  # (1 or 2, b, T), 0 for the first token
+            aligned = torch.nn.functional.pad(torch.stack(values), (1, width - longest))  # (1 or 2, b, T)
             back = order[batch].argsort(dim=1)[:, -logits_to_keep:]
             parts.append((batch, aligned.gather(2, back.expand(len(values), -1, -1))))
         inverse = torch.tensor([i for batch, _ in parts for i in batch]).argsort()
@@ -234,7 +232,9 @@ class Trainer(RunMixin, GRPOTrainer):
             if (reference := inputs.get("ref_per_token_logps")) is not None:
                 logged["nearer_to_reference"] = difference.mean() - (reference - sampled).abs()[real].mean()
             for name, value in logged.items():
-                self._metrics["train"][f"sampling/{name}"].append(self.accelerator.gather(value).mean().item())
+                gathered = self.accelerator.gather(value)  # of all processes
+                whole = gathered.max() if name.endswith("max") else gathered.mean()
+                self._metrics["train"][f"sampling/{name}"].append(whole.item())
         return loss
 
     def training_step(self, *arguments, **keywords):
