@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from config import CONFIG, PRESETS
-from phi2_grpo.models.base import TINY_FOLDER, load_base
+from phi2_grpo.models.base import EMBEDDED, load_base
 from phi2_grpo.models.lora import lora_config
 from phi2_grpo.models.tokenizer import load_tokenizer
 
@@ -57,7 +57,7 @@ def base_of(name: str):
     device, dtype = device_of(name)
     if name not in ("full", "tiny"):
         return load_base(setting(name), device, dtype), load_tokenizer(setting(name))
-    tokenizer = load_tokenizer({**setting("tiny"), "model": str(TINY_FOLDER)})
+    tokenizer = load_tokenizer({**setting("tiny"), "model": str(EMBEDDED["tiny"])})
     if name == "tiny":
         return load_base(setting("tiny"), device, dtype), tokenizer
     torch.manual_seed(0)

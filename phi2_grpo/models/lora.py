@@ -10,7 +10,7 @@ from safetensors import safe_open
 from config import CONFIG
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, load_errors
-from phi2_grpo.models.base import base_of_adapter, is_same_base, meta_model, resolve_model
+from phi2_grpo.models.base import base_name, base_of_adapter, is_same_base, meta_model
 
 # The first release of Phi-2 fused q, k and v into Wqkv and called the output projection out_proj. transformers' native
 # port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
@@ -26,7 +26,7 @@ def resolve_lora(config: dict, model) -> LoraConfig:
     with load_errors(f"{path} cannot be loaded", REMEDY):
         lora = LoraConfig.from_pretrained(str(path))
     lora.inference_mode = False
-    lora.base_model_name_or_path, lora.revision = resolve_model(config)
+    lora.base_model_name_or_path, lora.revision = base_name(config)
     return lora
 
 
@@ -50,7 +50,7 @@ def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig
             f"--lora_target_modules: {', '.join(missing) if modules else 'an empty list'} matches no linear layer of "
             f"{config['model']}. It has: {listing}; or give all-linear."
         )
-    name, revision = resolve_model(config)
+    name, revision = base_name(config)
     return LoraConfig(
         r=config["lora_r"],
         lora_alpha=config["lora_alpha"],
