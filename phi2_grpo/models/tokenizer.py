@@ -100,14 +100,11 @@ def check_vocabulary(tokenizer, base) -> None:
         raise UserError(f"the tokenizer has {len(tokenizer):,} tokens, and {name} {rows:,}: copy both again, from one place.")
 
 
-def batches_by_length(lengths: list[int], most: int = FORWARD_TOKENS, similar: float = 0.0) -> Iterator[list[int]]:
-    """Indices in batches, the shortest first, of at most `most` tokens each, padding included.
-
-    The shortest of a batch has at least `similar` times the tokens of its longest.
-    """
+def batches_by_length(lengths: list[int]) -> Iterator[list[int]]:
+    """Indices in batches, the shortest first, of at most FORWARD_TOKENS tokens each, padding included."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and ((len(batch) + 1) * lengths[i] > most or lengths[batch[0]] < similar * lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > FORWARD_TOKENS:
             yield batch
             batch = []
         batch.append(i)

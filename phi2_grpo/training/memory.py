@@ -18,8 +18,13 @@ def estimate(
     The KV cache takes what the update leaves of `free`, up to all completions of a step or an evaluation. `reward_models`:
     bytes of the reward models.
     """
-    length = longest + config["max_completion_length"]
-    parts = update_estimate(config, model, config["per_device_train_batch_size"] * length, device, dtype)
+    length, rows = longest + config["max_completion_length"], config["per_device_train_batch_size"]
+    # A prompt is computed once for those of its completions that are in one pass; TRL scatters them over several passes.
+    prompts = rows // config["num_generations"] if config["gradient_accumulation_steps"] == 1 else rows
+    completions = rows * config["max_completion_length"]
+    parts = update_estimate(config, model, completions + prompts * longest, device, dtype)
+    if device.type != "cuda":  # log-probs without TRL's Triton kernel hold the logits, in float32, and their gradient
+        parts["update"] += 2 * 4 * completions * model.config.get_text_config().vocab_size
     parts["reward model"] = reward_models
     bytes_per_row = round_length(length) * cache_bytes_per_token(model.config, dtype)
     available = free - parts["CUDA"] - parts["weights"] - reward_models
@@ -30,7 +35,7 @@ def estimate(
 
 
 def update_estimate(config: dict, model: PeftModel, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes by part of an update over `tokens` in one pass, padding included.
+    """Bytes by part of an update over `tokens` that go through the model before one backward pass.
 
     Activations take about 100 bytes for each token, layer and hidden unit in bfloat16 (Phi with LoRA under autocast: 18 for
     the inputs of the adapters, 8 for attention, 4 for the layer norm, 56 for gelu in float32, the rest temporary). With

@@ -20,12 +20,16 @@ from trl.trainer.utils import RepeatSampler
 from phi2_grpo.common import files, progress
 from phi2_grpo.common.cli import UserError, disk_is_full, first_line, memory_ran_out
 from phi2_grpo.models.base import is_sharded
-from phi2_grpo.models.tokenizer import batches_by_length
 from phi2_grpo.rewards.scorer import BadReward
+from phi2_grpo.rollout.decode_step import unsupported_reason
 from phi2_grpo.training import checkpoints
 from phi2_grpo.training.callbacks import GracefulStop, LogCallback
+from phi2_grpo.training.packing import Pass, pack
 
-SIMILAR = 0.8  # rows in one pass of an update have at least this share of its longest row's tokens
+
+def pass_tokens(model) -> int:
+    """Tokens in one pass of an update, at most: attention over 2 hidden sizes of tokens costs a third of the linear layers."""
+    return 2 * model.config.get_text_config().hidden_size
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype) -> str:
@@ -184,33 +188,43 @@ class Trainer(RunMixin, GRPOTrainer):
     _calculate_rewards = timed("rewards", GRPOTrainer._calculate_rewards)
 
     def _logps(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **others):
-        """TRL's, on real tokens only: rows of similar lengths together, each from its first token on, padded on the right.
+        """TRL's, without padding, and with each prompt computed once for all of its completions (training/packing.py).
 
-        TRL pads all rows to the longest prompt and the longest completion. Causal attention never reads padding on the right,
-        so no mask is needed, and positions count from each row's own start. Returns log-probs (B, T) of the last
+        TRL pads all rows to the longest prompt and the longest completion. Returns log-probs (B, T) of the last
         `logits_to_keep` tokens, 0 where there is none, their entropies or None, and None.
         """
-        if is_sharded() or any(value is not None and value is not False for value in others.values()):
-            # Sharded weights are gathered in each pass, so all processes need equally many of them.
+        unusual = any(value is not None and value is not False for value in others.values())
+        # Sharded weights are gathered in each pass, so all processes need equally many of them.
+        if unusual or is_sharded() or unsupported_reason(self.accelerator.unwrap_model(model)):
             arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
             return super()._get_per_token_logps_and_entropies(*arguments, **others)
-        rows, width = input_ids.shape
-        order = attention_mask.argsort(dim=1, descending=True, stable=True)  # real tokens first
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, :-logits_to_keep] = -100
-        ids, labels, lengths = input_ids.gather(1, order), labels.gather(1, order), attention_mask.sum(1).tolist()
-        parts = []
-        for batch in batches_by_length(lengths, (batch_size or rows) * width, SIMILAR):
-            longest = lengths[batch[-1]]
+        most = min(pass_tokens(self.accelerator.unwrap_model(model)), (batch_size or len(input_ids)) * input_ids.shape[1])
+        places, scores = [], []
+        for each in pack(input_ids, attention_mask, logits_to_keep, most):
             with self.accelerator.autocast():
-                out = model(input_ids=ids[batch, :longest], labels=labels[batch, :longest], fused_lm_head=True)
-            values = [out.log_probs, out.entropy] if compute_entropy else [out.log_probs]
-            aligned = torch.nn.functional.pad(torch.stack(values), (1, width - longest))  # (1 or 2, b, T)
-            back = order[batch].argsort(dim=1)[:, -logits_to_keep:]
-            parts.append((batch, aligned.gather(2, back.expand(len(values), -1, -1))))
-        inverse = torch.tensor([i for batch, _ in parts for i in batch]).argsort()
-        logps, *entropies = torch.cat([values for _, values in parts], 1)[:, inverse]
+                scores.append(self._score(model, each, compute_entropy))
+            places.append((each.rows, each.columns))
+        place = tuple(map(torch.cat, zip(*places, strict=True)))
+        empty = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
+        logps, *entropies = (empty.index_put(place, torch.cat(values)) for values in zip(*scores, strict=True))
         return logps, entropies[0] if entropies else None, None
+
+    def _score(self, model, each: Pass, with_entropy: bool) -> tuple[torch.Tensor, ...]:
+        """Log-probs (N,) of the targets, and with them the entropies."""
+        given = {name: getattr(each, name) for name in ("input_ids", "attention_mask", "position_ids")}
+        if each.targets.is_cuda:
+            labels = torch.full_like(each.input_ids, -100).index_copy(1, each.predicting, each.targets[None])
+            out = model(**given, shift_labels=labels, fused_lm_head=True)
+            return tuple(values[0, each.predicting] for values in (out.log_probs, out.entropy)[: 1 + with_entropy])
+        # Where there is no Triton, TRL's fused head scores the prompts' tokens too, and is several times slower.
+        logits = model(**given, logits_to_keep=each.predicting, use_cache=False).logits[0].float().div_(self.temperature)
+        total = logits.logsumexp(-1)
+        logps = logits.gather(1, each.targets[:, None])[:, 0] - total
+        if not with_entropy:
+            return (logps,)
+        with torch.no_grad():  # for the log
+            parts = zip(logits.split(256), total.split(256), strict=True)
+            return logps, torch.cat([ends - ((part - ends[:, None]).exp_() * part).sum(-1) for part, ends in parts])
 
     _reference_logps = timed("log_probs", _logps)
 

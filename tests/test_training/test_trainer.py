@@ -1,4 +1,4 @@
-"""What the trainer overrides of TRL's: log-probs and gradients on real tokens only are TRL's own."""
+"""What the trainer overrides of TRL's: log-probs and gradients of packed rows are TRL's own."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -17,8 +17,8 @@ from phi2_grpo.rewards import collapse
 from phi2_grpo.rollout.engine import FastEngine, GenerateEngine
 from phi2_grpo.training.trainer import Trainer, training_arguments
 
-ROWS = [(3, 9), (12, 1), (1, 14), (7, 7), (12, 14), (5, 2)]  # tokens of prompt and completion
-PROMPT, COMPLETION = 12, 14
+ROWS = [(3, 9), (12, 1), (1, 14), (7, 7), (12, 14), (7, 0), (7, 2)]  # tokens of prompt and completion
+PROMPT, COMPLETION = 12, 14  # prompts of one length are the same
 
 
 def make_model(kind: str):
@@ -37,6 +37,7 @@ def padded_rows() -> tuple[torch.Tensor, torch.Tensor]:
     for row, (prompt, completion) in enumerate(ROWS):
         real = slice(PROMPT - prompt, PROMPT + completion)
         ids[row, real], mask[row, real] = torch.randint(3, 60, (prompt + completion,)), 1
+        ids[row, PROMPT - prompt : PROMPT] = torch.arange(prompt) + 3
     return ids, mask
 
 
@@ -44,9 +45,10 @@ def log_probs(of, model, ids, mask, **options):
     """By the method of class `of`, with the gradient of a weighted sum."""
     trainer = Trainer.__new__(Trainer)
     trainer.accelerator, trainer.args = (
-        SimpleNamespace(autocast=nullcontext, is_main_process=True),
+        SimpleNamespace(autocast=nullcontext, is_main_process=True, unwrap_model=lambda model: model),
         SimpleNamespace(report_to=[]),
     )
+    trainer.temperature = 0.8
     model.zero_grad()
     logps, entropies, _ = of._get_per_token_logps_and_entropies(trainer, model, ids, mask, COMPLETION, **options)
     weights = torch.linspace(-1, 1, logps.numel()).reshape(logps.shape) * mask[:, -COMPLETION:]
@@ -64,11 +66,15 @@ def test_log_probs_entropies_and_gradients_are_trl_s(kind, checkpointing):
     passes, forward = [], model.model.forward
     model.model.forward = lambda *a, **k: (passes.append(k["input_ids"].shape), forward(*a, **k))[1]
     theirs = log_probs(GRPOTrainer, model, ids, mask, compute_entropy=True)
-    padded, real = passes.pop().numel(), int(mask.sum())
-    for limit in (None, 2):
+    completion_mask = mask[:, -COMPLETION:]
+    # A completion takes as many tokens as it has, its prompt one less, once in a pass, which has 2 x 32 tokens at most, or 26.
+    for limit, expected in ((None, [64, 6 + 2]), (1, [2 + 9 + 11 + 1, 11 + 14, 14, 6 + 7 + 2])):
+        passes.clear()
         ours = log_probs(Trainer, model, ids, mask, batch_size=limit, compute_entropy=True)
-        assert all(torch.allclose(mine, their, atol=2e-5) for mine, their in zip(ours, theirs, strict=True))
-    assert len(passes) > 4 and sum(map(torch.Size.numel, passes[: len(passes) // 2])) < (padded + real) / 2
+        for mine, their in zip(ours[:2], theirs[:2], strict=True):
+            assert torch.allclose(mine, their * completion_mask, atol=2e-5)
+        assert torch.allclose(ours[2], theirs[2], atol=2e-5)
+        assert passes[: len(expected)] == [(1, length) for length in expected]  # with checkpointing they come twice
 
 
 def test_positions_count_from_a_row_s_own_start():
