@@ -7,7 +7,7 @@ documentation applies as it stands. Order: CONFIG, then the preset laid over it,
 
 CONFIG = {
     # --- model
-    "model": "microsoft/phi-2",  # Hub id or local folder of the base model; "tiny" builds the 2M-parameter one
+    "model": "microsoft/phi-2",  # Hub id or local folder of the base model; or smollm2, tiny: embedded ones
     "model_revision": "main",  # branch, tag or commit of a Hub model
     "device": "auto",  # auto (CUDA, else MPS, else the CPU for a base under 1B parameters), cuda, mps, cpu
     "dtype": "auto",  # of the frozen base: auto (bfloat16 on CUDA from Ampere on, else float32), bfloat16, float32
@@ -113,6 +113,28 @@ PRESETS = {
         "adapter": "./results/tiny-grpo-final",
         "samples_per_prompt": 4,
         "validation_dir": "./results/tiny-validation",
+    },
+    # A real language model on any machine where pip works: SmolLM2-135M-Instruct, English questions. 4 GB of memory.
+    "smollm2": {
+        "model": "smollm2",
+        "device": "cpu",
+        "dataset": "./sample/english.jsonl",
+        "data_dir": "./data/smollm2",
+        "max_prompt_tokens": 128,
+        "validation_fraction": 0.3,
+        "max_completion_length": 64,
+        "target_tokens": 32,
+        "reward_dir": "./results/smollm2-reward-model",
+        "max_steps": 40,
+        "learning_rate": 5e-4,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "activation_checkpointing": False,
+        "output_dir": "./results/smollm2-grpo",
+        "sample_steps": 20,
+        "eval_steps": 20,
+        "adapter": "./results/smollm2-grpo-final",
+        "validation_dir": "./results/smollm2-validation",
     },
 }
 

@@ -69,7 +69,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from phi2_grpo.evaluation import report
     from phi2_grpo.evaluation.measure import measure, reserved_bytes
     from phi2_grpo.models.answers import saved_generation_config
-    from phi2_grpo.models.base import choose_device, context_length, meta_model, use_adapter_base
+    from phi2_grpo.models.base import choose_device, context_length, describe_base, meta_model, use_adapter_base
     from phi2_grpo.models.lora import check_adapter, check_same_base
     from phi2_grpo.models.tokenizer import check_context, check_vocabulary, load_tokenizer
     from phi2_grpo.rewards.scorer import Scorer, add_built_in, parse_rewards, try_rewards
@@ -107,7 +107,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
 
     report.show(console, numbers, config["samples_per_prompt"])
     facts = [
-        f"{config['adapter']} against {arguments.against or 'its base'}, {config['model']}",
+        f"{config['adapter']} against {arguments.against or 'its base'}, {describe_base(config)}",
         f"{len(prompts)} held-out prompts of {funnel['settings']['dataset']}, {config['samples_per_prompt']} samples each, "
         f"seed {config['seed']}, temperature {config['temperature']:g}, at most {config['max_completion_length']} tokens",
         f"rewards{' of the training' if trained and not arguments.rewards else ''}: {', '.join(config['rewards'])}; target "

@@ -1,9 +1,11 @@
-"""The tiny run over several seeds: what the README's tables of seeds say.
+"""A preset's run over several seeds: what the README's tables of seeds say.
 
   python benchmarks/seeds.py [--seeds 3] [--steps 100]
-  python benchmarks/seeds.py --reward_model   # train a reward model for each seed, then GRPO on it and `ending`
+  python benchmarks/seeds.py --preset smollm2    # the real language model
+  python benchmarks/seeds.py --preset smollm2 --dataset messages.jsonl    # on other prompts
+  python benchmarks/seeds.py --reward_model      # train a reward model for each seed, then GRPO on it and `ending`
 
-Trains and validates preset tiny for each seed; the numbers are those of validate_model.py's report.json.
+Prepares the data, trains and validates for each seed; the numbers are those of validate_model.py's report.json.
 """
 
 import argparse
@@ -17,26 +19,29 @@ sys.path.insert(0, str(ROOT))
 
 
 def run(*command: str) -> None:
-    subprocess.run([sys.executable, *command, "--preset", "tiny"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
-def train(seed: str, name: str, steps: int, *more: str) -> dict:
+def train(seed: str, name: str, common: list[str], *more: str) -> dict:
     """The metrics of a run's validation."""
     output, report = f"results/{name}", f"results/{name}-validation"
-    run("train_grpo.py", str(steps), "--seed", seed, "--output_dir", output, *more, "--overwrite")
-    run("validate_model.py", "--seed", seed, "--adapter", f"{output}-final", "--validation_dir", report)
+    run("train_grpo.py", *common, "--seed", seed, "--output_dir", output, *more, "--overwrite")
+    run("validate_model.py", *common, "--seed", seed, "--adapter", f"{output}-final", "--validation_dir", report)
     return json.loads((ROOT / report / "report.json").read_text())["metrics"]
 
 
+def difference(metric: dict) -> str:
+    return f"{metric['difference']:+.3f} [{metric['low']:+.3f}, {metric['high']:+.3f}]"
+
+
 def gain(seed: str, metric: dict, ended: dict) -> list[str]:
-    spread = f"{metric['difference']:+.3f} [{metric['low']:+.3f}, {metric['high']:+.3f}]"
     base, tuned = (f"{metric[side]:.3f}" for side in ("base", "tuned"))
-    return [seed, base, tuned, spread, f"{ended['base']:.2f}", f"{ended['tuned']:.2f}"]
+    return [seed, base, tuned, difference(metric), f"{ended['base']:.2f}", f"{ended['tuned']:.2f}"]
 
 
-def train_reward_model(seed: str, folder: str) -> list[str]:
+def train_reward_model(seed: str, folder: str, common: list[str]) -> list[str]:
     """A reward model's accuracy on held-out pairs."""
-    run("train_reward.py", "--seed", seed, "--reward_dir", folder, "--overwrite")
+    run("train_reward.py", *common, "--seed", seed, "--reward_dir", folder, "--overwrite")
     validation = json.loads((ROOT / folder / "run.json").read_text())["validation"]
     everything = validation["groups"][0]
 
@@ -49,36 +54,59 @@ def train_reward_model(seed: str, folder: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--dataset", metavar="FILE", help="other prompts than the preset's")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, help="of GRPO (default: the preset's)")
     parser.add_argument("--reward_model", action="store_true", help="GRPO on a reward model learnt from the sample's rankings")
+    parser.add_argument("--no_grpo", action="store_true", help="train the reward models alone")
     arguments = parser.parse_args()
     from benchmarks.results import write_section
+    from config import CONFIG, PRESETS
     from phi2_grpo.common.console import markdown_table
 
-    run("prepare_data.py", "--overwrite")
-    accuracies, gains = [], []
+    preset, where = arguments.preset, ""
+    common = ["--preset", preset]
+    prepare = [*common, "--overwrite"]
+    if arguments.dataset:
+        where = f"-{Path(arguments.dataset).stem}"
+        common += ["--data_dir", f"data/{preset}{where}"]
+        prepare = [*common, "--overwrite", "--dataset", arguments.dataset]
+    steps = arguments.steps or {**CONFIG, **PRESETS[preset]}["max_steps"]
+    run("prepare_data.py", *prepare)
+    accuracies, gains, costs = [], [], []
     for seed in map(str, range(arguments.seeds)):
-        name = f"tiny-seed-{seed}"
+        name = f"{preset}{where}-seed-{seed}"
+        rewards, headline = [], "length"
         if arguments.reward_model:
-            reward_model = f"{name}-reward-model"
-            accuracies.append(train_reward_model(seed, f"results/{reward_model}"))
-            metrics = train(seed, f"{name}-on-reward-model", arguments.steps, "--rewards", f"results/{reward_model},ending")
-            gains.append(gain(seed, metrics[reward_model], metrics["ending"]))
-        else:
-            metrics = train(seed, name, arguments.steps)
-            gains.append(gain(seed, metrics["length"], metrics["ending"]))
+            headline = f"{name}-reward-model"
+            accuracies.append(train_reward_model(seed, f"results/{headline}", common))
+            rewards = ["--rewards", f"results/{headline},ending"]
+            name += "-on-reward-model"
+        if arguments.no_grpo:
+            continue
+        metrics = train(seed, name, common, "--max_steps", str(steps), *rewards)
+        gains.append(gain(seed, metrics[headline], metrics["ending"]))
+        spent = [difference(metrics[cost]) for cost in ("reference NLL", "distinct-2")]
+        costs.append([seed, f"{metrics['KL to base']['tuned']:.3f}", *spent])
     what = "reward model's score" if arguments.reward_model else "reward"
     columns = ("seed", f"{what}, base", f"{what}, tuned", "difference, 95 % interval", "ended, base", "ended, tuned")
-    lines = markdown_table(columns, gains)
-    note = f"Preset tiny, {arguments.steps} steps, held-out prompts at the training temperature."
-    title, command = "The tiny run, over seeds", "python benchmarks/seeds.py"
+    lines = markdown_table(columns, gains) if gains else []
+    if costs:
+        columns = ("seed", "KL to base", "reference NLL, difference", "distinct-2, difference")
+        lines += ["", *markdown_table(columns, costs)]
+    note = f"Preset {preset}, {steps} steps, held-out prompts at the training temperature."
+    on = f" on {Path(arguments.dataset).name}" if arguments.dataset else ""
+    title = f"The {preset} run{on}, over seeds"
     if arguments.reward_model:
         columns = ("seed", "held-out pairs", "reward model right", "the longer reply wins", "correlation of score and length")
         lines = [*markdown_table(columns, accuracies), "", *lines]
-        note += " The reward model's score is 0 for the mean human reply and 1 a standard deviation above; "
-        note += "GRPO on it and on ending."
-        title, command = "The tiny reward model, over seeds", f"{command} --reward_model"
+        note = f"Preset {preset}."
+        if gains:
+            note = f"Preset {preset}, {steps} steps. The reward model's score is 0 for the mean human reply and 1 a standard "
+            note += "deviation above; GRPO on it and on ending."
+        title = f"The {preset} reward model{on}, over seeds"
+    command = " ".join(["python benchmarks/seeds.py", *sys.argv[1:]])
     write_section(title, command, "\n".join([*lines, "", note]), "torch", "transformers", "trl", "peft")
 
 

@@ -126,7 +126,7 @@ PREPARE_KEYS = ("model", "model_revision", "dataset", "dataset_revision", "data_
 
 def prepare_command(config: dict, overwrite: bool = False) -> str:
     """The command that prepares data as `config` has it, for a shell."""
-    preset = "tiny" if config["dataset"] == settings.PRESETS["tiny"]["dataset"] else "phi2"
+    preset = next((name for name, its in settings.PRESETS.items() if its.get("dataset") == config["dataset"]), "phi2")
     named = "" if preset == "phi2" else f" --preset {preset}"
     return f"python prepare_data.py{named}{flags(config, preset, *PREPARE_KEYS)}{' --overwrite' if overwrite else ''}"
 

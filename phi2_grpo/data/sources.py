@@ -26,7 +26,7 @@ def read_rows(source: str, revision: str) -> tuple[dict[str, Iterator], str | No
     is read only where it is the only one. Raises UserError where the source cannot be found, reached or read.
     """
     path, commit = Path(source), None
-    if source == config.PRESETS["tiny"]["dataset"] and not path.exists():
+    if any(source == preset.get("dataset") for preset in config.PRESETS.values()) and not path.exists():
         path = Path(config.__file__).parent / source  # the script was called from another folder
     try:
         if path.exists() or source.startswith((".", "/")) or source.endswith(FORMATS):

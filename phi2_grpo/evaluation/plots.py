@@ -1,55 +1,54 @@
 """The picture of an evaluation report."""
 
 from pathlib import Path
+from statistics import pstdev
 
 import numpy
 
-from phi2_grpo.common.console import BLUE, GREY, ORANGE, make_figure, plot_interval, save_figure
-from phi2_grpo.common.stats import FEW, interval
+from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, plot_interval, save_figure
 
 COLORS = {"base": GREY, "tuned": BLUE}
+VERDICTS = {"better": GREEN, "worse": RED}  # others are grey
 # Metrics that are not rewards: whether more is better (None: neither); they have no win rate.
 DIRECTION = {"answer tokens": None, "KL to base": None, "reference NLL": False}
 
 
 def draw(report: dict, samples: list[dict], path: Path) -> None:
-    """Paired differences, answer lengths, win rates by metric, and differences by language."""
-    base, tuned = report["names"]
-    headline, metrics = report["headline"], report["metrics"]
-    figure, (differences, lengths, wins, languages) = make_figure(2, 2, 11, 8)
-    if m := metrics.get(headline):
-        differences.hist([t - b for b, t in _pairs(report, headline)], bins=20, color=BLUE, alpha=0.7)
-        if m["low"] is not None:
-            differences.axvspan(m["low"], m["high"], color=ORANGE, alpha=0.4, label="mean, 95 % interval")
-            differences.legend(frameon=False)
-        differences.axvline(m["difference"], color=ORANGE)
-        differences.axvline(0, color="grey", linestyle="--", linewidth=1)
-    differences.set(title=f"{headline}: {tuned} less {base}", xlabel="difference on a prompt", ylabel="prompts")
+    """All metrics of the table with their intervals, the answer lengths, and the headline by language where there are two."""
+    languages, (base, tuned) = report["languages"], report["names"]
+    figure, (metrics, lengths, *more) = make_figure(1, 3 if languages else 2, 16 if languages else 12, 5)
+    names = []
+    for i, (name, m) in enumerate(reversed(report["metrics"].items())):
+        # In standard deviations over prompts, so that nats, tokens and shares stand on one axis.
+        unit = pstdev(t - b for b, t in _pairs(report, name)) or 1.0
+        _plot_difference(metrics, i, m, unit)
+        names.append(f"{name}   {m['base']:.2f} → {m['tuned']:.2f}")
+    _finish_differences(metrics, names, f"{tuned} less {base}, by metric: green better, red worse")
+    metrics.set_xlabel("mean difference, in standard deviations over prompts, with its interval")
     tokens = {side: [s["answer"].tokens for s in samples if s["side"] == side] for side in COLORS}
     edges = numpy.linspace(0, max(map(max, tokens.values())) + 1, 31)
     for side, name in zip(COLORS, report["names"], strict=True):
         lengths.hist(tokens[side], edges, color=COLORS[side], alpha=0.6, label=name)
     lengths.legend(frameon=False)
     lengths.set(title="Answer lengths", xlabel="tokens", ylabel="answers")
-    rated = [name for name in metrics if name not in DIRECTION][::-1]
-    for i, name in enumerate(rated):
-        won = [(t > b) + 0.5 * (t == b) for b, t in _pairs(report, name)]
-        plot_interval(wins, i, metrics[name]["win_rate"], interval(won), BLUE)
-    wins.axvline(0.5, color="grey", linestyle="--", linewidth=1)
-    wins.set_yticks(range(len(rated)), rated)
-    wins.set(title=f"Share of prompts that {tuned} wins (ties half)", xlim=(0, 1), ylim=(-0.6, len(rated) - 0.4))
-    shown = list(report["languages"].items())[::-1]
-    for i, (_, m) in enumerate(shown):
-        plot_interval(languages, i, m["difference"], (m["low"], m["high"]), BLUE)
-    if shown:
-        languages.axvline(0, color="grey", linestyle="--", linewidth=1)
-        languages.set_yticks(range(len(shown)), [f"{code} ({m['prompts']})" for code, m in shown])
-        title = f"{headline}: difference by language, {report['level']:.1%} intervals"
-        languages.set(title=title, ylim=(-0.6, len(shown) - 0.4))
-    else:
-        languages.text(0.5, 0.5, f"no language has {FEW} prompts", ha="center", transform=languages.transAxes)
-        languages.set_axis_off()
+    for each in more:
+        names = []
+        for i, (code, m) in enumerate(reversed(languages.items())):
+            _plot_difference(each, i, m, 1.0)
+            names.append(f"{code} ({m['prompts']})")
+        _finish_differences(each, names, f"{report['headline']}: {tuned} less {base}, by language (prompts)")
     save_figure(figure, path)
+
+
+def _plot_difference(axes, y: int, m: dict, unit: float) -> None:
+    ends = m["low"] is not None and (m["low"] / unit, m["high"] / unit)
+    plot_interval(axes, y, m["difference"] / unit, ends, VERDICTS.get(m["verdict"], GREY))
+
+
+def _finish_differences(axes, names: list[str], title: str) -> None:
+    axes.axvline(0, color="grey", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(title=title, ylim=(-0.6, len(names) - 0.4))
 
 
 def _pairs(report: dict, metric: str | None) -> list[tuple[float, float]]:

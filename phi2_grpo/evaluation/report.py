@@ -47,6 +47,7 @@ def summarize(
         rows = [i for i, row in enumerate(prompts) if row["lang"] == code]
         languages[code] = [[values[headline][side][i] for i in rows] for side in SIDES]
     languages = {code: sides for code, sides in languages.items() if (pair := paired(*sides)) and pair.prompts >= FEW}
+    languages = languages if len(languages) > 1 else {}  # one alone would say the headline again
     # The headline is one question. The other rows are many, and one of them would often seem to differ by chance.
     level = simultaneous(len(usable) - 1 + len(languages))
 
@@ -217,7 +218,7 @@ def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list
     if report["languages"]:
         columns = ("language", "prompts", *report["names"], METRIC_COLUMNS[0], "verdict")
         lines += ["", f"## {report['headline'].capitalize()} by language", "", *markdown_table(columns, language_rows(report))]
-    lines += ["", "![paired differences, lengths, win rates, languages](validation.png)", ""]
+    lines += ["", "![all metrics with their intervals, and the answer lengths](validation.png)", ""]
     lines += ["## Sample prompts, as a chat", ""]
     for question in shown:
         lines += [f"**{_one_line(question['prompt'])}**", ""]

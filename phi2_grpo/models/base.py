@@ -42,6 +42,14 @@ def base_name(config: dict) -> tuple[str, str | None]:
     return (SMOLLM2_ID, "main") if name == str(EMBEDDED["smollm2"]) else (name, revision)
 
 
+def describe_base(config: dict) -> str:
+    """The base in words, without a path of this machine."""
+    name, _ = base_name(config)
+    if name == SMOLLM2_ID != config["model"]:
+        return f"{name}, dequantised from 4 bits"
+    return Path(config["model"]).name if Path(config["model"]).exists() else config["model"]
+
+
 def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
     """Name ("" where it has none) and revision of the base that an adapter's folder names."""
     saved = files.read_json(adapter / "adapter_config.json")
@@ -140,6 +148,7 @@ def load_base(config: dict, device: torch.device, dtype: torch.dtype):
     if missing := loaded["missing_keys"]:  # transformers would go on with random numbers in their place
         raise UserError(f"{config['model']} lacks {len(missing)} of its weights, like {min(missing)}. Copy it again.")
     # Without the base's own ways to sample (repetition_penalty, min_p): `generate` would take them where we say nothing.
+    model.name_or_path = base_name(config)[0]  # PEFT writes it to the adapter's config
     tokens = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
     return model if is_sharded() else model.to(device)
@@ -153,6 +162,7 @@ def is_sharded() -> bool:
 def load_reward_base(config: dict, device: torch.device, dtype: torch.dtype):
     """The base with a new head of one output, to be trained as a reward model."""
     model = load_pretrained(AutoModelForSequenceClassification, config, num_labels=1, dtype=dtype, **LOADING)
+    model.name_or_path = base_name(config)[0]
     return new_reward_head(model.to(device))
 
 
@@ -186,7 +196,9 @@ def meta_model(config: dict):
                 files.check_no_pointer(Path(name) / part)
                 with safe_open(Path(name) / part, "np"):  # reads the header, and compares it with the file's size
                     pass
-        return AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config)
+    model.name_or_path = base_name(config)[0]
+    return model
 
 
 def context_length(model) -> int:

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from phi2_grpo.common import files, hub
 from phi2_grpo.common.cli import load_errors
 from phi2_grpo.common.console import markdown_table
+from phi2_grpo.models.base import SMOLLM2_ID, describe_base
 
 USE_ADAPTER = """\
 from peft import AutoPeftModelForCausalLM
@@ -57,18 +58,19 @@ def _frame(data: ModelCardData, before: str, use: str, code: str, training: str)
 
 def _new_card(facts: dict, tag: str, pipeline: str, title: str, body: str, code: str, settings: str) -> str:
     """The card of a training. No path goes into it: a local base or data set is named by its last part."""
-    config = facts["config"]
-    base, dataset = (name if hub.is_id(name) else Path(name).name for name in (config["model"], facts["data"]["dataset"]))
+    config, dataset = facts["config"], facts["data"]["dataset"]
+    dataset = dataset if hub.is_id(dataset) else Path(dataset).name
+    base = describe_base(config).partition(",")[0]
     data = ModelCardData(
         base_model=base if "/" in base else None,
         library_name="peft",
         pipeline_tag=pipeline,
-        license="mit",
+        license="apache-2.0" if base == SMOLLM2_ID else "mit",
         datasets=[dataset] if "/" in dataset else None,
         tags=[tag, "trl", "lora"],
     )
     training = f"""{TRAINING}
-- Base: {base}, in {facts["dtype"]}
+- Base: {describe_base(config)}, in {facts["dtype"]}
 - Data: {dataset}
 - LoRA: r {config["lora_r"]}, alpha {config["lora_alpha"]}, on {facts["adapted"]}
 - {settings}, seed {config["seed"]}

@@ -9,10 +9,11 @@ from phi2_grpo.rewards.scorer import Scorer, add_built_in, parse_rewards
 SHORT, RIGHT = [list(range(3))] * 30, [list(range(8))] * 30
 
 
-def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str) -> dict:
-    """Of answers with these tokens to prompts; each prompt has one answer."""
+def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str, lang: list[str] | None = None) -> dict:
+    """Of answers with these tokens to prompts (English ones, if not `lang`); each prompt has one answer."""
+    lang = lang or ["en"] * len(base)
     scorer = Scorer(None, 8, add_built_in(parse_rewards(list(rewards or ["length"]))))
-    prompts = [{"prompt": [{"role": "user", "content": "Q"}], "lang": "en", "message_id": str(i)} for i in range(len(base))]
+    prompts = [{"prompt": [{"role": "user", "content": "Q"}], "lang": code, "message_id": str(i)} for i, code in enumerate(lang)]
     samples = []
     for side, answers in (("base", base), ("tuned", tuned)):
         for i, ids in enumerate(answers):
@@ -48,8 +49,11 @@ def test_what_cannot_be_computed_is_named():
     assert {"language", "reference"} <= set(summary(SHORT, RIGHT, "language")["missing"])
 
 
-def test_a_language_with_enough_prompts_has_its_own_row():
-    assert list(summary(SHORT, RIGHT)["languages"]) == ["en"] and not summary(SHORT[:19], RIGHT[:19])["languages"]
+def test_two_languages_with_enough_prompts_have_their_own_rows():
+    two = ["en"] * 20 + ["es"] * 20
+    assert list(summary(SHORT[:20] * 2, RIGHT[:20] * 2, lang=two)["languages"]) == ["en", "es"]
+    assert not summary(SHORT, RIGHT)["languages"]
+    assert not summary(SHORT[:20] * 2, RIGHT[:20] * 2, lang=["fr", *two[1:]])["languages"]  # 19, so one alone
 
 
 def test_a_text_cannot_leave_its_block():
