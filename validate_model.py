@@ -16,9 +16,18 @@ from pathlib import Path
 from phi2_grpo.common import cli, files, setup
 
 KEYS = ("model", "model_revision", "device", "dtype", "data_dir", "adapter", "max_completion_length", "temperature", "top_p",
-        "top_k", "rewards", "target_tokens", "max_prompts", "samples_per_prompt", "rollout", "rollout_batch_size", "seed",
+        "top_k", "rewards", "target_tokens", "format_regex", "max_prompts",
+        "samples_per_prompt", "rollout", "rollout_batch_size", "seed",
         "validation_dir")  # fmt: skip
-TRAINED_WITH = ("temperature", "top_p", "top_k", "max_completion_length", "target_tokens", "rewards")  # taken from run.json
+TRAINED_WITH = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_completion_length",
+    "target_tokens",
+    "format_regex",
+    "rewards",
+)  # taken from run.json
 
 
 def main() -> None:
@@ -89,7 +98,8 @@ def validate(config: dict, arguments, trained: dict) -> None:
     check_vocabulary(tokenizer, base)
     table, funnel = load_held_out(console, config, tokenizer, trained)
     prompts = select_rows(table, config["max_prompts"], config["seed"])
-    scorer = Scorer(tokenizer, config["target_tokens"], add_built_in(parse_rewards(config["rewards"])))
+    chosen = add_built_in(parse_rewards(config["rewards"]))
+    scorer = Scorer(tokenizer, config["target_tokens"], chosen, config["format_regex"])
     try_rewards(scorer, prompts[:8])
     context = context_length(base)
     generation = saved_generation_config(adapters[0], tokenizer, config, context)  # how to chat
