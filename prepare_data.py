@@ -27,13 +27,13 @@ def main() -> None:
 
     from phi2_grpo.common import files
     from phi2_grpo.common.console import Console
-    from phi2_grpo.data import store
+    from phi2_grpo.data import prompts, store
 
     console = Console()
     console.print(f"prepare_data: {cli.differences(config, KEYS)}")
     data_dir = Path(config["data_dir"])
     files.check_writable(data_dir)
-    if store.exists(data_dir) and not arguments.overwrite:
+    if store.exists(data_dir, prompts.name_of(config["dataset"])) and not arguments.overwrite:
         raise cli.UserError(f"{data_dir} holds prepared data. Replace it: --overwrite, or choose another --data_dir.")
     with files.lock_folder(data_dir):
         prepare(config, console)

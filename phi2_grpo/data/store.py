@@ -54,9 +54,11 @@ def fingerprint(tables: DatasetDict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def exists(data_dir: Path) -> bool:
-    """Whether prepared data, or a part of it, is in `data_dir`. Raises UserError where a name is taken by something else."""
-    present = [path for kind in FEATURES for path in data_dir.glob(f"*_{kind}")]
+def exists(data_dir: Path, name: str = "oasst1") -> bool:
+    """Whether prepared data, or a part of it, is in `data_dir`. Raises UserError where the place of oasst1's, or of the source
+    called `name`, is taken by something else."""
+    places = {data_dir / f"{each}_{kind}" for each in ("oasst1", name) for kind in FEATURES}
+    present = [path for path in places | {folder(data_dir, kind) for kind in FEATURES} if os.path.lexists(path)]
     for path in present:
         if not any(path.glob("*.json")):
             raise UserError(f"{path} is no data set, and would be replaced. Move it, or choose another --data_dir.")
