@@ -9,6 +9,7 @@ from rich.text import Text
 from phi2_grpo.common import files
 from phi2_grpo.common.console import make_table, markdown_table
 from phi2_grpo.common.stats import FEW, paired, simultaneous, verdict
+from phi2_grpo.evaluation.accuracy import accuracy_markdown, show_accuracy
 from phi2_grpo.evaluation.plots import DIRECTION, draw
 from phi2_grpo.rewards import collapse
 
@@ -203,6 +204,8 @@ def show(console, report: dict, samples_per_prompt: int) -> None:
         for row in language_rows(report):
             languages.add_row(*map(Text, row))
         console.print(languages)
+    if "accuracy" in report:
+        show_accuracy(console, report["accuracy"], names, report["metrics"]["correct"]["verdict"])
     for line in remarks(report):
         console.print(line)
     console.print(Text(report["line"], style="bold"))
@@ -218,6 +221,8 @@ def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list
     if report["languages"]:
         columns = ("language", "prompts", *report["names"], METRIC_COLUMNS[0], "verdict")
         lines += ["", f"## {report['headline'].capitalize()} by language", "", *markdown_table(columns, language_rows(report))]
+    if "accuracy" in report:
+        lines += ["", *accuracy_markdown(report["accuracy"], report["names"], report["metrics"]["correct"]["verdict"])]
     lines += ["", "![all metrics with their intervals, and the answer lengths](validation.png)", ""]
     lines += ["## Sample prompts, as a chat", ""]
     for question in shown:
