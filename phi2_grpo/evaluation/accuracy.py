@@ -10,7 +10,7 @@ GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 1}  # the likeliest token i
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that at least one of k answers is right, unbiased, from `right` ones of `samples` (arXiv 2107.03374, eq. 1)."""
+    """The chance that at least one of k answers is right, unbiased, from `right` of `samples` (arXiv 2107.03374)."""
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
@@ -25,14 +25,14 @@ def measure_greedy(console, engine, tokenizer, scorer, prompts: list[dict], conf
 
 
 def summarize_accuracy(samples: list[dict], greedy: dict[str, list], samples_per_prompt: int) -> dict:
-    """pass@k of both sides for k = 1, 2, 4, ... up to `samples_per_prompt`, and the greedy answers compared prompt by prompt."""
+    """pass@k of both sides for k = 1, 2, 4, ... up to `samples_per_prompt`, and the greedy answers prompt by prompt."""
     count, ks = samples_per_prompt, [2**i for i in range(samples_per_prompt.bit_length())]
-    groups: dict[str, dict[int, list]] = {"base": {}, "tuned": {}}
+    groups: dict[str, dict[int, list]] = {"base": {}, "tuned": {}}  # side: prompt: scores
     for row in samples:
         if row["scores"].get("correct") is not None:
             groups[row["side"]].setdefault(row["prompt"], []).append(row["scores"]["correct"])
-    passed = {k: {side: _mean([pass_at_k(count, round(sum(right)), k) for right in groups[side].values() if len(right) == count])
-                  for side in groups} for k in ks}  # fmt: skip
+    complete = {side: [round(sum(right)) for right in of.values() if len(right) == count] for side, of in groups.items()}
+    passed = {k: {side: _mean([pass_at_k(count, c, k) for c in right]) for side, right in complete.items()} for k in ks}
     pair = paired(greedy["base"], greedy["tuned"])
     known = [(b, t) for b, t in zip(greedy["base"], greedy["tuned"], strict=True) if None not in (b, t)]
     return {
@@ -60,15 +60,12 @@ def accuracy_rows(accuracy: dict) -> list[list[str]]:
 
 def accuracy_sentence(accuracy: dict, sampled: str) -> str:
     """What the greedy answers say of it; `sampled` is the verdict on the sampled ones."""
-    greedy = (accuracy["greedy"] or {}).get("verdict")
-    word = {"better": "Learnt: the greedy answers are right more often, too."}.get(
-        greedy,
-        "Sharpened: sampled answers are right more often; for greedy ones that is not shown." if sampled == "better" else "",
-    )
-    moved = (
-        f"Greedy answers: {accuracy['wrong to right']} went from wrong to right, {accuracy['right to wrong']} the other way."
-    )
-    return f"{moved} {word}".strip()
+    wrong_to_right, right_to_wrong = accuracy["wrong to right"], accuracy["right to wrong"]
+    text = f"Greedy answers: {wrong_to_right} went from wrong to right, {right_to_wrong} the other way."
+    if (accuracy["greedy"] or {}).get("verdict") == "better":
+        return f"{text} Learnt: the greedy answers are right more often, too."
+    sharpened = " Sharpened: sampled answers are right more often; for greedy ones that is not shown."
+    return text + sharpened * (sampled == "better")
 
 
 def show_accuracy(console, accuracy: dict, names: tuple[str, str], sampled: str) -> None:
