@@ -137,7 +137,7 @@ PRESETS = {
         "activation_checkpointing": False,
         "output_dir": "./results/smollm2-grpo",
         "sample_steps": 20,
-        "eval_steps": 20,
+        "eval_steps": 10,
         "adapter": "./results/smollm2-grpo-final",
         "validation_dir": "./results/smollm2-validation",
     },

@@ -97,9 +97,11 @@ def reference_nll(policy, tokenizer, rows: list[dict], advance: Advance) -> list
 
     None where there is no reference. A reference is cut where the context ends.
     """
-    prompts = tokenizer(render(tokenizer, [row["prompt"] for row in rows]), add_special_tokens=False)["input_ids"]
-    # The answer begins with the space behind "Output:", as in training.
-    references = tokenizer([f" {row['reference'] or ''}" for row in rows], add_special_tokens=False)["input_ids"]
+    texts = render(tokenizer, [row["prompt"] for row in rows])
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    # An answer begins with the space behind "Output:"; most chat templates end with a line of their own.
+    answers = [f"{'' if text[-1:].isspace() else ' '}{row['reference'] or ''}" for text, row in zip(texts, rows, strict=True)]
+    references = tokenizer(answers, add_special_tokens=False)["input_ids"]
     references = [ids[: max(0, context_length(policy) - len(prompt))] for prompt, ids in zip(prompts, references, strict=True)]
     values: list[float | None] = [None] * len(rows)
     chosen = [i for i, row in enumerate(rows) if row["reference"] and references[i]]
