@@ -141,6 +141,30 @@ PRESETS = {
         "adapter": "./results/smollm2-grpo-final",
         "validation_dir": "./results/smollm2-validation",
     },
+    # A task with a right answer, for the same model: sums of two numbers; held out are those with a 7 or an 11.
+    "sums": {
+        "model": "smollm2",
+        "device": "cpu",
+        "dataset": "./sample/sums",
+        "data_dir": "./data/sums",
+        "max_prompt_tokens": 128,
+        "max_completion_length": 16,
+        "target_tokens": 8,
+        "rewards": ["correct"],
+        "max_steps": 60,
+        "learning_rate": 3e-4,
+        "beta": 0.001,  # small, for a reward that cannot be gamed
+        "per_device_train_batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "activation_checkpointing": False,
+        "output_dir": "./results/sums-grpo",
+        "sample_steps": 30,
+        "eval_steps": 20,
+        "eval_prompts": 44,
+        "adapter": "./results/sums-grpo-final",
+        "samples_per_prompt": 8,
+        "validation_dir": "./results/sums-validation",
+    },
 }
 
 # What a value may be: a set of choices, or (lowest, highest), both included. Checked before anything slow starts.
