@@ -23,7 +23,7 @@ PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "questio
 REFERENCE_COLUMNS = ("reference", "answer", "completion", "output", "response", "solution", "ground_truth")
 # What a reward gets under these names is something else.
 TAKEN = {"pairs", "prompts", "completions", "completion", "completion_ids", "answers", "answer_ids", "answer_tokens", "ended",
-         "target_tokens", "trainer_state", "log_metric", "log_extra"}  # fmt: skip
+         "target_tokens", "format_regex", "trainer_state", "log_metric", "log_extra", "image", "images", "tools"}  # fmt: skip
 UNKNOWN = "und"  # ISO 639's code of a language that nobody named
 
 
@@ -61,7 +61,7 @@ def find_form(rows: list[dict], prompt_column: str, reference_column: str) -> Fo
             f"and --reference_column COLUMN for the right or best answer. Known: {', '.join(PROMPT_COLUMNS[:-1])}."
         )
     reference = reference_column or first(*(name for name in REFERENCE_COLUMNS if name != prompt))
-    return Form(prompt, first("input") if prompt == "instruction" else "", reference, pairs, first("lang", "language"),
+    return Form(prompt, first("input") if prompt == "instruction" else "", reference, pairs, first("lang"),
                 first("message_id", "id"))  # fmt: skip
 
 

@@ -175,6 +175,10 @@ def _compared(m: dict, places: int) -> list[str]:
     return [format_number(m["base"], places), format_number(m["tuned"], places), f"{difference} [{low}, {high}]"]
 
 
+def verdict_on_correct(report: dict) -> str:
+    return report["metrics"].get("correct", {}).get("verdict", "")
+
+
 def levels(report: dict) -> str:
     """What the intervals of the tables are, in one sentence."""
     rows = len(report["metrics"]) - 1 + len(report["languages"])
@@ -205,7 +209,7 @@ def show(console, report: dict, samples_per_prompt: int) -> None:
             languages.add_row(*map(Text, row))
         console.print(languages)
     if "accuracy" in report:
-        show_accuracy(console, report["accuracy"], names, report["metrics"]["correct"]["verdict"])
+        show_accuracy(console, report["accuracy"], names, verdict_on_correct(report))
     for line in remarks(report):
         console.print(line)
     console.print(Text(report["line"], style="bold"))
@@ -222,7 +226,7 @@ def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list
         columns = ("language", "prompts", *report["names"], METRIC_COLUMNS[0], "verdict")
         lines += ["", f"## {report['headline'].capitalize()} by language", "", *markdown_table(columns, language_rows(report))]
     if "accuracy" in report:
-        lines += ["", *accuracy_markdown(report["accuracy"], report["names"], report["metrics"]["correct"]["verdict"])]
+        lines += ["", *accuracy_markdown(report["accuracy"], report["names"], verdict_on_correct(report))]
     lines += ["", "![all metrics with their intervals, and the answer lengths](validation.png)", ""]
     lines += ["## Sample prompts, as a chat", ""]
     for question in shown:
