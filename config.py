@@ -129,6 +129,7 @@ PRESETS = {
         "validation_fraction": 0.3,
         "max_completion_length": 64,
         "target_tokens": 32,
+        "temperature": 0.7,  # at 1 so small a model, rounded to 4 bits, wanders off into other subjects
         "reward_dir": "./results/smollm2-reward-model",
         "max_steps": 40,
         "learning_rate": 5e-4,

@@ -82,13 +82,15 @@ def test_the_readme_s_reward_runs_as_it_stands_there(call, quick, tmp_path):
 def test_numbers_are_the_measured_ones():
     """Tables and sentences of README and docs are those that the benchmarks wrote."""
     pages = README + "".join(DOCS.values())
-    for title in ("The tiny run, over seeds", "The tiny reward model, over seeds", "A GRPO step, tiny"):
+    for title in ("The smollm2 run, over seeds", "The tiny reward model, over seeds", "A GRPO step, tiny"):
         section = RESULTS.split(f"## {title}\n")[1].split("\n## ")[0]
         rows = [line for line in section.splitlines() if line.startswith("|")]
         assert len(rows) >= 5 and all(line in pages for line in rows), title
-        if title == "The tiny run, over seeds":
+        if title == "The smollm2 run, over seeds":
             for number in re.findall(r"[+-]?\d\.\d+", rows[2]):
-                assert number in README.split("![")[0], f"{number} of seed 0 is missing at the top"
+                assert number in README.split("## Two commands")[0], f"{number} of seed 0 is missing at the top"
+    tiny = RESULTS.split("## The tiny run, over seeds\n")[1].split("\n| 0 | ")[1].split(" | ")
+    assert f"({tiny[0]} to {tiny[1]}, seed 0)" in README
     pages, results = " ".join(pages.split()), " ".join(RESULTS.split())
     for pattern in (r"step \d\.\d+ \[[^]]+\] times stock TRL", r"two processes \d\.\d+ \[[^]]+\] times one",
                     r"\d+ kills \(kill -9\), \d+ of them in a save"):  # fmt: skip

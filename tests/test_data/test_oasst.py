@@ -10,6 +10,7 @@ from config import CONFIG, PRESETS
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import oasst
 from phi2_grpo.data.prompts import deduplicate, normalize
+from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
 
 
 def row(id: str, text: str, parent: str | None = None, **other) -> dict:
@@ -111,8 +112,6 @@ def test_trees_are_split_whole_and_by_seed():
 
 def test_the_sample_has_what_it_should():
     """Each trap of the real rows, in oasst1's own schema, and none of the prompts that are shown."""
-    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
-
     rows = [json.loads(line) for line in (ROOT / "sample" / "tiny.jsonl").read_text(encoding="utf-8").splitlines()]
     config = {**CONFIG, **PRESETS["tiny"]}
     messages = oasst.read_messages(str(ROOT / "sample" / "tiny.jsonl"), "main")[0][""]
@@ -137,3 +136,23 @@ def test_the_sample_has_what_it_should():
     if SHARED.exists():
         real = json.loads((SHARED / "oasst1" / "messages.jsonl").open(encoding="utf-8").readline())
         assert all(list(each) == list(real) for each in rows)
+
+
+def test_the_english_sample():
+    """Enough questions, held out ones too; no two of one pattern; ranked replies of many lengths, the best not always longest."""
+    config = {**CONFIG, **PRESETS["smollm2"]}
+    messages = oasst.read_messages(str(ROOT / config["dataset"]), "main")[0][""]
+    roots = [message for message in messages if message.parent_id is None]
+    replies = {root.message_id: [m for m in messages if m.parent_id == root.message_id] for root in roots}
+    held_out = oasst.split(messages, config["validation_fraction"], config["split_seed"])["validation"]
+    assert len(roots) >= 300 and sum(message.parent_id is None for message in held_out) >= 100
+    assert sum(2 <= len(each) <= 4 for each in replies.values()) > 0.8 * len(roots) and all(replies.values())
+    texts = {normalize([{"content": root.text}]) for root in roots}
+    assert len(texts) == len(roots) and not {normalize([{"content": text}]) for text in SAMPLE_PROMPTS} & texts
+    beginnings = Counter(" ".join(text.split()[:4]) for text in texts)
+    assert beginnings.most_common(1)[0][1] <= 5
+    ranked = [sorted(each, key=lambda reply: reply.rank) for each in replies.values() if len(each) > 1]
+    longest = [len(each[0].text) == max(len(reply.text) for reply in each) for each in ranked]
+    assert 0.3 < sum(longest) / len(longest) < 0.7
+    words = [len(reply.text.split()) for each in replies.values() for reply in each]
+    assert min(words) < 10 and max(words) > 80
