@@ -12,6 +12,7 @@ from pathlib import Path
 
 from phi2_grpo.common.cli import split_weight
 from phi2_grpo.common.languages import language_code, language_identifier
+from phi2_grpo.rewards import tasks
 
 
 def length(answer_tokens: list[int], ended: list[bool], target_tokens: int, **_) -> list[float]:
@@ -65,7 +66,8 @@ def reference(answers: list[str], reference: list[str | None], **_) -> list[floa
     ]
 
 
-BUILT_IN = {function.__name__: function for function in (length, ending, repetition, language, reference)}
+ANY_ANSWER = {function.__name__: function for function in (length, ending, repetition, language, reference)}
+BUILT_IN = ANY_ANSWER | {"correct": tasks.correct, "format": tasks.format}
 
 
 @functools.cache

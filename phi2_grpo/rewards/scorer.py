@@ -18,10 +18,9 @@ from transformers import TrainerState
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, memory_ran_out, split_weight
 from phi2_grpo.models.answers import trim
-from phi2_grpo.rewards import collapse, functions, tasks
+from phi2_grpo.rewards import collapse
+from phi2_grpo.rewards.functions import ANY_ANSWER, BUILT_IN
 from phi2_grpo.rewards.reward_model import RewardModel
-
-BUILT_IN = functions.BUILT_IN | {"correct": tasks.correct, "format": tasks.format}
 
 
 class BadReward(UserError):
@@ -67,7 +66,7 @@ def parse_rewards(items: list[str]) -> list[Reward]:
 def add_built_in(chosen: list[Reward]) -> list[Reward]:
     """`chosen`, and with weight 0 those of any answer that are not among them: measured, though they were not trained for."""
     names = {reward.name for reward in chosen}
-    return chosen + [Reward(name, 0.0, function) for name, function in functions.BUILT_IN.items() if name not in names]
+    return chosen + [Reward(name, 0.0, function) for name, function in ANY_ANSWER.items() if name not in names]
 
 
 def describe_rewards(chosen: list[Reward]) -> list[dict]:
