@@ -18,8 +18,8 @@ TIMEOUT = 1.0  # seconds for one answer: a pattern may need exponential time
 def correct(answers: list[str], reference: list[str | None], **_) -> list[float | None]:
     """Rewards the right answer: the same final number, or text, as the reference. 0 or 1.
 
-    Not scored where there is no reference. Ignores truncation (`ending` is a reward of its own). Gamed where few answers are
-    possible, by guessing the commonest; and says nothing about how the answer was found.
+    Not scored where there is no reference. Ignores truncation (`ending` is a reward of its own). Gamed by guessing, where few
+    answers are possible; and says nothing about how the answer was found.
     """
     return [
         None if right is None else float(final_answer(answer) == final_answer(right))
