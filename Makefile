@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 TINY := --preset tiny
 REAL := --preset smollm2
 
-.PHONY: demo demo-real demo-reward app test lint bench dashboard clean
+.PHONY: demo demo-real demo-sums demo-reward app test lint bench dashboard clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -23,6 +23,13 @@ demo-real: .venv/ready
 	$(BIN)/python inspect_data.py $(REAL) --samples 2
 	$(BIN)/python train_grpo.py $(REAL) --overwrite
 	$(BIN)/python validate_model.py $(REAL)
+
+# A task with a right answer, on the same model.
+demo-sums: .venv/ready
+	$(BIN)/python prepare_data.py --preset sums --overwrite
+	$(BIN)/python train_grpo.py --preset sums --overwrite
+	$(BIN)/python validate_model.py --preset sums --prompt "What is 7 + 8? Answer with the number only." \
+	  --prompt "Add 11 and 4. Only give the result." --prompt "12 + 7 = ? Reply with just the number."
 
 # The same with a reward model, learnt from people's rankings.
 demo-reward: .venv/ready

@@ -18,10 +18,14 @@ CONFIG = {
     "lora_target_modules": ["Wqkv", "out_proj", "fc1", "fc2"],  # Phi's names, old or new, which on other models mean all-linear
     "init_adapter": "",  # adapter folder to start from instead of a fresh adapter (the KL is still to the base)
     # --- data
-    "dataset": "OpenAssistant/oasst1",  # Hub id, or .jsonl, .json, .gz, .parquet, folder of them
+    "dataset": "OpenAssistant/oasst1",  # Hub id, or a file or folder: .jsonl, .json, .csv, .tsv, .parquet, .txt (docs/data.md)
+    "dataset_config": "",  # of a Hub data set that has several: main of openai/gsm8k
     "dataset_revision": "main",  # branch, tag or commit of a Hub data set
-    "data_dir": "./data",  # folder of oasst1_prompts, oasst1_preferences and funnel.json
-    "languages": "all",  # oasst1's language codes (en,es,pt-BR), or all
+    "data_dir": "./data",  # folder of NAME_prompts, NAME_preferences and funnel.json
+    "prompt_column": "",  # column of your own prompts; empty: the first of the usual names
+    "reference_column": "",  # column of the right or best answers to them, as above
+    "system_prompt": "",  # put before prompts of your own that have none
+    "languages": "all",  # codes (en,es,pt-BR), or all; where your own prompts name none, they are guessed
     "max_prompt_tokens": 384,  # longest prompt kept, counted with the chat template
     "max_turns": 1,  # user turns in a prompt: 1 takes first questions, 2 also follow-ups with their history
     "max_toxicity": 1.0,  # keep prompts up to this toxicity label (0-1); 1 keeps all
@@ -44,6 +48,7 @@ CONFIG = {
     # --- reward
     "rewards": ["length:1.0"],  # name:weight,...: a built-in, path/file.py:function, package.module:function, a reward model
     "target_tokens": 128,  # length of answer that the length reward rewards most
+    "format_regex": "",  # what the format reward wants an answer to match, from end to end: "<think>.+</think>.+"
     # --- reward model (train_reward.py; what is not here is as in training below)
     "reward_dir": "./results/reward-model",  # folder of the finished reward model
     "reward_learning_rate": 1e-4,  # TRL's for a LoRA reward model; the head and the adapter start from nothing
@@ -136,6 +141,30 @@ PRESETS = {
         "eval_steps": 10,
         "adapter": "./results/smollm2-grpo-final",
         "validation_dir": "./results/smollm2-validation",
+    },
+    # A task with a right answer, for the same model: sums of two numbers; held out are those with a 7 or an 11.
+    "sums": {
+        "model": "smollm2",
+        "device": "cpu",
+        "dataset": "./sample/sums",
+        "data_dir": "./data/sums",
+        "max_prompt_tokens": 128,
+        "max_completion_length": 16,
+        "target_tokens": 8,
+        "rewards": ["correct"],
+        "max_steps": 60,
+        "learning_rate": 3e-4,
+        "beta": 0.001,  # small, for a reward that cannot be gamed
+        "per_device_train_batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "activation_checkpointing": False,
+        "output_dir": "./results/sums-grpo",
+        "sample_steps": 30,
+        "eval_steps": 20,
+        "eval_prompts": 44,
+        "adapter": "./results/sums-grpo-final",
+        "samples_per_prompt": 8,
+        "validation_dir": "./results/sums-validation",
     },
 }
 

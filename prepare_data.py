@@ -1,8 +1,8 @@
-"""Turn OpenAssistant's message trees into GRPO prompts and ranked preference pairs on disk.
+"""Turn OpenAssistant's message trees, or prompts of your own, into GRPO prompts and ranked preference pairs on disk.
 
   python prepare_data.py                                    # oasst1 from the Hub -> data/
   python prepare_data.py --languages en,es --max_turns 2    # two languages, follow-up questions too
-  python prepare_data.py --dataset messages.jsonl.gz        # a local copy
+  python prepare_data.py --dataset prompts.csv --data_dir data/own    # prompts of your own (docs/data.md)
   python prepare_data.py --preset tiny                      # the sample in sample/ -> data/tiny
 
 What you should see on the full data set (88,838 messages in ready trees): 84,437 train rows with 9,846 roots, 4,401
@@ -11,6 +11,7 @@ under 125.
 """
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from phi2_grpo.common import cli, setup
@@ -26,13 +27,13 @@ def main() -> None:
 
     from phi2_grpo.common import files
     from phi2_grpo.common.console import Console
-    from phi2_grpo.data import store
+    from phi2_grpo.data import prompts, store
 
     console = Console()
     console.print(f"prepare_data: {cli.differences(config, KEYS)}")
     data_dir = Path(config["data_dir"])
     files.check_writable(data_dir)
-    if store.exists(data_dir) and not arguments.overwrite:
+    if store.exists(data_dir, prompts.name_of(config["dataset"])) and not arguments.overwrite:
         raise cli.UserError(f"{data_dir} holds prepared data. Replace it: --overwrite, or choose another --data_dir.")
     with files.lock_folder(data_dir):
         prepare(config, console)
@@ -40,43 +41,55 @@ def main() -> None:
 
 def prepare(config: dict, console) -> None:
     """Read, split, filter, deduplicate, save."""
-    from phi2_grpo.data import oasst, store
+    from phi2_grpo.data import oasst, prompts, sources, store
     from phi2_grpo.models import embedded
     from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer
 
-    with console.status("reading messages"):
-        splits, commit = oasst.read_messages(config["dataset"], config["dataset_revision"])
-    known = {message.lang for messages in splits.values() for message in messages}
-    if not known:
-        raise cli.UserError(f"--dataset {config['dataset']} holds no messages.")
-    languages = oasst.wanted_languages(config["languages"], known)
-    if "" in splits:  # the source has no validation split
-        splits = oasst.split_trees(splits[""], config["validation_fraction"], config["split_seed"])
+    splits, commit = sources.read_rows(config["dataset"], config["dataset_revision"], config["dataset_config"])
+    first, splits = prompts.peek(splits)
+    if not first:
+        raise cli.UserError(f"--dataset {config['dataset']} holds no rows.")
+    form = None if oasst.is_message(first[0]) else prompts.find_form(first, config["prompt_column"], config["reference_column"])
+    if form:
+        console.print(f"Columns: {form}")
     embedded.prepare(config["model"], oasst.sample_dialogues)
     tokenizer = load_tokenizer(config)
+    kind = prompts if form else oasst
+    with console.status("reading rows"):
+        if form:
+            items = prompts.read(splits, form, config["system_prompt"])
+        else:
+            items = {split: oasst.parse_messages(rows, f"{config['dataset']} {split}") for split, rows in splits.items()}
+    if "" in items:  # the source has no validation split
+        items = kind.split(items[""], config["validation_fraction"], config["split_seed"])
+    if form and config["languages"] != "all":
+        with console.status("guessing languages"):
+            prompts.guess_languages(items)
+    languages = prompts.wanted_languages(config["languages"], kind.languages(items))
 
     limits = {key: config[key] for key in ("max_prompt_tokens", "max_turns", "max_toxicity")}
-    prompts, pairs, funnel, held_out = {}, {}, {"train": {}}, set()
+    rows, pairs, funnel, held_out = {}, {}, {"train": {}}, set()
     for split in ("validation", "train"):  # validation first: what stands there leaves train
         with console.status(f"choosing {split} prompts"):
-            messages = splits.get(split, [])
-            rows, steps = oasst.filter_prompts(messages, lambda each: count_tokens(tokenizer, each), languages, **limits)
-            prompts[split], pairs[split], distinct = oasst.deduplicate(rows, held_out)
-        funnel[split] = {**steps, "distinct": len(distinct), "kept": len(prompts[split])}
+            counter = partial(count_tokens, tokenizer)
+            candidates, steps = kind.filter_prompts(items.get(split, []), counter, languages, **limits)
+            rows[split], pairs[split], distinct = prompts.deduplicate(candidates, held_out)
+        funnel[split] = {**steps, "distinct": len(distinct), "kept": len(rows[split])}
         held_out = distinct
-    if not prompts["train"]:
+    if not rows["train"]:
         steps = ", ".join(f"{step}: {count}" for step, count in funnel["train"].items())
         raise cli.UserError(f"no train prompt is left ({steps}). Loosen the limit that took the last one.")
 
     facts = {
+        "name": prompts.name_of(config["dataset"]) if form else "oasst1",
         "dataset_commit": commit,
         "settings": {key: config[key] for key in KEYS},
         "model": config["model"],
         "tokenizer": store.tokenizer_fingerprint(tokenizer),
         "funnel": funnel,
     }
-    store.save(Path(config["data_dir"]), prompts, pairs, facts)
-    show(console, Path(config["data_dir"]), funnel, prompts, pairs)
+    store.save(Path(config["data_dir"]), rows, pairs, facts)
+    show(console, Path(config["data_dir"]), funnel, rows, pairs)
 
 
 def show(console, data_dir: Path, funnel: dict, prompts: dict, pairs: dict) -> None:
@@ -92,10 +105,11 @@ def show(console, data_dir: Path, funnel: dict, prompts: dict, pairs: dict) -> N
             table.add_row(row, f"{counts['train'][row]:,}", f"{counts['validation'][row]:,}")
         console.print(table)
     references = sum(row["reference"] is not None for row in prompts["train"])
+    folders = {kind: store.folder(data_dir, kind) for kind in (store.PROMPTS, store.PREFERENCES)}
     console.print(
-        f"{len(prompts['train']):,} train prompts ({references:,} with a human reply) and "
-        f"{len(prompts['validation']):,} validation prompts -> {data_dir / store.PROMPTS}\n"
-        f"{len(pairs['train']):,} and {len(pairs['validation']):,} ranked pairs of replies -> {data_dir / store.PREFERENCES}",
+        f"{len(prompts['train']):,} train prompts ({references:,} with a reference) and "
+        f"{len(prompts['validation']):,} validation prompts -> {folders[store.PROMPTS]}\n"
+        f"{len(pairs['train']):,} and {len(pairs['validation']):,} ranked pairs of replies -> {folders[store.PREFERENCES]}",
         soft_wrap=True,
     )
     if not prompts["validation"]:

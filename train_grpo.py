@@ -22,7 +22,8 @@ from phi2_grpo.common import cli, setup
 KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
         "init_adapter", "data_dir", "rollout", "rollout_batch_size", "use_vllm", "vllm_mode", "vllm_server_base_url",
         "vllm_gpu_memory_utilization", "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
-        "chat_temperature", "chat_top_p", "rewards", "target_tokens", "max_steps", "learning_rate", "lr_scheduler_type",
+        "chat_temperature", "chat_top_p", "rewards", "target_tokens", "format_regex",
+        "max_steps", "learning_rate", "lr_scheduler_type",
         "warmup_steps", "beta", "loss_type", "scale_rewards", "per_device_train_batch_size",
         "gradient_accumulation_steps", "activation_checkpointing", "max_grad_norm", "seed",
         "output_dir", "save_steps", "save_total_limit", "sample_steps", "eval_steps",
@@ -143,7 +144,7 @@ def add_callbacks(config: dict, ready, trainer, facts: dict):
     trainer.add_callback(log)
     trainer.add_callback(CheckpointCallback(write_files, config["save_total_limit"]))
     if rows := select_rows(ready.prompts["validation"], config["eval_prompts"], seed=0):
-        scorer = Scorer(ready.tokenizer, config["target_tokens"], ready.scorer.chosen)
+        scorer = Scorer(ready.tokenizer, config["target_tokens"], ready.scorer.chosen, config["format_regex"])
         trainer.add_callback(EvaluationCallback(trainer, scorer, rows, config, log.console))
     return log
 

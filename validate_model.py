@@ -16,9 +16,18 @@ from pathlib import Path
 from phi2_grpo.common import cli, files, setup
 
 KEYS = ("model", "model_revision", "device", "dtype", "data_dir", "adapter", "max_completion_length", "temperature", "top_p",
-        "top_k", "rewards", "target_tokens", "max_prompts", "samples_per_prompt", "rollout", "rollout_batch_size", "seed",
+        "top_k", "rewards", "target_tokens", "format_regex", "max_prompts",
+        "samples_per_prompt", "rollout", "rollout_batch_size", "seed",
         "validation_dir")  # fmt: skip
-TRAINED_WITH = ("temperature", "top_p", "top_k", "max_completion_length", "target_tokens", "rewards")  # taken from run.json
+TRAINED_WITH = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_completion_length",
+    "target_tokens",
+    "format_regex",
+    "rewards",
+)  # taken from run.json
 
 
 def main() -> None:
@@ -67,11 +76,13 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from phi2_grpo.common.console import Console
     from phi2_grpo.data.store import select_rows
     from phi2_grpo.evaluation import report
+    from phi2_grpo.evaluation.accuracy import measure_greedy, summarize_accuracy
+    from phi2_grpo.evaluation.chat import show_samples
     from phi2_grpo.evaluation.measure import measure, reserved_bytes
     from phi2_grpo.models.answers import saved_generation_config
     from phi2_grpo.models.base import choose_device, context_length, describe_base, meta_model, use_adapter_base
     from phi2_grpo.models.lora import check_adapter, check_same_base
-    from phi2_grpo.models.tokenizer import check_context, check_vocabulary, load_tokenizer
+    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, check_context, check_vocabulary, load_tokenizer
     from phi2_grpo.rewards.scorer import Scorer, add_built_in, parse_rewards, try_rewards
     from phi2_grpo.rollout.cache import rows_that_fit
     from phi2_grpo.rollout.engine import make_engine
@@ -89,7 +100,8 @@ def validate(config: dict, arguments, trained: dict) -> None:
     check_vocabulary(tokenizer, base)
     table, funnel = load_held_out(console, config, tokenizer, trained)
     prompts = select_rows(table, config["max_prompts"], config["seed"])
-    scorer = Scorer(tokenizer, config["target_tokens"], add_built_in(parse_rewards(config["rewards"])))
+    chosen = add_built_in(parse_rewards(config["rewards"]))
+    scorer = Scorer(tokenizer, config["target_tokens"], chosen, config["format_regex"])
     try_rewards(scorer, prompts[:8])
     context = context_length(base)
     generation = saved_generation_config(adapters[0], tokenizer, config, context)  # how to chat
@@ -101,9 +113,13 @@ def validate(config: dict, arguments, trained: dict) -> None:
     engine = make_engine(config["rollout"], policy, config["rollout_batch_size"], reserved_bytes(policy))
     batch = config["rollout_batch_size"] or rows_that_fit(policy, length, reserved_bytes(policy))
     names = side_names(adapters)
-    shown = show_samples(console, engine, tokenizer, names, generation, config["seed"], arguments)
-    samples, costs = measure(console, engine, tokenizer, scorer, prompts, config, batch, bool(arguments.against))
+    against, questions = bool(arguments.against), arguments.prompt or SAMPLE_PROMPTS
+    shown = show_samples(console, engine, tokenizer, names, generation, config["seed"], questions, against)
+    samples, costs = measure(console, engine, tokenizer, scorer, prompts, config, batch, against)
     numbers = report.summarize(samples, prompts, costs, scorer, names)
+    if any(reward.name == "correct" for reward in scorer.chosen):
+        greedy = measure_greedy(console, engine, tokenizer, scorer, prompts, config, batch, against)
+        numbers["accuracy"] = summarize_accuracy(samples, greedy, config["samples_per_prompt"])
 
     report.show(console, numbers, config["samples_per_prompt"])
     facts = [
@@ -150,34 +166,6 @@ def side_names(adapters: list[Path]) -> tuple[str, str]:
         return "base", "tuned"
     same = adapters[0].name == adapters[1].name
     return tuple(str(path) if same else path.name for path in (adapters[1], adapters[0]))
-
-
-def show_samples(console, engine, tokenizer, names: tuple[str, str], generation, seed: int, arguments) -> list[dict]:
-    """The sample prompts answered by both as a chat, as `generation` has it, side by side, trimmed."""
-    from rich.text import Text
-
-    from phi2_grpo.common.console import make_table
-    from phi2_grpo.evaluation.measure import use_adapter
-    from phi2_grpo.models.answers import trim
-    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, render
-    from phi2_grpo.rollout.engine import complete
-
-    questions = arguments.prompt or SAMPLE_PROMPTS
-    texts = render(tokenizer, [[{"role": "user", "content": question}] for question in questions])
-    answers = {}
-    for side, adapter in (("base", "against" if arguments.against else None), ("tuned", "default")):
-        with use_adapter(engine.model, adapter), console.status(f"{side} answers"):
-            answers[side] = trim(complete(engine, tokenizer, texts, generation, seed), tokenizer)
-    samples = []
-    for question, *pair in zip(questions, answers["base"], answers["tuned"], strict=True):
-        table = make_table(Text(question), *names, words=(0, 1), expand=True, show_lines=True)
-        table.columns[0].ratio = table.columns[1].ratio = 1
-        table.add_row(*(Text(answer.text) for answer in pair))
-        table.add_row(*(Text(f"{answer.tokens} tokens, {answer.finish_reason}", style="dim") for answer in pair))
-        console.print(table)
-        texts_of = [{"answer": a.text, "tokens": a.tokens, "finish_reason": a.finish_reason} for a in pair]
-        samples.append({"prompt": question, "base": texts_of[0], "tuned": texts_of[1]})
-    return samples
 
 
 def update_card(console, adapter: Path, config: dict, arguments, trained: dict, numbers: dict) -> None:

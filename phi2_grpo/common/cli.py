@@ -120,8 +120,9 @@ def flags(config: dict, preset: str, *keys: str) -> str:
 
 
 # The settings that prepare_data.py reads.
-PREPARE_KEYS = ("model", "model_revision", "dataset", "dataset_revision", "data_dir", "languages", "max_prompt_tokens",
-                "max_turns", "max_toxicity", "validation_fraction", "split_seed")  # fmt: skip
+PREPARE_KEYS = ("model", "model_revision", "dataset", "dataset_config", "dataset_revision", "data_dir", "prompt_column",
+                "reference_column", "system_prompt", "languages", "max_prompt_tokens", "max_turns", "max_toxicity",
+                "validation_fraction", "split_seed")  # fmt: skip
 
 
 def prepare_command(config: dict, overwrite: bool = False) -> str:

@@ -5,15 +5,15 @@ is a root prompt with its replies, their follow-up questions, and so on.
 """
 
 import random
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import NamedTuple
 
 from config import CONFIG, PRESETS
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import sources
+from phi2_grpo.data.prompts import normalize
 
 ROLES = {"prompter": "user", "assistant": "assistant"}  # oasst1's name: the chat template's
 
@@ -44,21 +44,27 @@ class Message(NamedTuple):
         return bool(self.text) and self.accepted and not self.deleted
 
 
-def read_messages(source: str, revision: str) -> tuple[dict[str, list[Message]], str | None]:
-    """All messages by split, as `sources.read_rows` splits them, and the commit of a data set of the Hub.
+def is_message(row: dict) -> bool:
+    """Whether a row has the columns by which oasst1's are known: a message's, or a whole tree's."""
+    return {"message_id", "role", "text"} <= row.keys() or {"message_tree_id", "prompt"} <= row.keys()
 
-    Raises UserError where the source cannot be read, or a row is not oasst1's.
-    """
+
+def read_messages(source: str, revision: str) -> tuple[dict[str, list[Message]], str | None]:
+    """All messages by split, as `sources.read_rows` splits them, and the commit of a data set of the Hub. Raises UserError."""
     splits, commit = sources.read_rows(source, revision)
-    messages = {split: [] for split in splits}
-    for split, rows in splits.items():
-        for number, row in enumerate(rows, 1):
-            try:
-                messages[split] += parse_row(row)
-            except (ValueError, TypeError, AttributeError, LookupError) as error:
-                columns = ", ".join(Message._fields[:-1])
-                raise UserError(f"{source} {split}, row {number}: {error}. Needed are oasst1's columns: {columns}.") from None
-    return messages, commit
+    return {split: parse_messages(rows, f"{source} {split}") for split, rows in splits.items()}, commit
+
+
+def parse_messages(rows: Iterable[dict], name: str) -> list[Message]:
+    """All messages of the rows of a split. Raises UserError for a row that is not oasst1's, `name` saying of which source."""
+    messages = []
+    for number, row in enumerate(rows, 1):
+        try:
+            messages += parse_row(row)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            columns = ", ".join(Message._fields[:-1])
+            raise UserError(f"{name}, row {number}: {error}. Needed are oasst1's columns: {columns}.") from None
+    return messages
 
 
 def parse_row(row: dict) -> list[Message]:
@@ -103,7 +109,7 @@ def _toxicity(labels: dict, detoxify: dict):
     return (labels.get("toxicity") or {"value": detoxify.get("toxicity")})["value"]
 
 
-def split_trees(messages: list[Message], fraction: float, seed: int) -> dict[str, list[Message]]:
+def split(messages: list[Message], fraction: float, seed: int) -> dict[str, list[Message]]:
     """Train and validation, by whole trees, so that no reply's question stands on the other side."""
     trees = sorted({message.message_tree_id for message in messages})
     random.Random(seed).shuffle(trees)
@@ -114,18 +120,8 @@ def split_trees(messages: list[Message], fraction: float, seed: int) -> dict[str
     return splits
 
 
-def normalize(conversation: list[dict]) -> str:
-    """What makes two conversations the same prompt: their text after Unicode (NFKC), case and white-space folding."""
-    text = "\0".join(turn["content"] for turn in conversation)
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def wanted_languages(languages: str, known: set[str]) -> set[str]:
-    """The codes that `languages` names ("all" or a list). Raises UserError for one that the source does not have."""
-    wanted = known if languages == "all" else {code.strip() for code in languages.split(",")}
-    if unknown := wanted - known:
-        raise UserError(f"--languages: the source has no {', '.join(sorted(unknown))}. It has: {', '.join(sorted(known))}.")
-    return wanted
+def languages(splits: dict[str, list[Message]]) -> set[str]:
+    return {message.lang for messages in splits.values() for message in messages}
 
 
 def filter_prompts(
@@ -196,27 +192,11 @@ def rank_replies(replies: list[Message]) -> dict:
     return {"reference": best[0].text if best else None, "pairs": pairs}
 
 
-def deduplicate(rows: list[dict], held_out: set[str]) -> tuple[list[dict], list[dict], set[str]]:
-    """Prompts and pairs of the rows, each normalized prompt once, and the set of those.
-
-    Left out is what stands in `held_out`, and a follow-up of it: its first turns would show the model what is held out.
-    """
-    distinct = {}
-    for row in rows:
-        distinct.setdefault(normalize(row["prompt"]), row)
-    prompts = []
-    for row in distinct.values():
-        beginnings = (row["prompt"][:turns] for turns in range(1, len(row["prompt"]) + 1, 2))
-        if held_out.isdisjoint(map(normalize, beginnings)):
-            prompts.append(row)
-    return prompts, [{**row, **pair} for row in prompts for pair in row["pairs"]], set(distinct)
-
-
 def sample_dialogues() -> list[dict]:
     """`prompt` and `reply` of the sample's train split, every usable reply; split as prepare_data splits it."""
     config = {**CONFIG, **PRESETS["tiny"]}
     messages = read_messages(config["dataset"], "")[0][""]
-    splits = split_trees(messages, config["validation_fraction"], config["split_seed"])
+    splits = split(messages, config["validation_fraction"], config["split_seed"])
     held_out = {normalize([_turn(message)]) for message in splits["validation"] if message.parent_id is None}
     usable = {message.message_id: message for message in splits["train"] if message.usable}
     pairs = [(usable.get(reply.parent_id), reply) for reply in usable.values() if reply.role == "assistant"]

@@ -1,8 +1,9 @@
 """Rows of a data set as plain dicts, by split: from the Hub, a file, a folder of files or a `save_to_disk` folder.
 
-What a row means is not known here: oasst.py reads OpenAssistant's messages.
+What a row means is not known here: oasst.py reads OpenAssistant's messages, prompts.py any other form.
 """
 
+import csv
 import gzip
 import json
 import re
@@ -16,14 +17,16 @@ from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, first_line
 
 # In a folder the first of these that is there: a download from the Hub may have exports of the same rows beside its tables.
-FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
+FORMATS = tuple(end + gz for end in (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt") for gz in ("", ".gz"))
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+          "test": "test"}  # fmt: skip
 
 
-def read_rows(source: str, revision: str) -> tuple[dict[str, Iterator], str | None]:
-    """Rows by split, and the commit of a data set of the Hub.
+def read_rows(source: str, revision: str, subset: str = "") -> tuple[dict[str, Iterator], str | None]:
+    """Rows by split, and the commit of a data set of the Hub, of which `subset` names one of several.
 
-    The splits are train and validation, or one without a name ("") where the source has no validation split. A test split
-    is read only where it is the only one. Raises UserError where the source cannot be found, reached or read.
+    The splits are train and validation, or one without a name ("") where the source has one alone. A test split is taken
+    for the validation split where there is none. Raises UserError where the source cannot be found, reached or read.
     """
     path, commit = Path(source), None
     if any(source == preset.get("dataset") for preset in config.PRESETS.values()) and not path.exists():
@@ -32,7 +35,7 @@ def read_rows(source: str, revision: str) -> tuple[dict[str, Iterator], str | No
         if path.exists() or source.startswith((".", "/")) or source.endswith(FORMATS):
             splits = _local_splits(path)
         else:
-            splits, commit = _hub_splits(source, revision)
+            splits, commit = _hub_splits(source, revision, subset)
     except UserError:
         raise
     except Exception as error:  # datasets, pyarrow and the network raise dozens of kinds
@@ -41,9 +44,9 @@ def read_rows(source: str, revision: str) -> tuple[dict[str, Iterator], str | No
             f"  On the Hub: check the name, the revision ({revision}) and the network, or give a copy: --dataset FOLDER\n"
             "  To try everything without the Hub: --preset tiny"
         ) from None
-    if len(splits) > 1:
-        splits.pop("test", None)
-    if "validation" not in splits:
+    if len(splits) > 1 and "test" in splits:
+        splits.setdefault("validation", splits.pop("test"))
+    if "validation" not in splits or "train" not in splits:
         splits = {"": chain.from_iterable(splits.values())}
     return {split: _checked(rows, f"{source} {split}".strip()) for split, rows in splits.items()}, commit
 
@@ -63,17 +66,17 @@ def _local_splits(path: Path) -> dict[str, Iterable]:
     files.check_no_pointer(*paths)
     splits = defaultdict(list)
     for each in paths:
-        rows = _batch_rows(ParquetFile(each).iter_batches(1000)) if each.suffix == ".parquet" else _json_rows(each)
-        named = re.match(r"(train|validation|test)\b", each.name) if len(paths) > 1 else None
-        splits[named[1] if named else ""].append(rows)
+        rows = _batch_rows(ParquetFile(each).iter_batches(1000)) if each.suffix == ".parquet" else _text_rows(each)
+        named = re.match(rf"({'|'.join(SPLITS)})(?![a-z])", each.name) if len(paths) > 1 else None
+        splits[SPLITS[named[1]] if named else ""].append(rows)
     return {split: chain.from_iterable(parts) for split, parts in splits.items()}
 
 
-def _hub_splits(source: str, revision: str) -> tuple[dict[str, Iterable], str | None]:
+def _hub_splits(source: str, revision: str, subset: str) -> tuple[dict[str, Iterable], str | None]:
     import datasets
     from huggingface_hub import constants
 
-    tables = datasets.load_dataset(source, revision=revision)
+    tables = datasets.load_dataset(source, subset or None, revision=revision)
     addresses = [str(table.info.download_checksums) for table in tables.values()]  # hf://datasets/NAME@COMMIT/FILE
     commit = next(iter(re.findall(r"@([0-9a-f]{40})/", " ".join(addresses))), None)
     if revision != "main" and constants.is_offline_mode() and not (commit or "").startswith(revision):
@@ -89,15 +92,35 @@ def _batch_rows(batches: Iterable) -> Iterator[dict]:
         yield from batch.to_pylist()
 
 
-def _json_rows(path: Path) -> Iterator:
-    """Of JSON lines, or of one JSON array; with or without a byte order mark, which Windows writes."""
+def _text_rows(path: Path) -> Iterator:
+    """Of JSON lines, one JSON array, a table (CSV, TSV), or a text with a prompt on each line.
+
+    With or without a byte order mark, which Windows writes. All that a table holds stays a text: 007 is no number.
+    """
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig") as lines:
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    with opened(path, "rt", encoding="utf-8-sig", newline="" if kind in ("csv", "tsv") else None) as lines:
+        if kind in ("csv", "tsv"):
+            yield from _table_rows(lines, kind)
+            return
+        if kind == "txt":
+            yield from ({"prompt": line.strip()} for line in lines if line.strip())
+            return
         first = next(lines, "")
         if first.lstrip().startswith("["):
             yield from json.loads(first + lines.read())
         else:
             yield from (json.loads(line) for line in chain([first], lines) if line.strip())
+
+
+def _table_rows(lines: Iterator[str], kind: str) -> Iterator[dict]:
+    csv.field_size_limit(2**31 - 1)  # 128 KB by default
+    head = next(lines, "")
+    delimiter = "\t" if kind == "tsv" else max(",;\t", key=head.count)  # of many countries' Excel it is a semicolon
+    for row in csv.DictReader(chain([head], lines), delimiter=delimiter):
+        if None in row or None in row.values():
+            raise ValueError(f"a row has another number of cells than the header: {str(row)[:200]}")
+        yield {column.strip(): value for column, value in row.items()}
 
 
 def _checked(rows: Iterable, name: str) -> Iterator:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -14,11 +15,11 @@ from phi2_grpo.common.cli import UserError, first_line, prepare_command
 
 disable_caching()  # its files would go into data_dir, which may be shared and not ours to write
 
-PROMPTS, PREFERENCES, FUNNEL = "oasst1_prompts", "oasst1_preferences", "funnel.json"
+PROMPTS, PREFERENCES, FUNNEL = "prompts", "preferences", "funnel.json"  # the first two with the source's name before them
 SPLITS = ("train", "validation")
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
-# Given, because a split without references would otherwise get a column of no type.
+# Given, because a split without references would otherwise get a column of no type. Own prompts have more columns.
 FEATURES = {
     PROMPTS: Features({"prompt": _MESSAGES, "lang": Value("string"), "message_id": Value("string"),
                        "reference": Value("string")}),
@@ -27,7 +28,16 @@ FEATURES = {
 }  # fmt: skip
 
 # What a reader compares with its own settings: a difference is a note, and no error.
-CHOICES = ("dataset", "dataset_revision", "languages", "max_prompt_tokens", "max_turns", "max_toxicity")
+CHOICES = (
+    "dataset",
+    "dataset_config",
+    "dataset_revision",
+    "system_prompt",
+    "languages",
+    "max_prompt_tokens",
+    "max_turns",
+    "max_toxicity",
+)
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -44,50 +54,76 @@ def fingerprint(tables: DatasetDict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def exists(data_dir: Path) -> bool:
-    """Whether prepared data, or a part of it, is in `data_dir`. Raises UserError where a name is taken by something else."""
-    present = [data_dir / name for name in (*FEATURES, FUNNEL) if os.path.lexists(data_dir / name)]
+def exists(data_dir: Path, name: str = "oasst1") -> bool:
+    """Whether prepared data, or a part of it, is in `data_dir`. Raises UserError where the place of oasst1's, or of the source
+    called `name`, is taken by something else."""
+    places = {data_dir / f"{each}_{kind}" for each in ("oasst1", name) for kind in FEATURES}
+    present = [path for path in places | {folder(data_dir, kind) for kind in FEATURES} if os.path.lexists(path)]
     for path in present:
-        if path.name != FUNNEL and not any(path.glob("*.json")):
+        if not any(path.glob("*.json")):
             raise UserError(f"{path} is no data set, and would be replaced. Move it, or choose another --data_dir.")
-    return bool(present)
+    return bool(present) or os.path.lexists(data_dir / FUNNEL)
+
+
+def folder(data_dir: Path, kind: str) -> Path:
+    """Where the prepared PROMPTS or PREFERENCES are."""
+    return data_dir / f"{files.read_json(data_dir / FUNNEL).get('name', 'oasst1')}_{kind}"
 
 
 def save(data_dir: Path, prompts: dict[str, list[dict]], pairs: dict[str, list[dict]], funnel: dict) -> None:
-    """Write the rows of each split, and the funnel, into `data_dir`, whose other files stay.
+    """Write the rows of each split, and the funnel, into `data_dir`, in the place of data prepared earlier; other files stay.
 
     While funnel.json is away, the data is incomplete: a killed run leaves the old data, the new, or none that is read.
     """
+    earlier = [folder(data_dir, kind) for kind in FEATURES]
     with ExitStack() as stack:
-        for name, rows in ((PROMPTS, prompts), (PREFERENCES, pairs)):
-            tables = DatasetDict()
-            for split in SPLITS:
-                columns = {column: [row[column] for row in rows[split]] for column in FEATURES[name]}
-                tables[split] = Dataset.from_dict(columns, features=FEATURES[name])
-            folder = stack.enter_context(files.atomic_folder(data_dir / name))
-            tables.save_to_disk(str(folder), num_shards=dict.fromkeys(SPLITS, 1))  # given, or an empty split would have none
+        for kind, rows in ((PROMPTS, prompts), (PREFERENCES, pairs)):
+            tables = _tables(rows, FEATURES[kind], with_others=kind == PROMPTS)
+            place = stack.enter_context(files.atomic_folder(data_dir / f"{funnel['name']}_{kind}"))
+            tables.save_to_disk(str(place), num_shards=dict.fromkeys(SPLITS, 1))  # given, or an empty split would have none
         (data_dir / FUNNEL).unlink(missing_ok=True)
-    saved = fingerprint(load_from_disk(str(data_dir / PROMPTS)))
+    for path in earlier:
+        if not path.name.startswith(f"{funnel['name']}_"):
+            shutil.rmtree(path, ignore_errors=True)
+    saved = fingerprint(load_from_disk(str(data_dir / f"{funnel['name']}_{PROMPTS}")))
     files.write_json(data_dir / FUNNEL, {**funnel, "fingerprint": saved})
 
 
-def load_prompts(config: dict, tokenizer, name: str = PROMPTS) -> tuple[DatasetDict, dict, list[str]]:
+def _tables(rows: dict[str, list[dict]], features: Features, with_others: bool) -> DatasetDict:
+    """The splits with `features`, and with the rows' other columns. Raises UserError for a column of several types."""
+    everything = [row for split in SPLITS for row in rows[split]]
+    others = list(dict.fromkeys(column for row in everything for column in row if column not in features and column != "pairs"))
+    for column in others if with_others else ():
+        try:
+            table = Dataset.from_dict({column: [row.get(column) for row in everything]})
+        except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are ValueError and TypeError
+            raise UserError(
+                f"the column {column} cannot be stored: {first_line(error)}. Make its values of one type."
+            ) from None
+        features = Features({**features, column: table.features[column]})
+    tables = {split: {column: [row.get(column) for row in rows[split]] for column in features} for split in SPLITS}
+    return DatasetDict({split: Dataset.from_dict(columns, features=features) for split, columns in tables.items()})
+
+
+def load_prompts(config: dict, tokenizer, kind: str = PROMPTS) -> tuple[DatasetDict, dict, list[str]]:
     """The prepared prompts, the funnel, and notes on what differs from `config`; the fingerprint is of what was read.
 
     Raises UserError where the data is missing or incomplete, of another schema, or for another tokenizer.
     """
     data_dir, funnel = Path(config["data_dir"]), files.read_json(Path(config["data_dir"]) / FUNNEL)
-    if not (data_dir / name).exists() or "settings" not in funnel:
+    path = folder(data_dir, kind)
+    if not path.exists() or "settings" not in funnel:
         again = prepare_command(config, overwrite=exists(data_dir))
-        raise UserError(f"no prepared data in {data_dir}, or not all of it: {name} or {FUNNEL} is missing. Prepare it: {again}")
+        what = f"{path.name} or {FUNNEL}"
+        raise UserError(f"no prepared data in {data_dir}, or not all of it: {what} is missing. Prepare it: {again}")
     own = {key: config[key] for key in ("model", "model_revision", "data_dir")}
     again = prepare_command({**config, **funnel["settings"], **own}, overwrite=True)  # as it was, but for this model
     try:
-        tables = load_from_disk(str(data_dir / name))
-        if not all(FEATURES[name].items() <= tables[split].features.items() for split in SPLITS):
-            raise ValueError(f"it has other columns than {', '.join(FEATURES[name])}")
+        tables = load_from_disk(str(path))
+        if not all(FEATURES[kind].items() <= tables[split].features.items() for split in SPLITS):
+            raise ValueError(f"it lacks one of the columns {', '.join(FEATURES[kind])}")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{data_dir / name} cannot be used: {first_line(error)}. Prepare it again: {again}") from None
+        raise UserError(f"{path} cannot be used: {first_line(error)}. Prepare it again: {again}") from None
     if funnel["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"the data in {data_dir} was prepared for the tokenizer of {funnel['model']}, not of {config['model']}: its "

@@ -9,6 +9,7 @@ from rich.text import Text
 from phi2_grpo.common import files
 from phi2_grpo.common.console import make_table, markdown_table
 from phi2_grpo.common.stats import FEW, paired, simultaneous, verdict
+from phi2_grpo.evaluation.accuracy import accuracy_markdown, show_accuracy
 from phi2_grpo.evaluation.plots import DIRECTION, draw
 from phi2_grpo.rewards import collapse
 
@@ -174,6 +175,10 @@ def _compared(m: dict, places: int) -> list[str]:
     return [format_number(m["base"], places), format_number(m["tuned"], places), f"{difference} [{low}, {high}]"]
 
 
+def verdict_on_correct(report: dict) -> str:
+    return report["metrics"].get("correct", {}).get("verdict", "")
+
+
 def levels(report: dict) -> str:
     """What the intervals of the tables are, in one sentence."""
     rows = len(report["metrics"]) - 1 + len(report["languages"])
@@ -203,6 +208,8 @@ def show(console, report: dict, samples_per_prompt: int) -> None:
         for row in language_rows(report):
             languages.add_row(*map(Text, row))
         console.print(languages)
+    if "accuracy" in report:
+        show_accuracy(console, report["accuracy"], names, verdict_on_correct(report))
     for line in remarks(report):
         console.print(line)
     console.print(Text(report["line"], style="bold"))
@@ -218,6 +225,8 @@ def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list
     if report["languages"]:
         columns = ("language", "prompts", *report["names"], METRIC_COLUMNS[0], "verdict")
         lines += ["", f"## {report['headline'].capitalize()} by language", "", *markdown_table(columns, language_rows(report))]
+    if "accuracy" in report:
+        lines += ["", *accuracy_markdown(report["accuracy"], report["names"], verdict_on_correct(report))]
     lines += ["", "![all metrics with their intervals, and the answer lengths](validation.png)", ""]
     lines += ["## Sample prompts, as a chat", ""]
     for question in shown:

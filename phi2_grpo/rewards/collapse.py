@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from phi2_grpo.common.languages import language_code, language_identifier
 from phi2_grpo.models.answers import Answer
-from phi2_grpo.rewards.functions import language_code, language_identifier
 
 MIN_TOKENS = 8  # a shorter answer says nothing about repetition or language
 WINDOW = 5  # steps; alerts go by their mean, so that one noisy step raises none
@@ -79,9 +79,10 @@ def measure(answers: list[Answer], languages: list[str], target_tokens: int) -> 
         bigrams = [pair for answer in long for pair in ngrams(answer.ids, 2)]
         metrics["repetition"] = _mean([1 - len(set(grams)) / len(grams) for grams in trigrams])
         metrics["distinct_2"] = len(set(bigrams)) / len(bigrams)
+    known = language_identifier().labels
     classified = [(language_identifier().classify(answer.text)[0], language_code(prompt_language))
                   for answer, prompt_language in zip(answers, languages, strict=False)
-                  if answer.tokens >= MIN_TOKENS]  # fmt: skip
+                  if answer.tokens >= MIN_TOKENS and language_code(prompt_language) in known]  # fmt: skip
     if classified:
         commonest, _ = Counter(guess for guess, _ in classified).most_common(1)[0]
         others = [guess == commonest for guess, prompt_language in classified if prompt_language != commonest]

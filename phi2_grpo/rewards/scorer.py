@@ -19,7 +19,7 @@ from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, memory_ran_out, split_weight
 from phi2_grpo.models.answers import trim
 from phi2_grpo.rewards import collapse
-from phi2_grpo.rewards.functions import BUILT_IN
+from phi2_grpo.rewards.functions import ANY_ANSWER, BUILT_IN
 from phi2_grpo.rewards.reward_model import RewardModel
 
 
@@ -64,9 +64,9 @@ def parse_rewards(items: list[str]) -> list[Reward]:
 
 
 def add_built_in(chosen: list[Reward]) -> list[Reward]:
-    """`chosen`, and with weight 0 the built-in rewards that are not among them: measured, though they were not trained for."""
+    """`chosen`, and with weight 0 those of any answer that are not among them: measured, though they were not trained for."""
     names = {reward.name for reward in chosen}
-    return chosen + [Reward(name, 0.0, function) for name, function in BUILT_IN.items() if name not in names]
+    return chosen + [Reward(name, 0.0, function) for name, function in ANY_ANSWER.items() if name not in names]
 
 
 def describe_rewards(chosen: list[Reward]) -> list[dict]:
@@ -131,8 +131,8 @@ class Scorer:
     """The rewards as TRL calls them: `functions`. Each batch is trimmed once; `last_batch` keeps the last batch, one dict a
     completion: `prompt`, `completion_ids`, `answer`, `scores` by reward name, and `score`, their weighted sum."""
 
-    def __init__(self, tokenizer, target_tokens: int, chosen: list[Reward]):
-        self.tokenizer, self.target_tokens, self.chosen = tokenizer, target_tokens, chosen
+    def __init__(self, tokenizer, target_tokens: int, chosen: list[Reward], format_regex: str = ""):
+        self.tokenizer, self.target_tokens, self.format_regex, self.chosen = tokenizer, target_tokens, format_regex, chosen
         self.functions = [self._wrap_for_trl(reward) for reward in chosen]
         self.last_batch: list[dict] = []
         self.state = TrainerState(global_step=1, max_steps=1)  # what a reward sees outside training: the end of it
@@ -170,6 +170,7 @@ class Scorer:
                 "answer_tokens": [answer.tokens for answer in answers],
                 "ended": [answer.ended for answer in answers],
                 "target_tokens": self.target_tokens,
+                "format_regex": self.format_regex,
                 **columns,
             }
             scores = _call(reward, arguments, len(answers))

@@ -229,7 +229,7 @@ def rollout(config: dict, policy: PeftModel):
 
 
 def rewards(config: dict, tokenizer, prompts: DatasetDict):
-    scorer = Scorer(tokenizer, config["target_tokens"], parse_rewards(config["rewards"]))
+    scorer = Scorer(tokenizer, config["target_tokens"], parse_rewards(config["rewards"]), config["format_regex"])
     tried = try_rewards(scorer, first_rows(prompts))
     parts = []
     for reward in scorer.chosen:

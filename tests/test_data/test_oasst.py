@@ -9,6 +9,7 @@ from conftest import ROOT, SHARED
 from config import CONFIG, PRESETS
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import oasst
+from phi2_grpo.data.prompts import deduplicate, normalize
 from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
 
 
@@ -24,8 +25,8 @@ def choose(rows: list[dict], held_out: set | None = None, **options):
     messages = [message for each in rows for message in oasst.parse_row(each)]
     words = lambda talks: [sum(len(turn["content"].split()) for turn in talk) for talk in talks]  # noqa: E731
     candidates, funnel = oasst.filter_prompts(messages, words, **settings)
-    prompts, pairs, seen = oasst.deduplicate(candidates, held_out or set())
-    return [prompt["prompt"][-1]["content"] for prompt in prompts], prompts, pairs, seen, funnel
+    kept, pairs, seen = deduplicate(candidates, held_out or set())
+    return [prompt["prompt"][-1]["content"] for prompt in kept], kept, pairs, seen, funnel
 
 
 NOT_KEPT = {
@@ -104,7 +105,7 @@ def test_what_stands_in_validation_leaves_train():
 def test_trees_are_split_whole_and_by_seed():
     rows = [each for i in range(40) for each in (row(str(i), "x"), row(f"{i}r", "y", str(i)))]
     messages = [message for each in rows for message in oasst.parse_row(each)]
-    one, again, other = (oasst.split_trees(messages, 0.25, seed) for seed in (0, 0, 1))
+    one, again, other = (oasst.split(messages, 0.25, seed) for seed in (0, 0, 1))
     assert len(one["validation"]) == 20 and one == again != other
     assert not {m.message_tree_id for m in one["train"]} & {m.message_tree_id for m in one["validation"]}
 
@@ -114,10 +115,8 @@ def test_the_sample_has_what_it_should():
     rows = [json.loads(line) for line in (ROOT / "sample" / "tiny.jsonl").read_text(encoding="utf-8").splitlines()]
     config = {**CONFIG, **PRESETS["tiny"]}
     messages = oasst.read_messages(str(ROOT / "sample" / "tiny.jsonl"), "main")[0][""]
-    splits = oasst.split_trees(messages, config["validation_fraction"], config["split_seed"])
-    train, validation = (
-        [oasst.normalize([{"content": m.text}]) for m in part if m.parent_id is None] for part in splits.values()
-    )
+    splits = oasst.split(messages, config["validation_fraction"], config["split_seed"])
+    train, validation = ([normalize([{"content": m.text}]) for m in part if m.parent_id is None] for part in splits.values())
     assert len(train) >= 120 and len(validation) >= 40 and len({m.lang for m in splits["train"]}) >= 5
     ranked = Counter(m.parent_id for m in messages if m.rank is not None)
     assert sum(2 <= count <= 4 for count in ranked.values()) >= 100
@@ -133,7 +132,7 @@ def test_the_sample_has_what_it_should():
         "follow-up turns": any(m.role == "prompter" and m.parent_id in ids for m in messages),
     }
     assert all(traps.values()), traps
-    assert not {oasst.normalize([{"content": text}]) for text in SAMPLE_PROMPTS} & {*train, *validation}
+    assert not {normalize([{"content": text}]) for text in SAMPLE_PROMPTS} & {*train, *validation}
     if SHARED.exists():
         real = json.loads((SHARED / "oasst1" / "messages.jsonl").open(encoding="utf-8").readline())
         assert all(list(each) == list(real) for each in rows)
@@ -145,11 +144,11 @@ def test_the_english_sample():
     messages = oasst.read_messages(str(ROOT / config["dataset"]), "main")[0][""]
     roots = [message for message in messages if message.parent_id is None]
     replies = {root.message_id: [m for m in messages if m.parent_id == root.message_id] for root in roots}
-    held_out = oasst.split_trees(messages, config["validation_fraction"], config["split_seed"])["validation"]
+    held_out = oasst.split(messages, config["validation_fraction"], config["split_seed"])["validation"]
     assert len(roots) >= 300 and sum(message.parent_id is None for message in held_out) >= 100
     assert sum(2 <= len(each) <= 4 for each in replies.values()) > 0.8 * len(roots) and all(replies.values())
-    texts = {oasst.normalize([{"content": root.text}]) for root in roots}
-    assert len(texts) == len(roots) and not {oasst.normalize([{"content": text}]) for text in SAMPLE_PROMPTS} & texts
+    texts = {normalize([{"content": root.text}]) for root in roots}
+    assert len(texts) == len(roots) and not {normalize([{"content": text}]) for text in SAMPLE_PROMPTS} & texts
     beginnings = Counter(" ".join(text.split()[:4]) for text in texts)
     assert beginnings.most_common(1)[0][1] <= 5
     ranked = [sorted(each, key=lambda reply: reply.rank) for each in replies.values() if len(each) > 1]

@@ -38,15 +38,15 @@ def test_prepared_data(config):
 def test_the_fingerprint_is_of_what_was_read(config):
     """One letter, in the bytes of the table: neither its shape nor its ids show it."""
     before = store.load_prompts(config, load_tokenizer(config))[1]["fingerprint"]
-    file = next((Path(config["data_dir"]) / store.PROMPTS / "train").glob("*.arrow"))
+    file = next((Path(config["data_dir"]) / f"oasst1_{store.PROMPTS}" / "train").glob("*.arrow"))
     assert b"plant" in file.read_bytes()
     file.write_bytes(file.read_bytes().replace(b"plant", b"plank"))
     assert store.load_prompts(config, load_tokenizer(config))[1]["fingerprint"] != before
 
 
 def replace_pairs(data_dir: Path, table) -> None:
-    shutil.rmtree(data_dir / store.PREFERENCES)
-    table.save_to_disk(data_dir / store.PREFERENCES)
+    shutil.rmtree(data_dir / f"oasst1_{store.PREFERENCES}")
+    table.save_to_disk(data_dir / f"oasst1_{store.PREFERENCES}")
 
 
 ROWS = datasets.Dataset.from_list([{"text": "x"}])
@@ -74,7 +74,7 @@ def test_what_is_not_prepared_data_is_not_replaced(tmp_path, kind):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     assert not store.exists(tmp_path)
-    place = tmp_path / store.PREFERENCES
+    place = tmp_path / f"oasst1_{store.PREFERENCES}"
     make = {
         "file": place.touch,
         "folder": lambda: shutil.copytree(tmp_path / "mine", place),

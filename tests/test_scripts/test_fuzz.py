@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from config import CONFIG
 from phi2_grpo.common import cli
 from phi2_grpo.data import oasst
+from phi2_grpo.data.prompts import deduplicate
 from phi2_grpo.models.base import load_base, use_adapter_base
 from phi2_grpo.models.lora import check_adapter, load_adapter
 from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer
@@ -70,7 +71,7 @@ def test_rows_of_any_kind(tokenizer, monkeypatch, rows, max_turns, max_toxicity)
         with contextlib.suppress(cli.UserError):
             messages += oasst.read_messages("", "")[0][""]
     kept, funnel = oasst.filter_prompts(messages, partial(count_tokens, tokenizer), {"en"}, 50, max_turns, max_toxicity)
-    prompts, pairs, _ = oasst.deduplicate(kept, set())
+    prompts, pairs, _ = deduplicate(kept, set())
     assert len(prompts) <= funnel["50 tokens at most"] <= funnel["rows"] == len(messages)
     assert all(row["prompt"][-1]["role"] == "user" and row["prompt"][-1]["content"].strip() for row in prompts)
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)

@@ -20,7 +20,7 @@ def test_a_source_with_splits_keeps_them(call, micro, tmp_path):
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "s")
     done = call("prepare_data", "--model", micro, "--dataset", tmp_path / "s", "--data_dir", tmp_path / "out")
     assert done.code == 0, done.err
-    kept = datasets.load_from_disk(str(tmp_path / "out" / store.PROMPTS))
+    kept = datasets.load_from_disk(str(tmp_path / "out" / f"oasst1_{store.PROMPTS}"))
     assert kept["train"]["message_id"][:] == ["train How?"]
     assert kept["validation"]["message_id"][:] == ["validation why?", "validation Who?"]
 
@@ -33,8 +33,13 @@ def test_overwrite_is_needed_and_replaces(call, micro, tmp_path):
     refused = call("prepare_data", *options)
     assert refused.code == 2 and "--overwrite" in refused.err and (tmp_path / "d" / "funnel.json").read_text() == before
     assert call("prepare_data", *options, "--overwrite").code == 0
-    assert set(datasets.load_from_disk(str(tmp_path / "d" / store.PROMPTS))["train"]["lang"]) > {"es", "en"}
-    assert {path.name for path in (tmp_path / "d").iterdir()} == {store.PROMPTS, store.PREFERENCES, store.FUNNEL, "notes.txt"}
+    assert set(datasets.load_from_disk(str(tmp_path / "d" / f"oasst1_{store.PROMPTS}"))["train"]["lang"]) > {"es", "en"}
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {
+        "oasst1_prompts",
+        "oasst1_preferences",
+        store.FUNNEL,
+        "notes.txt",
+    }
 
 
 def test_inspect_shows_what_the_model_sees(call, micro, prepared):

@@ -1,0 +1,30 @@
+"""The sample prompts answered by both sides as a chat."""
+
+from rich.text import Text
+
+from phi2_grpo.common.console import make_table
+from phi2_grpo.evaluation.measure import use_adapter
+from phi2_grpo.models.answers import trim
+from phi2_grpo.models.tokenizer import render
+from phi2_grpo.rollout.engine import complete
+
+
+def show_samples(
+    console, engine, tokenizer, names: tuple[str, str], generation, seed: int, questions: list[str], against: bool
+) -> list[dict]:
+    """The questions answered by both as a chat, as `generation` has it, side by side, trimmed."""
+    texts = render(tokenizer, [[{"role": "user", "content": question}] for question in questions])
+    answers = {}
+    for side, adapter in (("base", "against" if against else None), ("tuned", "default")):
+        with use_adapter(engine.model, adapter), console.status(f"{side} answers"):
+            answers[side] = trim(complete(engine, tokenizer, texts, generation, seed), tokenizer)
+    samples = []
+    for question, *pair in zip(questions, answers["base"], answers["tuned"], strict=True):
+        table = make_table(Text(question), *names, words=(0, 1), expand=True, show_lines=True)
+        table.columns[0].ratio = table.columns[1].ratio = 1
+        table.add_row(*(Text(answer.text) for answer in pair))
+        table.add_row(*(Text(f"{answer.tokens} tokens, {answer.finish_reason}", style="dim") for answer in pair))
+        console.print(table)
+        texts_of = [{"answer": a.text, "tokens": a.tokens, "finish_reason": a.finish_reason} for a in pair]
+        samples.append({"prompt": question, "base": texts_of[0], "tuned": texts_of[1]})
+    return samples

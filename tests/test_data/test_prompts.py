@@ -1,0 +1,188 @@
+"""Prompts of the user's own: each form of row to the right prompt and reference, and what is odd in them."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+from conftest import ROOT, refused
+
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.data import prompts, sources, store
+
+USER, BOT, SYSTEM = ({"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("system", "Be brief.")))  # fmt: skip
+MORE = {"role": "user", "content": "And?"}
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+
+
+def parse(row: dict, prompt_column="", reference_column="", system_prompt="") -> dict | None:
+    form = prompts.find_form([row], prompt_column, reference_column)
+    return prompts.parse_row(row, form, system_prompt, "row-1")
+
+
+FORMS = [  # row, prompt, reference
+    ({"prompt": "Why?"}, [USER], None),
+    ({"prompt": "  Why?\n", "answer": " So. "}, [USER], "So."),
+    ({"prompt": [USER]}, [USER], None),
+    ({"prompt": [SYSTEM, USER], "completion": [BOT]}, [SYSTEM, USER], "So."),
+    ({"prompt": [USER, BOT, MORE], "reference": "Hm."}, [USER, BOT, MORE], "Hm."),
+    ({"messages": [USER, BOT]}, [USER], "So."),
+    ({"messages": [SYSTEM, USER, BOT, MORE, BOT]}, [SYSTEM, USER, BOT, MORE], "So."),
+    ({"messages": [USER, BOT, MORE]}, [USER, BOT, MORE], None),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, BOT]}, [USER], "So."),
+    ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, [USER], "So."),
+    ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Why?"}]}, [SYSTEM, USER], None),
+    ({"instruction": "Why?", "input": "", "output": "So."}, [USER], "So."),
+    ({"instruction": "Why?", "input": "The sky.", "output": "So."}, [{"role": "user", "content": "Why?\n\nThe sky."}], "So."),
+    ({"question": "Why?", "answer": "So."}, [USER], "So."),
+    ({"question": "Why?", "answer": 18}, [USER], "18"),
+    ({"question": "Why?", "answer": 0.5}, [USER], "0.5"),
+    # odd ones
+    ({"prompt": None}, None, None),
+    ({"prompt": " "}, None, None),
+    ({"prompt": []}, None, None),
+    ({"prompt": 7}, [{"role": "user", "content": "7"}], None),
+    ({"prompt": {"text": "Why?"}}, None, None),
+    ({"messages": [BOT]}, None, None),
+    ({"messages": [BOT, USER]}, [USER], None),  # no question stands before that answer
+    ({"messages": [USER, MORE, BOT]}, [{"role": "user", "content": "Why?\n\nAnd?"}], "So."),
+    ({"messages": [USER, {"role": "assistant", "content": ""}]}, [USER], None),
+    ({"messages": [USER, {"role": "assistant", "content": None}, MORE]}, [{"role": "user", "content": "Why?\n\nAnd?"}], None),
+    ({"messages": [USER, {"role": "tool", "content": "{}"}]}, None, None),
+    ({"messages": [[USER, BOT]]}, None, None),
+    ({"messages": "Why?"}, [USER], None),
+    ({"question": "Why?", "answer": None}, [USER], None),
+    ({"question": "Why?", "answer": float("nan")}, [USER], None),
+    ({"question": "Why?", "answer": ["So."]}, [USER], None),
+    ({"prompt": "Why?\ud800"}, [{"role": "user", "content": "Why??"}], None),
+]
+
+
+@pytest.mark.parametrize(("row", "prompt", "reference"), FORMS)
+def test_forms(row, prompt, reference):
+    parsed = parse(row)
+    assert (parsed and parsed["prompt"], parsed and parsed["reference"]) == (prompt, reference)
+
+
+def test_other_columns_are_kept_and_named_ones_win():
+    row = {"ask": "Why?", "right": "So.", "prompt": "no", "level": 3, "lang": "en", "id": 9, "answers": ["x"]}
+    parsed = parse(row, "ask", "right", "Be brief.")
+    assert parsed["prompt"] == [SYSTEM, USER] and parsed["reference"] == "So." and parsed["level"] == 3
+    assert parsed["lang"] == "en" and parsed["message_id"] == "9" and "answers" not in parsed
+    assert parse({"prompt": [SYSTEM, USER]}, system_prompt="Another.")["prompt"] == [SYSTEM, USER]
+    with pytest.raises(UserError, match="ask, right"):
+        parse({"ask": "Why?", "right": "So."})
+    with pytest.raises(UserError, match="--reference_column rihgt.*ask, right"):
+        parse({"ask": "Why?", "right": "So."}, "ask", "rihgt")
+
+
+PAIR = {"chosen": [BOT], "rejected": [{"role": "assistant", "content": "No."}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+        {"prompt": [USER], **PAIR},
+        {"chosen": [USER, *PAIR["chosen"]], "rejected": [USER, *PAIR["rejected"]]},
+        {"prompt": "Why?", "chosen": [USER, *PAIR["chosen"]], "rejected": [USER, *PAIR["rejected"]]},
+    ],
+)
+def test_chosen_and_rejected_become_pairs(row):
+    parsed = parse(row)
+    assert parsed["prompt"] == [USER] and parsed["pairs"] == [PAIR] and parsed["reference"] == "So."
+
+
+def test_one_question_with_several_pairs():
+    rows = [parse({"prompt": "Why?", "chosen": good, "rejected": "No."}) for good in ("So.", "Because.")]
+    kept, pairs, _ = prompts.deduplicate(rows, set())
+    assert len(kept) == 1 and [pair["chosen"][0]["content"] for pair in pairs] == ["So.", "Because."]
+
+
+QUESTIONS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(10)]
+
+
+def write(path, kind: str) -> None:
+    """QUESTIONS in a file of that kind, with what Windows and Excel add to it."""
+    path.parent.mkdir(exist_ok=True)
+    table = "\r\n".join(["question;answer", *(f'"{row["question"]}";{row["answer"]}' for row in QUESTIONS)])
+    texts = {
+        "jsonl": "\r\n".join(map(json.dumps, QUESTIONS)),
+        "json": json.dumps(QUESTIONS, indent=1),
+        "csv": table,
+        "tsv": table.replace(";", "\t"),
+        "txt": "\r\n".join(row["question"] for row in QUESTIONS),
+    }
+    if kind == "parquet":
+        datasets.Dataset.from_list(QUESTIONS).to_parquet(path)
+    else:
+        data = ("\ufeff" + texts[kind]).encode()
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.csv", "q.tsv", "q.txt", "q.parquet", "q.csv.gz", "q.jsonl.gz"])
+def test_files(name, tmp_path):
+    path = tmp_path / name
+    write(path, name.split(".")[1])
+    rows = list(sources.read_rows(str(path), "main")[0][""])
+    form = prompts.find_form(rows, "", "")
+    read = prompts.read({"": rows}, form, "")[""]
+    assert [row["prompt"][0]["content"] for row in read] == [row["question"] for row in QUESTIONS]
+    assert [row["reference"] for row in read] == [None if "txt" in name else row["answer"] for row in QUESTIONS]
+
+
+def test_a_folder_keeps_its_splits(tmp_path):
+    for name in ("train-0.csv", "test-0.csv"):
+        write(tmp_path / "d" / name, "csv")
+    splits, _ = sources.read_rows(str(tmp_path / "d"), "main")
+    assert {split: len(list(rows)) for split, rows in splits.items()} == {"train": 10, "validation": 10}
+
+
+def test_a_row_with_another_number_of_cells_is_named(tmp_path):
+    (tmp_path / "q.csv").write_text('question,answer\nWhy?,So.\n"Unclosed, and\n')
+    with pytest.raises(UserError, match="past row 1"):
+        list(sources.read_rows(str(tmp_path / "q.csv"), "main")[0][""])
+
+
+def test_prepared_under_the_source_s_name_with_all_columns(call, micro, tmp_path):
+    """From a file to what the training reads, and from one source to another in the same place."""
+    rows = [{**row, "level": i % 3} for i, row in enumerate(QUESTIONS)]
+    (tmp_path / "My sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--model", micro, "--data_dir", tmp_path / "d", "--validation_fraction", 0.3, "--max_prompt_tokens", 500)
+    done = call("prepare_data", "--dataset", tmp_path / "My sums.jsonl", *flags)
+    assert done.code == 0 and "prompt = question, reference = answer" in done.out, done.err
+    tables = datasets.load_from_disk(str(tmp_path / "d" / "My-sums_prompts"))
+    assert (
+        len(tables["train"]) == 7
+        and set(tables["validation"]["level"]) <= {0, 1, 2}
+        and "pairs" not in tables["train"].features
+    )
+    (tmp_path / "other.txt").write_text("Why?\nHow?\nWho?\n")
+    assert call("prepare_data", "--dataset", tmp_path / "other.txt", *flags, "--overwrite").code == 0
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {"other_prompts", "other_preferences", store.FUNNEL}
+
+
+def test_what_cannot_be_prepared(call, micro, tmp_path):
+    flags = ("--model", micro, "--data_dir", tmp_path / "d", "--dataset")
+    (tmp_path / "a.csv").write_text("ask,right\nWhy?,So.\n")
+    refused(call("prepare_data", *flags, tmp_path / "a.csv"), "ask, right", "--prompt_column")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "Why?", "n": 1}\n{"prompt": "How?", "n": "two"}\n')
+    refused(call("prepare_data", *flags, tmp_path / "b.jsonl", "--validation_fraction", 0), "column n")
+    (tmp_path / "c.jsonl").write_text("[1, 2]\n")
+    refused(call("prepare_data", *flags, tmp_path / "c.jsonl"), "holds no rows")
+
+
+def test_languages_are_guessed_where_some_are_wanted(call, micro, tmp_path):
+    (tmp_path / "q.txt").write_text("Why is the sky blue in the morning?\n¿Por qué el cielo es azul por la mañana?\n" * 2)
+    flags = ("--model", micro, "--data_dir", tmp_path / "d", "--dataset", tmp_path / "q.txt", "--max_prompt_tokens", 500)
+    done = call("prepare_data", *flags, "--languages", "es", "--validation_fraction", 0)
+    assert done.code == 0, done.err
+    assert datasets.load_from_disk(str(tmp_path / "d" / "q_prompts"))["train"]["lang"][:] == ["es"]
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K's rows")
+def test_gsm8k(call, micro, tmp_path):
+    done = call("prepare_data", "--model", micro, "--dataset", GSM8K, "--data_dir", tmp_path, "--max_prompt_tokens", 2000)
+    assert done.code == 0, done.err
+    tables = datasets.load_from_disk(str(tmp_path / "gsm8k_prompts"))
+    assert {split: len(table) for split, table in tables.items()} == {"train": 7473, "validation": 1319}

@@ -1,0 +1,85 @@
+"""Right or wrong: what counts as the same answer, and which form."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from phi2_grpo.common.cli import UserError
+from phi2_grpo.rewards import tasks
+from phi2_grpo.rewards.tasks import correct, final_answer, format
+
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+CASES = [  # answer, reference, right
+    ("The answer is 18.", "18", 1),
+    ("18", "#### 18", 1),
+    ("She has 16 - 3 - 4 = 9 eggs, so 9 * 2 = $18", "reasoning\n#### 18", 1),
+    ("It is 17. No, it is 18.", "18", 1),  # the last one counts
+    ("It is 18. Or 17.", "18", 0),
+    ("18.0", "18", 1),
+    ("18.50", "18.5", 1),
+    ("18.", "18", 1),
+    ("1,234,567 people", "1234567", 1),
+    ("1234", "1,234", 1),
+    ("1,2", "12", 0),  # no thousands separator
+    ("$1,000.50", "1000.5", 1),
+    ("€ 7", "7", 1),
+    ("20%", "20", 1),
+    ("5 km", "5 miles", 1),  # units are not compared
+    ("-5", "-5", 1),
+    ("x = -5", "-5", 1),
+    ("\u22125", "-5", 1),
+    ("5", "-5", 0),
+    ("8-5", "5", 1),  # a difference, or a range
+    ("(3)-2", "2", 1),
+    ("3/4", "0.75", 1),
+    ("6 / 8", "3/4", 1),
+    (r"\boxed{\frac{3}{4}}", "3/4", 1),
+    (r"So \boxed{42} is it, after 7 steps.", "42", 1),
+    (r"\boxed{{1}2", "12", 0),
+    ("5/0", "5", 1),  # no number is divided by zero
+    ("#### 42\nand 7 more", "42", 1),
+    ("eighteen", "18", 0),
+    ("", "18", 0),
+    ("Paris.", "paris", 1),
+    ("It is Paris.", "Paris", 0),
+    (r"\boxed{\text{Paris}}", "Paris", 0),
+    ("yes", "Yes!", 1),
+    ("1e3", "1000", 0),
+    ("18 apples in 3 boxes", "18", 0),
+    ("007", "7", 1),
+    ("3.", "3", 1),
+]
+
+
+@pytest.mark.parametrize(("answer", "reference", "right"), CASES)
+def test_correct(answer, reference, right):
+    assert correct(answers=[answer], reference=[reference]) == [right]
+
+
+def test_without_a_reference_nothing_is_scored():
+    assert correct(answers=["18", "18"], reference=[None, "18"]) == [None, 1.0]
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K's rows")
+def test_gsm8k_s_own_answers():
+    rows = [json.loads(line) for path in sorted(GSM8K.rglob("*.jsonl")) for line in path.open()]
+    answers = [row["answer"] for row in rows]
+    assert len(answers) > 1000 and all(correct(answers=answers, reference=answers))
+    finals = list(map(final_answer, answers))
+    shifted, wrong = answers[1:] + answers[:1], finals[1:] + finals[:1]
+    scored = correct(answers=shifted, reference=answers)
+    assert all(score == (one == other) for score, one, other in zip(scored, finals, wrong, strict=True))
+
+
+def test_format():
+    pattern = r"<think>.+</think>\s*<answer>.+</answer>"
+    good, bad = "<think>a\nb</think>\n<answer>18</answer>", "It is <think>a</think><answer>18</answer>"
+    assert format(answers=[good, bad, ""], format_regex=pattern) == [1.0, 0.0, 0.0]
+    with pytest.raises(UserError, match="--format_regex"):
+        format(answers=[good], format_regex="")
+
+
+def test_a_pattern_without_end_scores_nothing(monkeypatch):
+    monkeypatch.setattr(tasks, "TIMEOUT", 0.01)
+    assert format(answers=["ab" * 30 + "c"], format_regex="(((ab)*)*)*d") in ([None], [0.0])  # newer engines may see it at once
