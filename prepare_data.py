@@ -52,8 +52,6 @@ def prepare(config: dict, console) -> None:
     form = None if oasst.is_message(first[0]) else prompts.find_form(first, config["prompt_column"], config["reference_column"])
     if form:
         console.print(f"Columns: {form}")
-    embedded.prepare(config["model"], oasst.sample_dialogues)
-    tokenizer = load_tokenizer(config)
     kind = prompts if form else oasst
     with console.status("reading rows"):
         if form:
@@ -66,6 +64,8 @@ def prepare(config: dict, console) -> None:
         with console.status("guessing languages"):
             prompts.guess_languages(items)
     languages = prompts.wanted_languages(config["languages"], kind.languages(items))
+    embedded.prepare(config["model"], oasst.sample_dialogues)
+    tokenizer = load_tokenizer(config)
 
     limits = {key: config[key] for key in ("max_prompt_tokens", "max_turns", "max_toxicity")}
     rows, pairs, funnel, held_out = {}, {}, {"train": {}}, set()

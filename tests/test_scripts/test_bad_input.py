@@ -17,7 +17,7 @@ MESSAGE = {"message_id": "a", "parent_id": None, "message_tree_id": "a", "text":
 
 @pytest.mark.parametrize(
     ("row", "flags", "expected"),
-    [({"question": "Why?"}, (), "message_id"), ({**MESSAGE, "lang": "pt-BR"}, ("--languages", "pt"), "pt-BR")],
+    [({"ask": "Why?"}, (), "--prompt_column"), ({**MESSAGE, "lang": "pt-BR"}, ("--languages", "pt"), "pt-BR")],
 )
 def test_a_source(call, micro, tmp_path, monkeypatch, row, flags, expected):
     """It is read before the tiny model is built, which takes minutes where it is not there yet."""
