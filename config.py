@@ -119,7 +119,7 @@ PRESETS = {
         "samples_per_prompt": 4,
         "validation_dir": "./results/tiny-validation",
     },
-    # A real language model on any machine where pip works: SmolLM2-135M-Instruct, English questions. 4 GB of memory.
+    # A real language model on any machine where pip works: SmolLM2-135M-Instruct, English questions.
     "smollm2": {
         "model": "smollm2",
         "device": "cpu",
