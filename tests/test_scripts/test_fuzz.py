@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from config import CONFIG
 from phi2_grpo.common import cli
-from phi2_grpo.data import oasst
-from phi2_grpo.data.prompts import deduplicate
+from phi2_grpo.data import oasst, prompts, sources, store
 from phi2_grpo.models.base import load_base, use_adapter_base
 from phi2_grpo.models.lora import check_adapter, load_adapter
 from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer
@@ -71,10 +70,40 @@ def test_rows_of_any_kind(tokenizer, monkeypatch, rows, max_turns, max_toxicity)
         with contextlib.suppress(cli.UserError):
             messages += oasst.read_messages("", "")[0][""]
     kept, funnel = oasst.filter_prompts(messages, partial(count_tokens, tokenizer), {"en"}, 50, max_turns, max_toxicity)
-    prompts, pairs, _ = deduplicate(kept, set())
-    assert len(prompts) <= funnel["50 tokens at most"] <= funnel["rows"] == len(messages)
-    assert all(row["prompt"][-1]["role"] == "user" and row["prompt"][-1]["content"].strip() for row in prompts)
+    distinct, pairs, _ = prompts.deduplicate(kept, set())
+    assert len(distinct) <= funnel["50 tokens at most"] <= funnel["rows"] == len(messages)
+    check_prepared(distinct, pairs)
+
+
+def check_prepared(rows, pairs):
+    assert all(row["prompt"][-1]["role"] == "user" and row["prompt"][-1]["content"].strip() for row in rows)
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+turn = st.fixed_dictionaries(
+    {}, optional={"role": st.sampled_from(("user", "assistant", "system")) | value, "content": text | value,
+                  "from": st.sampled_from(("human", "gpt")) | value, "value": text | value}
+)  # fmt: skip
+own_columns = (*prompts.PROMPT_COLUMNS, *prompts.REFERENCE_COLUMNS, "rejected", "input", "lang", "id", "pairs", "answers")
+own_row = st.dictionaries(st.sampled_from(own_columns) | st.text(max_size=8), text | st.lists(turn, max_size=4) | value)
+
+
+@ANY
+@given(st.lists(own_row | value, min_size=1, max_size=6), text)
+def test_own_prompts_of_any_kind(tokenizer, tmp_path_factory, rows, system_prompt):
+    """The same for prompts of one's own, through a file and back from the disk."""
+    path, data_dir = (tmp_path_factory.getbasetemp() / name for name in ("own.jsonl", "own-data"))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with contextlib.suppress(cli.UserError):
+        splits, _ = sources.read_rows(str(path), "main")
+        first, splits = prompts.peek(splits)
+        form = prompts.find_form(first, "", "")
+        items = prompts.read(splits, form, system_prompt.strip())[""]
+        kept, funnel = prompts.filter_prompts(items, partial(count_tokens, tokenizer), {prompts.UNKNOWN, "en"}, 50)
+        distinct, pairs, _ = prompts.deduplicate(kept, set())
+        check_prepared(distinct, pairs)
+        facts = {"name": "own", "settings": {}, "model": "", "tokenizer": "", "funnel": funnel}
+        store.save(data_dir, {"train": distinct, "validation": []}, {"train": pairs, "validation": []}, facts)
 
 
 @ANY
