@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ def work(side: str, name: str, data: str, steps: int) -> dict:
     from phi2_grpo.rollout.engine import make_engine
     from phi2_grpo.training import memory
     from phi2_grpo.training.outputs import hardware_name
-    from phi2_grpo.training.trainer import Trainer, timed, training_arguments
+    from phi2_grpo.training.trainer import Trainer, training_arguments
 
     config, (device, dtype) = models.setting(name), models.device_of(name)
     base, tokenizer = models.base_of(name)
@@ -62,14 +63,53 @@ def work(side: str, name: str, data: str, steps: int) -> dict:
     def length(completion_ids, **_):
         return [min(1.0, len(ids) / config["target_tokens"]) for ids in completion_ids]
 
-    class Stock(Trainer):
-        """TRL's own passes over padded rows, with our clock."""
+    class Timed(Trainer):
+        """Ours, which logs where the seconds of a step went: `seconds/rollout`, `rewards`, `log_probs` (of the reference) and
+        `update` (forward and backward). The optimizer itself, which comes after them, is in none."""
+
+        def __init__(self, *arguments, **keywords):
+            self.seconds = defaultdict(float)
+            super().__init__(*arguments, **keywords)
+
+        def now(self) -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # kernels run on behind the host; a few waits a step cost nothing
+            return time.perf_counter()
+
+        def timed(self, part: str, method, *arguments, **keywords):
+            """Call `method`; its seconds, less those of the parts in it, are added to `part`."""
+            started, before = self.now(), sum(self.seconds.values())
+            result = method(*arguments, **keywords)
+            self.seconds[part] += self.now() - started - (sum(self.seconds.values()) - before)
+            return result
+
+        def _generate_single_turn(self, *arguments, **keywords):
+            return self.timed("rollout", super()._generate_single_turn, *arguments, **keywords)
+
+        def _calculate_rewards(self, *arguments, **keywords):
+            return self.timed("rewards", super()._calculate_rewards, *arguments, **keywords)
+
+        def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
+            method = super()._get_per_token_logps_and_entropies
+            if torch.is_grad_enabled():  # a part of the update
+                return method(*arguments, **keywords)
+            return self.timed("log_probs", method, *arguments, **keywords)
+
+        def training_step(self, *arguments, **keywords):
+            return self.timed("update", super().training_step, *arguments, **keywords)
+
+        def log(self, logs: dict, start_time: float | None = None) -> None:
+            logs.update({f"seconds/{part}": round(seconds, 4) for part, seconds in self.seconds.items()})
+            self.seconds.clear()
+            super().log(logs, start_time)
+
+    class Stock(Timed):
+        """TRL's own passes over padded rows."""
 
         _logps = GRPOTrainer._get_per_token_logps_and_entropies
-        _reference_logps = timed("log_probs", _logps)
 
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = (Trainer if side == "ours" else Stock)(
+        trainer = (Timed if side == "ours" else Stock)(
             model=base,
             reward_funcs=length,
             args=training_arguments(GRPOConfig, settings, device, dtype, output_dir=scratch, disable_dropout=True),

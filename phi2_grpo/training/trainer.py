@@ -1,14 +1,10 @@
-"""TRL's trainers with our rollouts, updates without padding, the seconds of each part, and clear endings of a run.
+"""TRL's trainers with our rollouts, updates without padding, and clear endings of a run.
 
 All that overrides private methods of TRL or transformers is in this file.
 """
 
 import shutil
-import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
 from pathlib import Path
 
 import torch
@@ -135,37 +131,12 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
-def timed(part: str, method: Callable) -> Callable:
-    """A trainer's `method`, with its seconds added to `part`."""
-
-    @wraps(method)
-    def run(self, *arguments, **keywords):
-        started = self.now()
-        result = method(self, *arguments, **keywords)
-        self.seconds[part] += self.now() - started
-        return result
-
-    return run
-
-
 class Trainer(RunMixin, GRPOTrainer):
-    """Rolls out with `engine` (rollout/engine.py), unless vLLM does, and logs where the seconds of a step went.
-
-    `seconds/rollout`, `rewards`, `log_probs` (of the reference) and `update` (forward and backward); the optimizer itself,
-    which comes after them, is in none. TRL has no hook around these parts, hence the private methods; a test holds them.
-    """
+    """Rolls out with `engine` (rollout/engine.py), unless vLLM does. TRL has no hook for what is replaced here, hence the
+    private methods; a test holds their signatures."""
 
     engine = None
     memory_settings = f"{RunMixin.memory_settings}, --rollout_batch_size or --max_completion_length"
-
-    def __init__(self, *arguments, **keywords):
-        self.seconds: dict[str, float] = defaultdict(float)
-        super().__init__(*arguments, **keywords)
-
-    def now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # kernels run on behind the host; a few waits a step cost nothing
-        return time.perf_counter()
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         theirs = super()._get_train_sampler(dataset)
@@ -178,14 +149,11 @@ class Trainer(RunMixin, GRPOTrainer):
         self.sampler.epoch = epoch
         return super()._run_epoch(*arguments, epoch=epoch, **keywords)
 
-    def _rollout(self, prompt_ids, *arguments, **keywords):
+    def _generate_single_turn(self, prompt_ids, *arguments, **keywords):
         """TRL's: token ids of the prompts, a group's next to each other, to (completion ids, log-probs or None)."""
         if self.engine and not self.use_vllm:
             return self.engine(prompt_ids, self.generation_config), self.engine.log_probs
         return super()._generate_single_turn(prompt_ids, *arguments, **keywords)
-
-    _generate_single_turn = timed("rollout", _rollout)
-    _calculate_rewards = timed("rewards", GRPOTrainer._calculate_rewards)
 
     def _logps(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **others):
         """TRL's, without padding, and with each prompt computed once for all of its completions (training/packing.py).
@@ -226,10 +194,8 @@ class Trainer(RunMixin, GRPOTrainer):
             parts = zip(logits.split(256), total.split(256), strict=True)
             return logps, torch.cat([ends - ((part - ends[:, None]).exp_() * part).sum(-1) for part, ends in parts])
 
-    _reference_logps = timed("log_probs", _logps)
-
     def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
-        result = (self._logps if torch.is_grad_enabled() else self._reference_logps)(*arguments, **keywords)
+        result = self._logps(*arguments, **keywords)
         self.policy_logps = result[0].detach()  # read after the loss, whose pass is the last
         return result
 
@@ -247,20 +213,9 @@ class Trainer(RunMixin, GRPOTrainer):
                 logged["nearer_to_reference"] = difference.mean() - (reference - sampled).abs()[real].mean()
             for name, value in logged.items():
                 gathered = self.accelerator.gather(value)  # of all processes
-                whole = gathered.max() if name.endswith("max") else gathered.mean()
-                self._metrics["train"][f"sampling/{name}"].append(whole.item())
+                combined = gathered.max() if name.endswith("max") else gathered.mean()
+                self._metrics["train"][f"sampling/{name}"].append(combined.item())
         return loss
-
-    def training_step(self, *arguments, **keywords):
-        started, before = self.now(), sum(self.seconds.values())
-        loss = super().training_step(*arguments, **keywords)
-        self.seconds["update"] += self.now() - started - (sum(self.seconds.values()) - before)
-        return loss
-
-    def log(self, logs: dict, start_time: float | None = None) -> None:
-        logs.update({f"seconds/{part}": round(seconds, 4) for part, seconds in self.seconds.items()})
-        self.seconds.clear()
-        super().log(logs, start_time)
 
 
 class RewardModelTrainer(RunMixin, RewardTrainer):

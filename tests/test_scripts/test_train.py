@@ -270,9 +270,6 @@ def test_evaluated_on_held_out_prompts_while_it_trains(call, quick, tmp_path):
         row["eval_reward"] == pytest.approx(row["eval_rewards/length"] + row["eval_rewards/ending"], abs=1e-3) for row in rows
     )
     assert equal(*runs.values())
-    for row in rows_of(runs[2]):
-        parts = [row[f"seconds/{part}"] for part in ("rollout", "rewards", "log_probs", "update")]
-        assert all(seconds > 0 for seconds in parts) and sum(parts) == pytest.approx(row["step_time"], rel=0.2)
 
 
 GAMED = "def commas(answers, **_):\n    return [answer.count(',') / 8 for answer in answers]\n"
