@@ -37,9 +37,7 @@ def inspect(config: dict, language: str | None, search: str, samples: int) -> No
     console = Console()
     embedded.prepare(config["model"], oasst.sample_dialogues)
     tokenizer = load_tokenizer(config)
-    prompts, funnel, notes = store.load_prompts(config, tokenizer)
-    for note in notes:
-        console.print(f"note: {note}", style="yellow")
+    prompts, funnel = store.load_prompts(config, tokenizer)
     source, limit = funnel["settings"]["dataset"], funnel["settings"]["max_prompt_tokens"]
     console.print(f"{config['data_dir']}: prepared from {source} for {funnel['model']}, at most {limit} tokens a prompt")
 
@@ -69,15 +67,16 @@ def show_languages(console, rows: list[dict]) -> None:
     from phi2_grpo.common.console import make_table
 
     columns = ("language", "train", "validation", "median", "95 %", "longest", "with a reply")
-    table = make_table("Prompts (lengths in tokens, chat template included)", *columns)
+    cells = []
     languages = [language for language, _ in Counter(row["lang"] for row in rows).most_common()]
     for language in [*languages, "all"]:
         members = [row for row in rows if language in ("all", row["lang"])]
         splits = Counter(row["split"] for row in members)
         lengths = numpy.percentile([row["tokens"] for row in members], [50, 95, 100])
         replied = sum(row["reference"] is not None for row in members) / len(members)
-        table.add_row(language, *map(str, (splits["train"], splits["validation"], *map(round, lengths))), f"{replied:.0%}")
-    console.print(table)
+        numbers = map(str, (splits["train"], splits["validation"], *map(round, lengths)))
+        cells.append([language, *numbers, f"{replied:.0%}"])
+    console.print(make_table("Prompts (lengths in tokens, chat template included)", *columns, rows=cells))
 
 
 def visible(text: str) -> str:

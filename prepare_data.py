@@ -59,7 +59,8 @@ def prepare(config: dict, console) -> None:
         else:
             items = {split: oasst.parse_messages(rows, f"{config['dataset']} {split}") for split, rows in splits.items()}
     if "" in items:  # the source has no validation split
-        items = kind.split(items[""], config["validation_fraction"], config["split_seed"])
+        trees = None if form else [message.message_tree_id for message in items[""]]
+        items = prompts.split(items[""], config["validation_fraction"], config["split_seed"], trees)
     if form and config["languages"] != "all":
         with console.status("guessing languages"):
             prompts.guess_languages(items)
@@ -100,10 +101,8 @@ def show(console, data_dir: Path, funnel: dict, prompts: dict, pairs: dict) -> N
     languages = {split: Counter(row["lang"] for row in rows) for split, rows in prompts.items()}
     order = [language for language, _ in sum((languages["train"], languages["validation"]), Counter()).most_common()]
     for title, rows, counts in (("step", funnel["train"], funnel), ("language", order, languages)):
-        table = make_table("", title, "train", "validation")
-        for row in rows:
-            table.add_row(row, f"{counts['train'][row]:,}", f"{counts['validation'][row]:,}")
-        console.print(table)
+        cells = ([row, f"{counts['train'][row]:,}", f"{counts['validation'][row]:,}"] for row in rows)
+        console.print(make_table("", title, "train", "validation", rows=cells))
     references = sum(row["reference"] is not None for row in prompts["train"])
     folders = {kind: store.folder(data_dir, kind) for kind in (store.PROMPTS, store.PREFERENCES)}
     console.print(

@@ -22,12 +22,10 @@ from phi2_grpo.common import cli, setup
 KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
         "init_adapter", "data_dir", "rollout", "rollout_batch_size", "use_vllm", "vllm_mode", "vllm_server_base_url",
         "vllm_gpu_memory_utilization", "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
-        "chat_temperature", "chat_top_p", "rewards", "target_tokens", "format_regex",
-        "max_steps", "learning_rate", "lr_scheduler_type",
-        "warmup_steps", "beta", "loss_type", "scale_rewards", "per_device_train_batch_size",
-        "gradient_accumulation_steps", "activation_checkpointing", "max_grad_norm", "seed",
-        "output_dir", "save_steps", "save_total_limit", "sample_steps", "eval_steps",
-        "eval_prompts", "stop_on_collapse", "report_to")  # fmt: skip
+        "chat_temperature", "chat_top_p", "rewards", "target_tokens", "format_regex", "max_steps", "learning_rate",
+        "lr_scheduler_type", "warmup_steps", "beta", "loss_type", "scale_rewards", "per_device_train_batch_size",
+        "gradient_accumulation_steps", "activation_checkpointing", "max_grad_norm", "seed", "output_dir", "save_steps",
+        "save_total_limit", "sample_steps", "eval_steps", "eval_prompts", "stop_on_collapse", "report_to")  # fmt: skip
 
 
 def main() -> None:
@@ -66,7 +64,8 @@ def train(config: dict, arguments, console, ready) -> None:
     from transformers import set_seed
 
     from phi2_grpo.models.base import load_base
-    from phi2_grpo.training import checkpoints
+    from phi2_grpo.rewards.scorer import describe_rewards
+    from phi2_grpo.training import checkpoints, outputs
 
     output, final = Path(config["output_dir"]), checkpoints.final_folder(config)
     checkpoint = checkpoints.newest_complete(output) if arguments.resume else None
@@ -77,7 +76,9 @@ def train(config: dict, arguments, console, ready) -> None:
     for reward_model in ready.scorer.models:
         reward_model.load(config, base, ready.device, ready.dtype)
     trainer = make_trainer(config, ready, base)
-    facts = describe_run(config, arguments.preset, ready, trainer)
+    settings = {key: config[key] for key in KEYS}
+    facts = outputs.run_metadata(settings, arguments.preset, ready.device, ready.dtype, ready.funnel, trainer.model)
+    facts["rewards"] = describe_rewards(ready.scorer.chosen)
     log = add_callbacks(config, ready, trainer, facts)
     trainer.run(log, checkpoint)
     raise_if_collapsed(log.collapsed_at, output)
@@ -118,16 +119,6 @@ def make_trainer(config: dict, ready, base):
         policy = trainer.accelerator.unwrap_model(trainer.model)
         trainer.engine = make_engine(config["rollout"], policy, config["rollout_batch_size"], reserved_bytes(ready.memory))
     return trainer
-
-
-def describe_run(config: dict, preset: str, ready, trainer) -> dict:
-    """What run.json and the model card say of the run."""
-    from phi2_grpo.rewards.scorer import describe_rewards
-    from phi2_grpo.training.outputs import run_metadata
-
-    read = {key: config[key] for key in KEYS}
-    facts = run_metadata(read, preset, ready.device, ready.dtype, ready.funnel, trainer.model)
-    return facts | {"rewards": describe_rewards(ready.scorer.chosen)}
 
 
 def add_callbacks(config: dict, ready, trainer, facts: dict):

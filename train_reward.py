@@ -25,10 +25,11 @@ KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "l
 
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS)
-    parser.add_argument("--check", action="store_true", help="print the checks and the plan, and stop")
+    parser.add_argument("--check", action="store_true", help="print the checks, and stop")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in <reward_dir>-run")
     parser.add_argument("--overwrite", action="store_true", help="replace the reward model in reward_dir")
     config, arguments = cli.parse(parser)
+    cli.check_one_process("train_reward.py")
     setup.prepare(config["model"])
 
     from phi2_grpo.common import files
@@ -122,19 +123,23 @@ def score_held_out(console, model, ready) -> tuple[list[float], list[float]]:
 
 
 def save(config: dict, model, ready, facts: dict, history: list[dict], seconds: float, accuracy: dict, scores: tuple) -> None:
-    """The reward model with its card, the picture of its scores, and what they are standardised by."""
-    from phi2_grpo.common.files import atomic_folder
+    """The reward model with its card, the picture of its scores, and in run.json what they are centred and scaled by."""
+    from phi2_grpo.common import files
     from phi2_grpo.evaluation import reward_accuracy
-    from phi2_grpo.training.outputs import log_rows, write_reward_model_files
+    from phi2_grpo.training.model_card import reward_model_card
+    from phi2_grpo.training.outputs import log_rows
 
-    scale = reward_accuracy.scale(*scores)
-    with atomic_folder(Path(config["reward_dir"])) as folder:
+    scale, rows = reward_accuracy.scale(*scores), log_rows(history, "loss")
+    steps, lines = rows[-1]["step"] if rows else 0, reward_accuracy.markdown(accuracy)
+    with files.atomic_folder(Path(config["reward_dir"])) as folder:
         model.save_pretrained(folder)
         ready.tokenizer.save_pretrained(folder)
         standardised = [[(score - scale["mean"]) / scale["std"] for score in side] for side in scores]
         reward_accuracy.draw(accuracy, *standardised, folder / "scores.png")
-        rows, lines = log_rows(history, "loss"), reward_accuracy.markdown(accuracy)
-        write_reward_model_files(folder, facts, rows, seconds, scale, accuracy, lines, ready.left_out)
+        files.write_rows(folder / "metrics.jsonl", rows)
+        files.write_text(folder / "README.md", reward_model_card(facts, steps, seconds, lines, ready.left_out))
+        ending = {"finished": True, "steps": steps, "seconds": round(seconds, 1), "scores": scale, "validation": accuracy}
+        files.write_json(folder / "run.json", facts | ending)
 
 
 def print_result(config: dict, preset: str, console, accuracy: dict, seconds: float) -> None:

@@ -16,31 +16,20 @@ from pathlib import Path
 from phi2_grpo.common import cli, files, setup
 
 KEYS = ("model", "model_revision", "device", "dtype", "data_dir", "adapter", "max_completion_length", "temperature", "top_p",
-        "top_k", "rewards", "target_tokens", "format_regex", "max_prompts",
-        "samples_per_prompt", "rollout", "rollout_batch_size", "seed",
-        "validation_dir")  # fmt: skip
-TRAINED_WITH = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_completion_length",
-    "target_tokens",
-    "format_regex",
-    "rewards",
-)  # taken from run.json
+        "top_k", "rewards", "target_tokens", "format_regex", "max_prompts", "samples_per_prompt", "rollout",
+        "rollout_batch_size", "seed", "validation_dir")  # fmt: skip
+# Taken from the adapter's run.json.
+TRAINED_WITH = ("temperature", "top_p", "top_k", "max_completion_length", "target_tokens", "format_regex", "rewards")
 
 
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS, TRAINED_WITH)
-    parser.add_argument(
-        "--against", metavar="DIR", help="another adapter on the same base, to compare with instead of the base"
-    )
+    parser.add_argument("--against", metavar="DIR", help="compare with another adapter on the same base, instead of the base")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="show answers to this instead; may be repeated")
     config, arguments = cli.parse(parser)
     if any(not prompt.strip() for prompt in arguments.prompt or []):
         raise cli.UserError("--prompt is empty. Give it a question.")
-    if cli.num_processes() > 1:
-        raise cli.UserError("validate_model.py runs in one process: start it with python, not with accelerate or torchrun.")
+    cli.check_one_process("validate_model.py")
     trained = use_training_settings(config, arguments)
     setup.prepare(config["model"], *config["rewards"])
 
@@ -84,7 +73,6 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from phi2_grpo.models.lora import check_adapter, check_same_base
     from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, check_context, check_vocabulary, load_tokenizer
     from phi2_grpo.rewards.scorer import Scorer, add_built_in, parse_rewards, try_rewards
-    from phi2_grpo.rollout.cache import rows_that_fit
     from phi2_grpo.rollout.engine import make_engine
 
     console = Console()
@@ -106,19 +94,18 @@ def validate(config: dict, arguments, trained: dict) -> None:
     context = context_length(base)
     generation = saved_generation_config(adapters[0], tokenizer, config, context)  # how to chat
     generation.max_new_tokens = min(generation.max_new_tokens or 256, context // 2)
-    length = check_context([row["prompt"] for row in prompts], tokenizer, config, context) + config["max_completion_length"]
+    check_context([row["prompt"] for row in prompts], tokenizer, config, context)
 
     with console.status("loading the model"):
         policy = load_policy(config, adapters, scorer, device, dtype)
     engine = make_engine(config["rollout"], policy, config["rollout_batch_size"], reserved_bytes(policy))
-    batch = config["rollout_batch_size"] or rows_that_fit(policy, length, reserved_bytes(policy))
     names = side_names(adapters)
     against, questions = bool(arguments.against), arguments.prompt or SAMPLE_PROMPTS
     shown = show_samples(console, engine, tokenizer, names, generation, config["seed"], questions, against)
-    samples, costs = measure(console, engine, tokenizer, scorer, prompts, config, batch, against)
+    samples, costs = measure(console, engine, tokenizer, scorer, prompts, config, against)
     numbers = report.summarize(samples, prompts, costs, scorer, names)
     if any(reward.name == "correct" for reward in scorer.chosen):
-        greedy = measure_greedy(console, engine, tokenizer, scorer, prompts, config, batch, against)
+        greedy = measure_greedy(console, engine, tokenizer, scorer, prompts, config, against)
         numbers["accuracy"] = summarize_accuracy(samples, greedy, config["samples_per_prompt"])
 
     report.show(console, numbers, config["samples_per_prompt"])
@@ -138,7 +125,7 @@ def load_held_out(console, config: dict, tokenizer, trained: dict) -> tuple:
     """The validation split and the funnel."""
     from phi2_grpo.data.store import load_prompts
 
-    tables, funnel, _ = load_prompts(config, tokenizer)
+    tables, funnel = load_prompts(config, tokenizer)
     if not len(tables["validation"]):
         raise cli.UserError(f"{config['data_dir']} has no validation prompt. Prepare it with a larger --validation_fraction.")
     if trained.get("data", {}).get("fingerprint", funnel["fingerprint"]) != funnel["fingerprint"]:

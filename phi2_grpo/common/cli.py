@@ -154,6 +154,12 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def check_one_process(script: str) -> None:
+    """Raise UserError where a launcher started several processes of `script`."""
+    if num_processes() > 1:
+        raise UserError(f"{script} runs in one process: start it with python, not with accelerate launch or torchrun.")
+
+
 # --- errors
 
 

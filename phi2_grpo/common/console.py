@@ -26,11 +26,13 @@ class Console(rich.console.Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def make_table(title: str, *columns: str, words: Collection[int] = (0,), **options) -> Table:
-    """A rich table of numbers, aligned to the right; the columns `words` hold words."""
+def make_table(title: str, *columns: str, rows: Iterable[Iterable] = (), words: Collection[int] = (0,), **options) -> Table:
+    """A rich table of numbers, aligned to the right; the columns `words` hold words. Its cells are texts, or rich's own."""
     table = Table(*columns, title=title, title_justify="left", **options)
     for i, column in enumerate(table.columns):
         column.justify = "left" if i in words else "right"
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from phi2_grpo.common.cli import UserError, process_index
 
 # What is read of a run.json, and its types. Other programs write files of that name too.
-RUN = {"config": dict, "data": dict, "versions": dict, "files": dict, "seconds": (int, float), "processes": int}
+RUN = {"config": dict, "data": dict, "seconds": (int, float), "processes": int}
 
 
 def sibling(path: Path, form: str) -> Path:

@@ -98,9 +98,9 @@ def public_files(paths: list[Path], with_samples: bool = False) -> tuple[dict[st
 def _without_paths(value):
     """JSON without paths: each becomes its last part, and a server's address is removed."""
     if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items()}
+        return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_paths(inner) for inner in value]
+        return [_without_paths(item) for item in value]
     if isinstance(value, str) and (re.match(r"~|\.{0,2}/|[A-Za-z]:\\", value) or os.path.exists(value)):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return "" if isinstance(value, str) and re.match("https?://", value) else value

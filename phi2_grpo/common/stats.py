@@ -11,6 +11,11 @@ FLIPS = 9999  # random subsets; 1 / (FLIPS + 1) is the least p that they can sho
 FEW = 20  # prompts; a result on fewer is called weak
 
 
+def mean(values: list[float | None]) -> float | None:
+    """Their mean; None where there are no values, or where one is None."""
+    return None if None in values or not values else sum(values) / len(values)
+
+
 @dataclass(frozen=True)
 class Paired:
     """One metric of two models on the same prompts."""

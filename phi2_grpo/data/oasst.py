@@ -4,7 +4,6 @@ The data: https://huggingface.co/datasets/OpenAssistant/oasst1, described in arX
 is a root prompt with its replies, their follow-up questions, and so on.
 """
 
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import combinations
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from config import CONFIG, PRESETS
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import sources
-from phi2_grpo.data.prompts import normalize
+from phi2_grpo.data.prompts import normalize, split
 
 ROLES = {"prompter": "user", "assistant": "assistant"}  # oasst1's name: the chat template's
 
@@ -45,7 +44,7 @@ class Message(NamedTuple):
 
 
 def is_message(row: dict) -> bool:
-    """Whether a row has the columns by which oasst1's are known: a message's, or a whole tree's."""
+    """Whether a row has the columns by which oasst1's are known: a message's, or a complete tree's."""
     return {"message_id", "role", "text"} <= row.keys() or {"message_tree_id", "prompt"} <= row.keys()
 
 
@@ -68,7 +67,7 @@ def parse_messages(rows: Iterable[dict], name: str) -> list[Message]:
 
 
 def parse_row(row: dict) -> list[Message]:
-    """The message of a row; all messages, parents first, of a row that is a whole tree (replies inside their parents)."""
+    """The message of a row; all messages, parents first, of a row that is a complete tree (replies inside their parents)."""
     if "prompt" not in row or "message_tree_id" not in row:
         return [_parse_message(row)]
     rows = [{**row["prompt"], "parent_id": None}]
@@ -109,17 +108,6 @@ def _toxicity(labels: dict, detoxify: dict):
     return (labels.get("toxicity") or {"value": detoxify.get("toxicity")})["value"]
 
 
-def split(messages: list[Message], fraction: float, seed: int) -> dict[str, list[Message]]:
-    """Train and validation, by whole trees, so that no reply's question stands on the other side."""
-    trees = sorted({message.message_tree_id for message in messages})
-    random.Random(seed).shuffle(trees)
-    held_out = set(trees[: round(len(trees) * fraction)])
-    splits = {"train": [], "validation": []}
-    for message in messages:
-        splits["validation" if message.message_tree_id in held_out else "train"].append(message)
-    return splits
-
-
 def languages(splits: dict[str, list[Message]]) -> set[str]:
     return {message.lang for messages in splits.values() for message in messages}
 
@@ -132,7 +120,7 @@ def filter_prompts(
     max_turns: int,
     max_toxicity: float,
 ) -> tuple[list[dict], dict[str, int]]:
-    """The prompts of whole trees that pass every limit, duplicates included.
+    """The prompts of complete trees that pass every limit, duplicates included.
 
     `count_tokens` returns the lengths of conversations under the model's chat template. Returns rows (`prompt`, `lang`,
     `message_id`, `reference`, `pairs`) and the funnel: how many were left after each step, in order.
@@ -196,7 +184,8 @@ def sample_dialogues() -> list[dict]:
     """`prompt` and `reply` of the sample's train split, every usable reply; split as prepare_data splits it."""
     config = {**CONFIG, **PRESETS["tiny"]}
     messages = read_messages(config["dataset"], "")[0][""]
-    splits = split(messages, config["validation_fraction"], config["split_seed"])
+    trees = [message.message_tree_id for message in messages]
+    splits = split(messages, config["validation_fraction"], config["split_seed"], trees)
     held_out = {normalize([_turn(message)]) for message in splits["validation"] if message.parent_id is None}
     usable = {message.message_id: message for message in splits["train"] if message.usable}
     pairs = [(usable.get(reply.parent_id), reply) for reply in usable.values() if reply.role == "assistant"]

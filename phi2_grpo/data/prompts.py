@@ -178,15 +178,16 @@ def read(splits: dict[str, Iterable[dict]], form: Form, system_prompt: str) -> d
     }  # fmt: skip
 
 
-def split(rows: list, fraction: float, seed: int) -> dict[str, list]:
-    """Train and validation, by rows."""
-    order = list(range(len(rows)))
+def split(items: list, fraction: float, seed: int, trees: list[str] | None = None) -> dict[str, list]:
+    """Train and validation. With `trees`, the id of each item's tree, no tree is divided: a reply's question is on its side."""
+    ids = range(len(items)) if trees is None else trees
+    order = sorted(set(ids))
     random.Random(seed).shuffle(order)
-    held_out = set(order[: round(len(rows) * fraction)])
-    return {
-        "train": [row for i, row in enumerate(rows) if i not in held_out],
-        "validation": [rows[i] for i in sorted(held_out)],
-    }
+    held_out = set(order[: round(len(order) * fraction)])
+    splits = {"train": [], "validation": []}
+    for item, tree in zip(items, ids, strict=True):
+        splits["validation" if tree in held_out else "train"].append(item)
+    return splits
 
 
 def guess_languages(splits: dict[str, list[dict | None]]) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, Value, disable_caching, load_from_disk
@@ -26,18 +25,6 @@ FEATURES = {
     PREFERENCES: Features({"prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES, "lang": Value("string"),
                            "message_id": Value("string")}),
 }  # fmt: skip
-
-# What a reader compares with its own settings: a difference is a note, and no error.
-CHOICES = (
-    "dataset",
-    "dataset_config",
-    "dataset_revision",
-    "system_prompt",
-    "languages",
-    "max_prompt_tokens",
-    "max_turns",
-    "max_toxicity",
-)
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -105,8 +92,8 @@ def _tables(rows: dict[str, list[dict]], features: Features, with_others: bool) 
     return DatasetDict({split: Dataset.from_dict(columns, features=features) for split, columns in tables.items()})
 
 
-def load_prompts(config: dict, tokenizer, kind: str = PROMPTS) -> tuple[DatasetDict, dict, list[str]]:
-    """The prepared prompts, the funnel, and notes on what differs from `config`; the fingerprint is of what was read.
+def load_prompts(config: dict, tokenizer, kind: str = PROMPTS) -> tuple[DatasetDict, dict]:
+    """The prepared PROMPTS, or PREFERENCES, and the funnel, whose fingerprint is of what was read.
 
     Raises UserError where the data is missing or incomplete, of another schema, or for another tokenizer.
     """
@@ -129,20 +116,7 @@ def load_prompts(config: dict, tokenizer, kind: str = PROMPTS) -> tuple[DatasetD
             f"the data in {data_dir} was prepared for the tokenizer of {funnel['model']}, not of {config['model']}: its "
             f"token limits do not hold. Prepare it again, or elsewhere with another --data_dir: {again}"
         )
-    then = funnel["settings"]
-    notes = [f"{key} was {then[key]} when the data was prepared; config now says {config[key]}"
-             for key in CHOICES if then.get(key, config[key]) != config[key]]  # fmt: skip
-    return tables, {**funnel, "fingerprint": fingerprint(tables)}, notes
-
-
-def load_preferences(config: dict, tokenizer) -> tuple[DatasetDict, dict, list[str]]:
-    """The ranked pairs, as `load_prompts` loads the prompts."""
-    return load_prompts(config, tokenizer, PREFERENCES)
-
-
-def first_rows(prompts: DatasetDict) -> list[dict]:
-    """A few train rows to try the rewards on."""
-    return list(islice(prompts["train"], 8))
+    return tables, {**funnel, "fingerprint": fingerprint(tables)}
 
 
 def select_rows(table: Dataset, count: int, seed: int) -> list[dict]:

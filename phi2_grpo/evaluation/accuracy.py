@@ -2,9 +2,11 @@
 
 from math import comb
 
-from phi2_grpo.common.console import make_table, markdown_table
-from phi2_grpo.common.stats import paired, verdict
-from phi2_grpo.evaluation.measure import sample, use_adapter
+from phi2_grpo.common.stats import mean, paired, verdict
+from phi2_grpo.evaluation.measure import use_adapter
+from phi2_grpo.models.tokenizer import render
+from phi2_grpo.rollout.engine import complete
+from phi2_grpo.rollout.sampling import rollout_generation_config
 
 GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 1}  # the likeliest token is the only one
 
@@ -14,12 +16,13 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
-def measure_greedy(console, engine, tokenizer, scorer, prompts: list[dict], config: dict, batch: int, against: bool) -> dict:
+def measure_greedy(console, engine, tokenizer, scorer, prompts: list[dict], config: dict, against: bool) -> dict:
     """1 or 0 a prompt for the greedy answer of each side; None where there is no reference."""
-    right = {}
+    texts, right = render(tokenizer, [row["prompt"] for row in prompts]), {}
+    generation = rollout_generation_config(config | GREEDY, tokenizer)
     for side, adapter in {"base": "against" if against else None, "tuned": "default"}.items():
         with use_adapter(engine.model, adapter), console.status(f"greedy answers, {side}"):
-            ids = sample(engine, tokenizer, [row["prompt"] for row in prompts], config | GREEDY, batch, lambda _: None)
+            ids = complete(engine, tokenizer, texts, generation, config["seed"])
         right[side] = [row["scores"]["correct"] for row in scorer.score(prompts, ids)]
     return right
 
@@ -31,8 +34,8 @@ def summarize_accuracy(samples: list[dict], greedy: dict[str, list], samples_per
     for row in samples:
         if row["scores"].get("correct") is not None:
             groups[row["side"]].setdefault(row["prompt"], []).append(row["scores"]["correct"])
-    complete = {side: [round(sum(right)) for right in of.values() if len(right) == count] for side, of in groups.items()}
-    passed = {k: {side: _mean([pass_at_k(count, c, k) for c in right]) for side, right in complete.items()} for k in ks}
+    counts = {side: [round(sum(right)) for right in of.values() if len(right) == count] for side, of in groups.items()}
+    passed = {k: {side: mean([pass_at_k(count, c, k) for c in right]) for side, right in counts.items()} for k in ks}
     pair = paired(greedy["base"], greedy["tuned"])
     known = [(b, t) for b, t in zip(greedy["base"], greedy["tuned"], strict=True) if None not in (b, t)]
     return {
@@ -41,10 +44,6 @@ def summarize_accuracy(samples: list[dict], greedy: dict[str, list], samples_per
         "wrong to right": sum(b < t for b, t in known),
         "right to wrong": sum(b > t for b, t in known),
     }
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def accuracy_rows(accuracy: dict) -> list[list[str]]:
@@ -66,16 +65,3 @@ def accuracy_sentence(accuracy: dict, sampled: str) -> str:
         return f"{text} Learnt: the greedy answers are right more often, too."
     sharpened = " Sharpened: sampled answers are right more often; for greedy ones that is not shown."
     return text + sharpened * (sampled == "better")
-
-
-def show_accuracy(console, accuracy: dict, names: tuple[str, str], sampled: str) -> None:
-    table = make_table("accuracy", "", *names, "difference, 95 % interval")
-    for row in accuracy_rows(accuracy):
-        table.add_row(*row)
-    console.print(table)
-    console.print(accuracy_sentence(accuracy, sampled))
-
-
-def accuracy_markdown(accuracy: dict, names: tuple[str, str], sampled: str) -> list[str]:
-    table = markdown_table(("accuracy", *names, "difference, 95 % interval"), accuracy_rows(accuracy))
-    return ["## Accuracy", "", *table, "", accuracy_sentence(accuracy, sampled), ""]

@@ -20,10 +20,10 @@ def show_samples(
             answers[side] = trim(complete(engine, tokenizer, texts, generation, seed), tokenizer)
     samples = []
     for question, *pair in zip(questions, answers["base"], answers["tuned"], strict=True):
-        table = make_table(Text(question), *names, words=(0, 1), expand=True, show_lines=True)
+        ends = [Text(f"{answer.tokens} tokens, {answer.finish_reason}", style="dim") for answer in pair]
+        rows = [[answer.text for answer in pair], ends]
+        table = make_table(question, *names, rows=rows, words=(0, 1), expand=True, show_lines=True)
         table.columns[0].ratio = table.columns[1].ratio = 1
-        table.add_row(*(Text(answer.text) for answer in pair))
-        table.add_row(*(Text(f"{answer.tokens} tokens, {answer.finish_reason}", style="dim") for answer in pair))
         console.print(table)
         texts_of = [{"answer": a.text, "tokens": a.tokens, "finish_reason": a.finish_reason} for a in pair]
         samples.append({"prompt": question, "base": texts_of[0], "tuned": texts_of[1]})

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 
 from phi2_grpo.common.progress import progress_bar
+from phi2_grpo.common.stats import mean
 from phi2_grpo.models.base import context_length
 from phi2_grpo.models.tokenizer import FORWARD_TOKENS, batches_by_length, render
-from phi2_grpo.rollout.engine import complete_in_batches
+from phi2_grpo.rollout.engine import complete
 from phi2_grpo.rollout.sampling import rollout_generation_config
 
 Advance = Callable[[int], None]  # is told how many more are done
@@ -33,17 +34,18 @@ def reserved_bytes(model) -> int:
     return 4 * FORWARD_TOKENS * model.config.vocab_size * 4
 
 
-def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dict, batch: int, against: bool) -> tuple:
-    """Samples with their scores; and what the tuning cost: metric -> side -> a value a prompt."""
+def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dict, against: bool) -> tuple:
+    """Samples, drawn as in training, with their scores; and what the tuning cost: metric -> side -> a value a prompt."""
     count = config["samples_per_prompt"]
     rows = [row for row in prompts for _ in range(count)]
+    texts, generation = render(tokenizer, [row["prompt"] for row in rows]), rollout_generation_config(config, tokenizer)
     sides = {"base": "against" if against else None, "tuned": "default"}
     completions, samples = {}, []
     costs: dict[str, dict[str, list]] = {"KL to base": {}, "reference NLL": {}}
     with progress_bar(console, "held-out prompts", 2 * len(rows)) as advance:
         for side, adapter in sides.items():
             with use_adapter(engine.model, adapter):
-                completions[side] = sample(engine, tokenizer, [row["prompt"] for row in rows], config, batch, advance)
+                completions[side] = complete(engine, tokenizer, texts, generation, config["seed"], advance)
     with progress_bar(console, "KL and reference NLL", 2 * (len(rows) + len(prompts))) as advance:
         for side, adapter in sides.items():
             ids = completions[side]
@@ -55,20 +57,9 @@ def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dic
     return samples, costs
 
 
-def sample(engine, tokenizer, prompts: list[list[dict]], config: dict, batch_size: int, advance: Advance) -> list[list[int]]:
-    """Completion ids of each prompt, sampled as in training. The same seed gives two models the same random numbers."""
-    completions: dict[int, list[int]] = {}
-    generation = rollout_generation_config(config, tokenizer)
-    for batch in complete_in_batches(engine, tokenizer, render(tokenizer, prompts), generation, batch_size, config["seed"]):
-        completions |= batch
-        advance(len(batch))
-    return [completions[i] for i in range(len(prompts))]
-
-
 def mean_per_prompt(values: list[float | None], samples: int) -> list[float | None]:
     """Samples of one prompt stand next to each other. None where one of them has no value."""
-    groups = [values[i : i + samples] for i in range(0, len(values), samples)]
-    return [None if None in group else sum(group) / samples for group in groups]
+    return [mean(values[i : i + samples]) for i in range(0, len(values), samples)]
 
 
 @torch.no_grad()

@@ -2,14 +2,15 @@
 
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.text import Text
 
 from phi2_grpo.common import files
 from phi2_grpo.common.console import make_table, markdown_table
-from phi2_grpo.common.stats import FEW, paired, simultaneous, verdict
-from phi2_grpo.evaluation.accuracy import accuracy_markdown, show_accuracy
+from phi2_grpo.common.stats import FEW, mean, paired, simultaneous, verdict
+from phi2_grpo.evaluation.accuracy import accuracy_rows, accuracy_sentence
 from phi2_grpo.evaluation.plots import DIRECTION, draw
 from phi2_grpo.rewards import collapse
 
@@ -23,6 +24,7 @@ EXPLAINED = {
     "reference NLL": "negative log-likelihood of the best human replies, nats per token, mean over prompts: did it forget?",
 }
 METRIC_COLUMNS = ("difference, interval", "wins", "verdict")
+STYLES = {"better": "green", "worse": "red"}  # of a row, by its verdict
 
 
 def summarize(
@@ -30,12 +32,9 @@ def summarize(
 ) -> dict:
     """The numbers of a report.
 
-    Args:
-        samples: one dict a completion, `side` (base or tuned), `prompt` (an index into `prompts`), `answer` and `scores`.
-        prompts: rows of the data set.
-        costs: metric -> side -> a value a prompt, or None where it has none.
-        scorer: made of the training's rewards first, and of the others (weight 0).
-        names: what the sides are called.
+    `samples`: one dict a completion, with `side` (base or tuned), `prompt` (an index into `prompts`), `answer` and `scores`.
+    `costs`: metric -> side -> a value a prompt, or None where it has none. `scorer`: of the training's rewards first, and of
+    the others (weight 0). `names`: what the sides are called.
     """
     trained = [reward.name for reward in scorer.chosen if reward.weight]
     values = _values(samples, len(prompts), scorer, trained) | costs
@@ -86,7 +85,7 @@ def _values(samples: list[dict], count: int, scorer, trained: list[str]) -> dict
         groups[sample["side"]][sample["prompt"]].append(sample)
 
     def means(value) -> dict[str, list]:
-        return {side: [_mean([value(sample) for sample in group]) for group in groups[side]] for side in SIDES}
+        return {side: [mean([value(sample) for sample in group]) for group in groups[side]] for side in SIDES}
 
     names = trained + [reward.name for reward in scorer.chosen if not reward.weight]
     values = {"total reward": means(lambda s: s["score"])} if len(trained) > 1 else {}
@@ -94,10 +93,6 @@ def _values(samples: list[dict], count: int, scorer, trained: list[str]) -> dict
     values["answer tokens"] = means(lambda s: s["answer"].tokens)
     values["distinct-2"] = {side: [_distinct(group) for group in groups[side]] for side in SIDES}
     return values
-
-
-def _mean(values: list) -> float | None:
-    return None if None in values or not values else sum(values) / len(values)
 
 
 def _distinct(group: list[dict]) -> float | None:
@@ -175,8 +170,15 @@ def _compared(m: dict, places: int) -> list[str]:
     return [format_number(m["base"], places), format_number(m["tuned"], places), f"{difference} [{low}, {high}]"]
 
 
-def verdict_on_correct(report: dict) -> str:
-    return report["metrics"].get("correct", {}).get("verdict", "")
+def more_tables(report: dict) -> Iterator[tuple[str, tuple[str, ...], list[list[str]], str]]:
+    """Heading, columns, rows, and a sentence or "", of what the report has beside the metrics; for terminal and Markdown."""
+    names = report["names"]
+    if report["languages"]:
+        columns = ("language", "prompts", *names, METRIC_COLUMNS[0], "verdict")
+        yield f"{report['headline'].capitalize()} by language", columns, language_rows(report), ""
+    if accuracy := report.get("accuracy"):
+        sentence = accuracy_sentence(accuracy, report["metrics"].get("correct", {}).get("verdict", ""))
+        yield "Accuracy", ("accuracy", *names, "difference, 95 % interval"), accuracy_rows(accuracy), sentence
 
 
 def levels(report: dict) -> str:
@@ -196,37 +198,30 @@ def remarks(report: dict) -> list[str]:
 
 def show(console, report: dict, samples_per_prompt: int) -> None:
     """The numbers for the terminal."""
-    names, styles = report["names"], {"better": "green", "worse": "red"}
     title = f"{report['prompts']} held-out prompts x {samples_per_prompt}, at the training temperature"
-    table = make_table(title, "mean of", *names, *METRIC_COLUMNS, words=(0, 5))
-    for row in metric_rows(report, most_places=2):
-        table.add_row(*map(Text, row[:-1]), row[-1].replace("no difference shown", "-"), style=styles.get(row[-1]))
-    table.caption, table.caption_justify = "* trained for; -: no difference shown", "left"
-    console.print(table)
-    if report["languages"]:
-        languages = make_table(report["headline"], "language", "prompts", *names, METRIC_COLUMNS[0], "verdict", words=(0, 5))
-        for row in language_rows(report):
-            languages.add_row(*map(Text, row))
-        console.print(languages)
-    if "accuracy" in report:
-        show_accuracy(console, report["accuracy"], names, verdict_on_correct(report))
+    rows = metric_rows(report, most_places=2)
+    options = {"rows": [[*row[:-1], row[-1].replace("no difference shown", "-")] for row in rows],
+               "row_styles": [STYLES.get(row[-1], "none") for row in rows],
+               "caption": "* trained for; -: no difference shown", "caption_justify": "left"}  # fmt: skip
+    console.print(make_table(title, "mean of", *report["names"], *METRIC_COLUMNS, words=(0, 5), **options))
+    for heading, columns, cells, sentence in more_tables(report):
+        console.print(make_table(heading, *columns, rows=cells, words=(0, 5)))
+        if sentence:
+            console.print(sentence)
     for line in remarks(report):
         console.print(line)
     console.print(Text(report["line"], style="bold"))
 
 
 def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str], seed: int) -> str:
-    """The whole report, complete by itself."""
+    """All of the report, complete by itself."""
     lines = ["# Evaluation", "", f"**{report['line']}**", "", *(f"- {fact}" for fact in facts), "", *metric_table(report)]
     lines += ["", "\\*: trained for. Wins: share of prompts on which the second has more, ties half.", ""]
     lines += [f"- *{name}*: {text}" for name, text in EXPLAINED.items() if name in report["metrics"]]
     for line in remarks(report):
         lines += ["", line]
-    if report["languages"]:
-        columns = ("language", "prompts", *report["names"], METRIC_COLUMNS[0], "verdict")
-        lines += ["", f"## {report['headline'].capitalize()} by language", "", *markdown_table(columns, language_rows(report))]
-    if "accuracy" in report:
-        lines += ["", *accuracy_markdown(report["accuracy"], report["names"], verdict_on_correct(report))]
+    for heading, columns, rows, sentence in more_tables(report):
+        lines += ["", f"## {heading}", "", *markdown_table(columns, rows), *(["", sentence] if sentence else [])]
     lines += ["", "![all metrics with their intervals, and the answer lengths](validation.png)", ""]
     lines += ["## Sample prompts, as a chat", ""]
     for question in shown:
@@ -234,9 +229,9 @@ def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list
         for side, name in zip(SIDES, report["names"], strict=True):
             answer = question[side]
             lines += [f"*{name}* ({answer['tokens']} tokens, {answer['finish_reason']})", "", fenced(answer["answer"]), ""]
-    for title, picks in _examples(report, seed).items():
-        lines += [f"## {title}", ""] + ["None.", ""] * (not picks)
-        for i in picks:
+    for title, indices in _examples(report, seed).items():
+        lines += [f"## {title}", ""] + ["None.", ""] * (not indices)
+        for i in indices:
             lines += [f"**{_one_line(prompts[i]['prompt'][-1]['content'])}** ({prompts[i]['lang']})", ""]
             for side, name in zip(SIDES, report["names"], strict=True):
                 first = next(s for s in samples if s["side"] == side and s["prompt"] == i)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy
 from rich.table import Table
-from rich.text import Text
 from scipy import stats
 
 from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, make_table, markdown_table, plot_interval, save_figure
@@ -101,10 +100,7 @@ def rows(accuracy: dict) -> list[list[str]]:
 
 def table(accuracy: dict) -> Table:
     """The same for the terminal."""
-    table = make_table("How often it agrees with people, % [95 % interval]; chance is 50", *COLUMNS)
-    for row in rows(accuracy):
-        table.add_row(*map(Text, row))
-    return table
+    return make_table("How often it agrees with people, % [95 % interval]; chance is 50", *COLUMNS, rows=rows(accuracy))
 
 
 def verdict(accuracy: dict) -> str:

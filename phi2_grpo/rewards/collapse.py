@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from phi2_grpo.common.languages import language_code, language_identifier
+from phi2_grpo.common.stats import mean
 from phi2_grpo.models.answers import Answer
 
 MIN_TOKENS = 8  # a shorter answer says nothing about repetition or language
@@ -53,9 +54,9 @@ def alerts(rows: list[dict], raised: set[tuple[str, str]]) -> list[Alert]:
             window = SINCE_WINDOW if relative else WINDOW
             if len(values) < window * (1 + relative) or (kind, metric) in raised:
                 continue
-            mean = sum(values[-window:]) / window - relative * sum(values[:window]) / window
-            if not low <= mean <= high:
-                over = f"has grown by {mean:.3g} since the start" if relative else f"is {mean:.3g} over {window} steps"
+            recent = mean(values[-window:]) - relative * mean(values[:window])
+            if not low <= recent <= high:
+                over = f"has grown by {recent:.3g} since the start" if relative else f"is {recent:.3g} over {window} steps"
                 new.append(Alert(kind, metric, f"{metric} {over}, healthy is {low:g} to {high:g}: {meaning}"))
     return new
 
@@ -71,13 +72,13 @@ def measure(answers: list[Answer], languages: list[str], target_tokens: int) -> 
     """
     long = [answer for answer in answers if answer.tokens >= MIN_TOKENS]
     metrics = {
-        "at_target": _mean([abs(answer.tokens - target_tokens) <= 1 for answer in answers]),
-        "empty": _mean([answer.tokens < 2 for answer in answers]),
+        "at_target": mean([abs(answer.tokens - target_tokens) <= 1 for answer in answers]),
+        "empty": mean([answer.tokens < 2 for answer in answers]),
     }
     if long:
         trigrams = [ngrams(answer.ids, 3) for answer in long]
         bigrams = [pair for answer in long for pair in ngrams(answer.ids, 2)]
-        metrics["repetition"] = _mean([1 - len(set(grams)) / len(grams) for grams in trigrams])
+        metrics["repetition"] = mean([1 - len(set(grams)) / len(grams) for grams in trigrams])
         metrics["distinct_2"] = len(set(bigrams)) / len(bigrams)
     known = language_identifier().labels
     classified = [(language_identifier().classify(answer.text)[0], language_code(prompt_language))
@@ -87,13 +88,9 @@ def measure(answers: list[Answer], languages: list[str], target_tokens: int) -> 
         commonest, _ = Counter(guess for guess, _ in classified).most_common(1)[0]
         others = [guess == commonest for guess, prompt_language in classified if prompt_language != commonest]
         if len(others) >= 4:
-            metrics["one_language"] = _mean(others)
+            metrics["one_language"] = mean(others)
     return metrics
 
 
 def ngrams(ids: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
     return list(zip(*(ids[i:] for i in range(size)), strict=False))
-
-
-def _mean(values: list) -> float:
-    return sum(values) / len(values)

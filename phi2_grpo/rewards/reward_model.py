@@ -28,11 +28,9 @@ HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
 class RewardModel:
     """Rewards what its model scores as good: its score, standardised to the scores it gives human replies.
 
-    Args:
-        name: the folder or Hub id of a sequence-classification model with one output, or of a PEFT adapter of one.
-
-    Raises UserError where that cannot be found, is incomplete or gives no single score. One on the Hub is
-    downloaded here; nothing large comes into memory before `load`.
+    `name`: the folder or Hub id of a sequence-classification model with one output, or of a PEFT adapter of one. Raises
+    UserError where that cannot be found, is incomplete or gives no single score. One on the Hub is downloaded here; nothing
+    large comes into memory before `load`.
     """
 
     def __init__(self, name: str):
@@ -95,10 +93,7 @@ class RewardModel:
         return {"revision": revision} if revision and not Path(name).exists() else {}
 
     def load(self, config: dict, policy_base, device: torch.device, dtype: torch.dtype) -> None:
-        """Make it ready to score. Changes neither the policy's base nor the random state.
-
-        Args:
-            policy_base: the base model of the policy, before LoRA is put on it.
+        """Make it ready to score. Changes neither the random state nor `policy_base`, on which no LoRA has been put yet.
 
         Raises UserError where the weights cannot be loaded, or do not fit.
         """

@@ -3,6 +3,7 @@
 import re
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+from itertools import accumulate
 
 import regex
 
@@ -54,16 +55,11 @@ def _numbers(text: str):
 
 
 def _boxed(text: str) -> str | None:
-    """The content of the last \\boxed{}, whose braces may hold others."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed{")
-    for i in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth < 0:
-            return text[begin:i]
-    return text[begin:]
+    """The content of the last \\boxed{}, whose braces may hold others; without a closing brace, the rest of the text."""
+    _, box, rest = text.rpartition("\\boxed{")
+    depths = accumulate({"{": 1, "}": -1}.get(character, 0) for character in rest)
+    end = next((i for i, depth in enumerate(depths) if depth < 0), None)
+    return rest[:end] if box else None
 
 
 def format(answers: list[str], format_regex: str, **_) -> list[float | None]:  # noqa: A001, as it reads in a plot's legend

@@ -57,10 +57,8 @@ def is_plain(linear) -> bool:
 class RowCacheLayer(DynamicLayer):
     """A cache layer whose rows stand at positions of their own.
 
-    Args:
-        stored: keys and values (rows, 2, heads, T, head_dim), with at least as many rows as are decoded.
-        positions: (B,), where the next key and value of each row go.
-        length: of the part that attention reads.
+    `stored`: keys and values (rows, 2, heads, T, head_dim), with at least as many rows as are decoded. `positions` (B,): where
+    the next key and value of each row go. `length`: of the part that attention reads.
     """
 
     _layer_type = None  # a name would register it as the cache of all models

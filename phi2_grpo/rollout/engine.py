@@ -7,7 +7,7 @@ Python (as gpt-fast does, https://pytorch.org/blog/accelerating-generative-ai-2/
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,6 +19,7 @@ from phi2_grpo.rollout.decode_step import DecodeStep, unsupported_reason
 from phi2_grpo.rollout.phi_step import PhiDecodeStep, is_phi
 from phi2_grpo.rollout.sampling import Sampling, generation_eos_ids, truncate_at_eos
 
+BATCH = 64  # prompts with a seed of their own in `complete`; fixed, for what is sampled depends on it
 FINISHED_CHECK_STEPS = 16  # decode steps on a GPU between two checks for finished rows, each of which waits for the device
 
 
@@ -39,11 +40,9 @@ def make_engine(name: str, model, rows: int = 0, reserve: int = 0) -> "GenerateE
 class GenerateEngine:
     """transformers' generate, with the weights and the adapter that `model` has at each call.
 
-    Args:
-        rows: completions decoded at once; 0 for as many as memory holds.
-        reserve: bytes of memory to leave to whatever else runs beside the cache.
-
-    `log_probs`: of the tokens of the last call, by completion, or None where the engine does not know them.
+    `rows`: completions decoded at once; 0 for as many as memory holds. `reserve`: bytes of memory to leave to whatever else
+    runs beside the cache. `log_probs`: of the tokens of the last call, by completion, or None where the engine does not know
+    them.
     """
 
     log_probs: list[list[float]] | None = None
@@ -185,20 +184,23 @@ class FastEngine(GenerateEngine):
 
 
 def complete(
-    engine: GenerateEngine, tokenizer, prompts: list[str], generation_config: GenerationConfig, seed: int
+    engine: GenerateEngine,
+    tokenizer,
+    prompts: list[str],
+    generation_config: GenerationConfig,
+    seed: int,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[list[int]]:
-    """Completion ids of rendered prompts, in their order. The same `seed` gives two models the same random numbers."""
-    completions = next(complete_in_batches(engine, tokenizer, prompts, generation_config, len(prompts), seed))
-    return [completions[i] for i in range(len(prompts))]
+    """Completion ids of rendered prompts, in their order. The same `seed` gives two models the same random numbers.
 
-
-def complete_in_batches(
-    engine: GenerateEngine, tokenizer, prompts: list[str], generation_config: GenerationConfig, batch_size: int, seed: int
-) -> Iterator[dict[int, list[int]]]:
-    """The same, `batch_size` at a time: completion ids by the prompt's index. The seed of a batch depends on its start."""
+    `advance` is told how many more are done.
+    """
+    completions: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
         prompt_ids = tokenizer([prompts[i] for i in batch], add_special_tokens=False)["input_ids"]
         set_seed(seed + start)
-        yield dict(zip(batch, engine(prompt_ids, generation_config, tokenizer), strict=True))
+        completions.update(zip(batch, engine(prompt_ids, generation_config, tokenizer), strict=True))
+        advance(len(batch))
+    return [completions[i] for i in range(len(prompts))]

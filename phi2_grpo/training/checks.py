@@ -6,6 +6,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from transformers.utils import is_triton_available
 from phi2_grpo.common import cli, files
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import store
-from phi2_grpo.data.store import first_rows
 from phi2_grpo.models.base import base_of_adapter, choose_device, commit_of, context_length, is_same_base, is_sharded
 from phi2_grpo.models.lora import lora_counts, lora_summary, meta_lora_model
 from phi2_grpo.models.tokenizer import check_context, check_vocabulary, load_tokenizer
@@ -30,12 +30,6 @@ from phi2_grpo.training.memory import estimate, largest_preset, peak, update_est
 from phi2_grpo.training.trainer import mixed_precision
 
 GB = 1e9
-
-
-def one_process():
-    if cli.num_processes() > 1:
-        raise UserError("train_reward.py runs in one process: start it with python, not with accelerate launch or torchrun.")
-    return True, "1"
 
 
 def device(config: dict):
@@ -138,17 +132,16 @@ def tokenizer(config: dict):
 
 
 def prompts(config: dict, tokenizer):
-    prompts, funnel, notes = store.load_prompts(config, tokenizer)
+    prompts, funnel = store.load_prompts(config, tokenizer)
     if not len(prompts["train"]):
         again = cli.prepare_command(config, overwrite=True)
         raise UserError(f"{config['data_dir']} has no train prompt. Make it again, with others: {again}")
-    counts = f"{len(prompts['train']):,} train and {len(prompts['validation']):,} validation prompts"
-    return (prompts, funnel), ". ".join([counts, *notes])
+    return (prompts, funnel), f"{len(prompts['train']):,} train and {len(prompts['validation']):,} validation prompts"
 
 
 def pairs(config: dict, tokenizer):
     """(pairs, funnel, optimizer steps, pairs left out, tokens of the longest reply with its prompt)."""
-    pairs, funnel, notes = store.load_preferences(config, tokenizer)
+    pairs, funnel = store.load_prompts(config, tokenizer, store.PREFERENCES)
     if not len(pairs["train"]) or not len(pairs["validation"]):
         raise UserError(
             f"{config['data_dir']} has {len(pairs['train'])} train and {len(pairs['validation'])} validation pairs of ranked "
@@ -166,8 +159,8 @@ def pairs(config: dict, tokenizer):
     steps, left_out = config["reward_epochs"] * math.ceil(len(kept) / batch), len(lengths) - len(kept)
     pairs["train"] = pairs["train"].select(kept)
     counts = f"{len(kept):,} train and {len(pairs['validation']):,} validation pairs, {left_out:,} too long"
-    few = ["So few validation pairs say little: the intervals will be wide"] * (len(pairs["validation"]) < 50)
-    text = ". ".join([f"{counts}; {steps} steps of {batch} pairs", *notes, *few])
+    few = ". So few validation pairs say little: the intervals will be wide" * (len(pairs["validation"]) < 50)
+    text = f"{counts}; {steps} steps of {batch} pairs{few}"
     return (pairs, funnel, steps, left_out, max(lengths[i] for i in kept)), text
 
 
@@ -224,13 +217,13 @@ def rollout(config: dict, policy: PeftModel):
         if config["eval_prompts"]:
             raise UserError("with FSDP or ZeRO no process has all weights, so none can evaluate alone: give --eval_prompts 0.")
         return "generate", "generate: the weights are sharded over the processes"
-    engine, why = choose_engine(config["rollout"], policy)
-    return engine, f"{engine}: {why}"
+    engine, reason = choose_engine(config["rollout"], policy)
+    return engine, f"{engine}: {reason}"
 
 
 def rewards(config: dict, tokenizer, prompts: DatasetDict):
     scorer = Scorer(tokenizer, config["target_tokens"], parse_rewards(config["rewards"]), config["format_regex"])
-    tried = try_rewards(scorer, first_rows(prompts))
+    tried = try_rewards(scorer, list(islice(prompts["train"], 8)))
     parts = []
     for reward in scorer.chosen:
         if reward.name in tried:

@@ -89,11 +89,8 @@ def run_metadata(config: dict, preset: str, device: torch.device, dtype: torch.d
 def write_adapter_files(folder: Path, tokenizer, facts: dict, log_history: list[dict], seconds: float, finished: bool) -> None:
     """Make an adapter folder self-describing. run.json is written last: it says that the folder is complete.
 
-    Args:
-        folder: holds adapter and tokenizer already.
-        facts: of `run_metadata`, with `rewards`.
-        log_history: the trainer's.
-        seconds: wall time of the training so far.
+    `folder` holds adapter and tokenizer already. `facts`: of `run_metadata`, with `rewards`. `seconds`: wall time of the
+    training so far.
     """
     rows, evaluations = log_rows(log_history, "reward"), log_rows(log_history, "eval_reward")
     last = rows[-1] if rows else {"step": 0}
@@ -107,17 +104,6 @@ def write_adapter_files(folder: Path, tokenizer, facts: dict, log_history: list[
     draw_curve(rows, facts["config"], folder / "reward.png", evaluations)
     files.write_text(folder / "README.md", model_card.adapter_card(facts, last["step"], seconds, changes, finished))
     ending = {"finished": finished, "steps": last["step"], "seconds": round(seconds, 1), "last_metrics": last}
-    files.write_json(folder / "run.json", facts | ending)
-
-
-def write_reward_model_files(
-    folder: Path, facts: dict, rows: list[dict], seconds: float, scale: dict, measured: dict, accuracy: list[str], left_out: int
-) -> None:
-    """The same for a reward model; `scale` is what its scores are centred and scaled by (see `reward_model.RewardModel`)."""
-    steps = rows[-1]["step"] if rows else 0
-    files.write_rows(folder / "metrics.jsonl", rows)
-    files.write_text(folder / "README.md", model_card.reward_model_card(facts, steps, seconds, accuracy, left_out))
-    ending = {"finished": True, "steps": steps, "seconds": round(seconds, 1), "scores": scale, "validation": measured}
     files.write_json(folder / "run.json", facts | ending)
 
 

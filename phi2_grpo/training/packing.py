@@ -23,9 +23,7 @@ class Pass:
 def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_width: int, most: int) -> Iterator[Pass]:
     """Passes of at most `most` tokens (more only for a row that is longer), for all tokens of all completions.
 
-    Args:
-        input_ids, attention_mask: (B, P + T), prompts and completions padded as TRL does.
-        completion_width: T.
+    `input_ids` and `attention_mask` (B, P + T) are prompts and completions padded as TRL does; `completion_width` is T.
     """
     texts = [ids[keep] for ids, keep in zip(input_ids.cpu(), attention_mask.bool().cpu(), strict=True)]
     tokens = attention_mask[:, -completion_width:].sum(1).tolist()

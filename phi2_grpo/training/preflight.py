@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from datasets import DatasetDict
@@ -17,22 +18,30 @@ from phi2_grpo.rewards.scorer import Scorer, describe_rewards
 from phi2_grpo.training import checkpoints, checks
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     name: str
     ok: bool
     text: str
 
 
 @dataclass
-class Checklist:
-    """Checks, one after another, and what they loaded: None where a check failed."""
+class Preflight:
+    """Checks, one after another, and what they loaded: None where a check failed, and for a run of the other kind."""
 
     results: list[Check] = field(default_factory=list)
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     tokenizer: PreTrainedTokenizerFast | None = None
     funnel: dict | None = None
+    # Of a GRPO run.
+    prompts: DatasetDict | None = None
+    lora: LoraConfig | None = None
+    scorer: Scorer | None = None
+    memory: dict[str, int] | None = None  # estimated bytes by part
+    # Of the training of a reward model.
+    pairs: DatasetDict | None = None
+    steps: int | None = None  # optimizer steps
+    left_out: int | None = None  # pairs that are too long
 
     def run(self, name: str, check: Callable, *inputs):
         """The value of `check(*inputs)`, which returns (value, text). None where it raises a UserError, or where an input is
@@ -48,35 +57,13 @@ class Checklist:
         return value
 
     def table(self) -> Table:
-        table = make_table("Preflight", "check", "", "", words=(0, 1, 2))
-        for check in self.results:
-            table.add_row(check.name, Text("ok", "green") if check.ok else Text("no", "red"), check.text)
-        return table
+        rows = [(name, Text("ok", "green") if ok else Text("no", "red"), text) for name, ok, text in self.results]
+        return make_table("Preflight", "check", "", "", rows=rows, words=(0, 1, 2))
 
     def raise_errors(self) -> None:
         """Raise a UserError with the text of every check that failed."""
         if errors := [f"{check.name}: {check.text}" for check in self.results if not check.ok]:
             raise UserError("\n".join(errors))
-
-
-@dataclass
-class Preflight(Checklist):
-    """Of a GRPO run."""
-
-    prompts: DatasetDict | None = None
-    lora: LoraConfig | None = None
-    scorer: Scorer | None = None
-    memory: dict[str, int] | None = None  # estimated bytes by part
-
-
-@dataclass
-class RewardPreflight(Checklist):
-    """Of the training of a reward model."""
-
-    pairs: DatasetDict | None = None
-    steps: int | None = None  # optimizer steps
-    left_out: int = 0  # pairs that are too long
-    longest: int | None = None  # tokens of prompt and reply
 
 
 def preflight(config: dict, resume: bool, overwrite: bool) -> Preflight:
@@ -103,20 +90,19 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> Preflight:
     return ready
 
 
-def preflight_reward(config: dict, resume: bool, overwrite: bool) -> RewardPreflight:
+def preflight_reward(config: dict, resume: bool, overwrite: bool) -> Preflight:
     """The same for the training of a reward model."""
-    ready = RewardPreflight()
+    ready = Preflight()
     output, final = checkpoints.reward_run_folder(config), Path(config["reward_dir"])
-    ready.run("processes", checks.one_process)
     ready.device, ready.dtype = ready.run("device", checks.device, config) or (None, None)
     ready.run("output folder", checks.output_folder, output, final, "scores", resume, overwrite)
     ready.run("tracker", checks.tracker, config)
     ready.tokenizer = ready.run("base model", checks.tokenizer, config)
-    if data := ready.run("data", checks.pairs, config, ready.tokenizer):
-        ready.pairs, ready.funnel, ready.steps, ready.left_out, ready.longest = data
+    data = ready.run("data", checks.pairs, config, ready.tokenizer) or (None,) * 5
+    ready.pairs, ready.funnel, ready.steps, ready.left_out, longest = data
     if resume:
         ready.run("same run", checks.same_run, config, output, ready.funnel, ready.dtype, ready.steps, {})
     policy = ready.run("LoRA", checks.lora, {**config, "init_adapter": ""}, ready.tokenizer)
-    ready.run("memory", checks.pair_memory, config, policy, ready.longest, ready.device, ready.dtype)
+    ready.run("memory", checks.pair_memory, config, policy, longest, ready.device, ready.dtype)
     ready.run("disk", checks.disk, config, policy, output)
     return ready

@@ -9,7 +9,7 @@ from conftest import ROOT, SHARED
 from config import CONFIG, PRESETS
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import oasst
-from phi2_grpo.data.prompts import deduplicate, normalize
+from phi2_grpo.data.prompts import deduplicate, normalize, split
 from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
 
 
@@ -102,10 +102,14 @@ def test_what_stands_in_validation_leaves_train():
     assert texts == ["How?"] and len(seen) == 2
 
 
+def split_trees(messages: list[oasst.Message], fraction: float, seed: int) -> dict[str, list[oasst.Message]]:
+    return split(messages, fraction, seed, [message.message_tree_id for message in messages])
+
+
 def test_trees_are_split_whole_and_by_seed():
     rows = [each for i in range(40) for each in (row(str(i), "x"), row(f"{i}r", "y", str(i)))]
     messages = [message for each in rows for message in oasst.parse_row(each)]
-    one, again, other = (oasst.split(messages, 0.25, seed) for seed in (0, 0, 1))
+    one, again, other = (split_trees(messages, 0.25, seed) for seed in (0, 0, 1))
     assert len(one["validation"]) == 20 and one == again != other
     assert not {m.message_tree_id for m in one["train"]} & {m.message_tree_id for m in one["validation"]}
 
@@ -115,7 +119,7 @@ def test_the_sample_has_what_it_should():
     rows = [json.loads(line) for line in (ROOT / "sample" / "tiny.jsonl").read_text(encoding="utf-8").splitlines()]
     config = {**CONFIG, **PRESETS["tiny"]}
     messages = oasst.read_messages(str(ROOT / "sample" / "tiny.jsonl"), "main")[0][""]
-    splits = oasst.split(messages, config["validation_fraction"], config["split_seed"])
+    splits = split_trees(messages, config["validation_fraction"], config["split_seed"])
     train, validation = ([normalize([{"content": m.text}]) for m in part if m.parent_id is None] for part in splits.values())
     assert len(train) >= 120 and len(validation) >= 40 and len({m.lang for m in splits["train"]}) >= 5
     ranked = Counter(m.parent_id for m in messages if m.rank is not None)
@@ -144,7 +148,7 @@ def test_the_english_sample():
     messages = oasst.read_messages(str(ROOT / config["dataset"]), "main")[0][""]
     roots = [message for message in messages if message.parent_id is None]
     replies = {root.message_id: [m for m in messages if m.parent_id == root.message_id] for root in roots}
-    held_out = oasst.split(messages, config["validation_fraction"], config["split_seed"])["validation"]
+    held_out = split_trees(messages, config["validation_fraction"], config["split_seed"])["validation"]
     assert len(roots) >= 300 and sum(message.parent_id is None for message in held_out) >= 100
     assert sum(2 <= len(each) <= 4 for each in replies.values()) > 0.8 * len(roots) and all(replies.values())
     texts = {normalize([{"content": root.text}]) for root in roots}

@@ -26,13 +26,12 @@ def config(micro, prepared, tmp_path) -> dict:
 
 
 def test_prepared_data(config):
-    prompts, funnel, notes = store.load_prompts(config, load_tokenizer(config))
+    prompts, funnel = store.load_prompts(config, load_tokenizer(config))
     assert set(prompts) == {"train", "validation"} and prompts["train"].features == store.FEATURES[store.PROMPTS]
     assert all(prompt[-1]["role"] == "user" for prompt in prompts["train"]["prompt"])
-    assert funnel["funnel"]["train"]["kept"] == len(prompts["train"]) and notes == []
-    pairs, _, notes = store.load_preferences({**config, "languages": "es"}, load_tokenizer(config))
+    assert funnel["funnel"]["train"]["kept"] == len(prompts["train"])
+    pairs, _ = store.load_prompts(config, load_tokenizer(config), store.PREFERENCES)
     assert pairs["train"].features == store.FEATURES[store.PREFERENCES] and len(pairs["train"]) > 200
-    assert len(notes) == 1 and "languages was all" in notes[0], "other settings are said"
 
 
 def test_the_fingerprint_is_of_what_was_read(config):
@@ -65,7 +64,7 @@ def test_data_that_cannot_be_used(config, harm):
     """The message has the command that mends it, with --overwrite where something is in its way."""
     HARMS[harm](Path(config["data_dir"]))
     with pytest.raises(UserError, match="python prepare_data.py .*--data_dir") as error:
-        store.load_preferences(config, load_tokenizer(config))
+        store.load_prompts(config, load_tokenizer(config), store.PREFERENCES)
     assert ("--overwrite" in str(error.value)) == (harm != "gone")
 
 

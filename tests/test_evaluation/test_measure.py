@@ -1,5 +1,7 @@
 """What the tuning cost, against values by hand; and a model against itself."""
 
+import random
+
 import pytest
 import torch
 
@@ -61,6 +63,15 @@ def test_costs_against_values_by_hand(config, tokenizer, base, final):
 
 def test_a_prompt_counts_where_all_its_samples_have_a_value():
     assert measure.mean_per_prompt([1.0, 3.0, None, 3.0], 2) == [2.0, None]
+
+
+def test_completions_come_back_in_order_from_batches_of_one_size():
+    """Each with a seed of its own, so that what is sampled does not depend on the memory that is free."""
+    texts, done = [str(number) for number in range(130)], []
+    as_ids = lambda texts, **_: {"input_ids": [[int(text)] for text in texts]}  # noqa: E731
+    echo = lambda ids, *_: [[*each, random.random()] for each in ids]  # noqa: E731
+    first, again = (complete(echo, as_ids, texts, None, 7, done.append) for _ in range(2))
+    assert [ids[0] for ids in first] == list(range(130)) and first == again and done == [64, 64, 2] * 2
 
 
 def test_a_model_against_itself_shows_no_difference(config, tokenizer, base):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from config import CONFIG, PRESETS
-from phi2_grpo.common.cli import UserError
+from phi2_grpo.common.cli import UserError, check_one_process
 from phi2_grpo.training import checks
 from phi2_grpo.training.preflight import preflight, preflight_reward
 
@@ -107,10 +107,10 @@ def test_the_checks_of_a_reward_model(monkeypatch, config):
     batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
     assert ready.steps == config["reward_epochs"] * -(-len(ready.pairs["train"]) // batch)
     monkeypatch.setattr(checks, "free_memory", lambda _: 150_000_000)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     ready = preflight_reward(config, resume=False, overwrite=False)
     assert f"this does: --per_device_train_batch_size {batch // 2} " in next(
         check.text for check in ready.results if check.name == "memory"
     )
-    with pytest.raises(UserError, match="one process"):
-        ready.raise_errors()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="train_reward.py runs in one process"):
+        check_one_process("train_reward.py")
