@@ -35,8 +35,9 @@ class Terminated(KeyboardInterrupt):
 
 
 def parse_value(key: str, text: str):
-    """`text` as the type of CONFIG[key], within LIMITS[key]. Raises UserError."""
-    default, limit = settings.CONFIG[key], settings.LIMITS.get(key)
+    """`text` as the type of CONFIG[key], within LIMITS[key] or its type's limits. Raises UserError."""
+    default = settings.CONFIG[key]
+    limit = settings.LIMITS.get(key) or settings.TYPE_LIMITS.get(type(default))
     rule = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default), "a value")
     if limit:
         rule = f"one of: {', '.join(sorted(limit))}" if isinstance(limit, set) else f"{rule} from {limit[0]} to {limit[1]}"

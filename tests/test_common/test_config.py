@@ -37,8 +37,7 @@ def test_every_key_has_a_comment_and_is_read():
 
 
 def test_presets_and_limits_name_known_keys_and_valid_values():
-    numbers = {key for key, value in settings.CONFIG.items() if type(value) in (int, float)}
-    assert numbers <= set(settings.LIMITS) <= set(settings.CONFIG)
+    assert set(settings.LIMITS) <= set(settings.CONFIG) and set(settings.TYPE_LIMITS) == {int, float}
     for preset in settings.PRESETS.values():
         assert set(preset) <= set(settings.CONFIG)
         for key, value in {**settings.CONFIG, **preset}.items():
