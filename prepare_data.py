@@ -14,9 +14,11 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from config import CONFIG
 from phi2_grpo.common import cli, setup
 
 KEYS = cli.PREPARE_KEYS
+OASST_KEYS = ("max_turns", "max_toxicity")  # limits on oasst1's messages; prompts of one's own keep all of their turns
 
 
 def main() -> None:
@@ -52,6 +54,8 @@ def prepare(config: dict, console) -> None:
     form = None if oasst.is_message(first[0]) else prompts.find_form(first, config["prompt_column"], config["reference_column"])
     if form:
         console.print(f"Columns: {form}")
+        if any(config[key] != CONFIG[key] for key in OASST_KEYS):
+            console.print("--max_turns and --max_toxicity are for oasst1's trees: not used.", style="yellow")
     kind = prompts if form else oasst
     with console.status("reading rows"):
         if form:
@@ -68,7 +72,7 @@ def prepare(config: dict, console) -> None:
     embedded.prepare(config["model"], oasst.sample_dialogues)
     tokenizer = load_tokenizer(config)
 
-    limits = {key: config[key] for key in ("max_prompt_tokens", "max_turns", "max_toxicity")}
+    limits = {key: config[key] for key in ("max_prompt_tokens", *(() if form else OASST_KEYS))}
     rows, pairs, funnel, held_out = {}, {}, {"train": {}}, set()
     for split in ("validation", "train"):  # validation first: what stands there leaves train
         with console.status(f"choosing {split} prompts"):

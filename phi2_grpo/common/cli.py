@@ -18,6 +18,8 @@ from pathlib import Path
 
 import config as settings
 
+# The keys whose value may be a path; those that end in _dir are, too.
+PATHS = {"model", "init_adapter", "adapter", "dataset"}
 # A folder that cannot be made or written: no permission, a read-only disk, a file or a dangling link in its place.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -57,7 +59,8 @@ def parse_value(key: str, text: str):
         valid = False
     if not valid:
         raise UserError(f"--{key} is {text!r}, but it takes {rule} (default: {default}).")
-    return os.path.expanduser(value) if isinstance(value, str) else value  # a shell expands ~/x, but not --key=~/x
+    is_path = key.endswith("_dir") or key in PATHS
+    return os.path.expanduser(value) if is_path else value  # a shell expands ~/x, but not --key=~/x
 
 
 class _Parser(argparse.ArgumentParser):

@@ -109,8 +109,10 @@ def digest(path: Path) -> str:
 def check_no_pointer(*paths: Path) -> None:
     """Raise UserError for a Git LFS pointer: what a clone without git-lfs leaves in a file's place."""
     for path in paths:
-        if path.is_file() and path.open("rb").read(30).startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself. Fetch it: git lfs pull")
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(30).startswith(b"version https://git-lfs"):
+                    raise UserError(f"{path} is a Git LFS pointer, not the file itself. Fetch it: git lfs pull")
 
 
 def check_writable(path: Path) -> None:

@@ -79,7 +79,7 @@ def public_files(paths: list[Path], with_samples: bool = False) -> tuple[dict[st
     their answers go only `with_samples`.
     """
     public, left_out = {path.name: path for path in paths}, []
-    for name in public.keys() & {"run.json", "adapter_config.json"}:
+    for name in sorted(public.keys() & {"run.json", "adapter_config.json"}):
         with load_errors(f"{public[name]} is broken", "Copy it again."):
             data = json.loads(public[name].read_text(encoding="utf-8"))
         if (cleaned := _without_paths(data)) != data:

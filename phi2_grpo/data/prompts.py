@@ -202,7 +202,6 @@ def filter_prompts(
     count_tokens: Callable[[list[list[dict]]], list[int]],
     languages: set[str],
     max_prompt_tokens: int,
-    **_,
 ) -> tuple[list[dict], dict[str, int]]:
     """The rows that pass every limit, duplicates included, and the funnel: how many were left after each step, in order."""
     funnel = {"rows": len(rows)}

@@ -107,12 +107,13 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = config["device"]
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+        name = next(kind for kind, exists in available.items() if exists)
     if not available[name] or (name == "cpu" != config["device"] and _parameters(config) > 1e9):
         raise UserError(
             f"no {'MPS' if name == 'mps' else 'CUDA'} GPU was found, and --device {config['device']} needs one for this base "
             "(12 GB or more for Phi-2).\n"
-            "  To try everything on this machine: --preset tiny (a 2M-parameter model, minutes on two cores)\n"
+            "  A small language model on this machine: --preset smollm2 (SmolLM2-135M)\n"
+            "  To try everything in minutes: --preset tiny (a 2M-parameter model)\n"
             "  --device cpu runs this very job in float32: about 14 GB of memory for Phi-2, and hours"
         )
     # Under accelerate or torchrun each process has its own GPU, and loads the base straight to it.

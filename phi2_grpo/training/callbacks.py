@@ -44,10 +44,7 @@ REWARD_MODEL_COLUMNS = (("loss", "  loss", ".3f"), ("accuracy", "accuracy", ".0%
 class LogCallback(ProgressBar):
     """Prints a line a step under a header that comes back, and writes metrics.jsonl; of a GRPO run also alerts and samples.
 
-    Args:
-        columns: GRPO_COLUMNS or REWARD_MODEL_COLUMNS.
-        scorer: the one that a GRPO trainer's rewards are of: it keeps the last batch.
-
+    `columns`: GRPO_COLUMNS or REWARD_MODEL_COLUMNS. `scorer`: that of a GRPO trainer's rewards, which keeps the last batch.
     `seconds_before`: wall time of the earlier parts of a resumed run. `collapsed_at`: the step that `stop_on_collapse` ended
     the run at.
     """
@@ -138,12 +135,8 @@ class EvaluationCallback(TrainerCallback):
     """Evaluates at step 0, every `eval_steps` and at the end: memorised prompts cannot raise it.
 
     Prompts and seeds are fixed, and nothing is drawn from the run's own random numbers: a run with it and one without end
-    with the same weights.
-
-    Args:
-        trainer: its engine answers, which has memory for it already, and its trackers get the numbers.
-        scorer: one of its own, for the trainer's keeps the last training batch.
-        rows: held-out rows of the data set.
+    with the same weights. The trainer's engine answers, which has memory for it already, and its trackers get the numbers; the
+    `scorer` is another one, for the trainer's keeps the last training batch.
     """
 
     def __init__(self, trainer, scorer: Scorer, rows: list[dict], config: dict, console):
@@ -192,13 +185,10 @@ class EvaluationCallback(TrainerCallback):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Completes each checkpoint, and then removes the oldest ones.
+    """Completes each checkpoint, and then removes the oldest ones; none with the last save of a run that stops early.
 
     transformers would prune (its save_total_limit) before `on_save`: an incomplete checkpoint would push out a complete one.
-
-    Args:
-        write_files: writes the rest of a checkpoint folder, given the trainer's log history; run.json last.
-        save_total_limit: complete checkpoints that are kept.
+    `write_files` writes the rest of a checkpoint folder, given the trainer's log history; run.json last.
     """
 
     def __init__(self, write_files: Callable[[Path, list[dict]], None], save_total_limit: int):
@@ -215,6 +205,8 @@ class CheckpointCallback(TrainerCallback):
         folder = output / f"checkpoint-{state.global_step}"
         files.open_to_umask(folder)
         self.write_files(folder, state.log_history)
+        if control.should_training_stop and state.global_step < state.max_steps:
+            return  # stopped early: after a collapse one from before it is wanted
         for old in checkpoints.complete_checkpoints(output)[: -self.save_total_limit]:
             checkpoints.remove(old)
 

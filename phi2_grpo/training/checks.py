@@ -244,7 +244,8 @@ def memory(config: dict, policy: PeftModel, longest: int, device, dtype, scorer:
 
     text = _memory_text(config, parts_of, lambda parts: peak(parts, engine), free)
     if device.type == "cuda":
-        text += f". Largest preset that fits: {largest_preset(policy, longest, device, dtype, free) or 'none'}"
+        preset = largest_preset(policy, longest, device, dtype, free, reward_models)
+        text += f". Largest preset that fits: {preset or 'none'}"
     return parts_of(config), text
 
 

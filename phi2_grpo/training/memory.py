@@ -63,12 +63,17 @@ def peak(parts: dict[str, int], engine: str) -> int:
     return sum(parts.values()) - (0 if engine == "fast" else min(parts["update"], parts["KV cache"]))
 
 
-def largest_preset(model: PeftModel, longest: int, device: torch.device, dtype: torch.dtype, free: int) -> str | None:
-    """The last of GPU_PRESETS that fits into `free` bytes, with a cache for a group of completions at least."""
+def largest_preset(
+    model: PeftModel, longest: int, device: torch.device, dtype: torch.dtype, free: int, reward_models: int = 0
+) -> str | None:
+    """The last of GPU_PRESETS that fits into `free` bytes, with a cache for a group of completions at least.
+
+    `reward_models`: bytes of the reward models.
+    """
     fitting = None
     for name in GPU_PRESETS:
         config = {**CONFIG, **PRESETS[name]}
-        parts = estimate(config, model, longest, device, dtype, free)
+        parts = estimate(config, model, longest, device, dtype, free, reward_models)
         bytes_per_row = round_length(longest + config["max_completion_length"]) * cache_bytes_per_token(model.config, dtype)
         if peak(parts, "fast") <= free and parts["KV cache"] >= config["num_generations"] * bytes_per_row:
             fitting = name

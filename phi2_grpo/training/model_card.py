@@ -45,6 +45,8 @@ from transformers import pipeline
 chat = pipeline("text-generation", "DIR or USER/NAME")
 print(chat([{"role": "user", "content": "What are the benefits of exercise?"}])[0]["generated_text"][-1]["content"])
 """
+# Of the bases that are known here; tiny is made here. Of any other a card says nothing.
+LICENSES = {"microsoft/phi-2": "mit", SMOLLM2_ID: "apache-2.0", "tiny": "mit"}
 VALIDATED = "## On held-out prompts\n"
 USE = "## Use\n"
 TRAINING = "## Training\n"
@@ -65,7 +67,7 @@ def _new_card(facts: dict, tag: str, pipeline: str, title: str, body: str, code:
         base_model=base if "/" in base else None,
         library_name="peft",
         pipeline_tag=pipeline,
-        license="apache-2.0" if base == SMOLLM2_ID else "mit",
+        license=LICENSES.get(base),
         datasets=[dataset] if "/" in dataset else None,
         tags=[tag, "trl", "lora"],
     )

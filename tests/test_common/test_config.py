@@ -45,6 +45,12 @@ def test_presets_and_limits_name_known_keys_and_valid_values():
             assert cli.parse_value(key, ",".join(value) if isinstance(value, list) else str(value)) == value
 
 
+def test_a_tilde_is_expanded_in_a_path_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = {key: cli.parse_value(key, "~/x") for key in ("data_dir", "adapter", "model", "format_regex", "system_prompt")}
+    assert list(values.values()) == ["/home/me/x"] * 3 + ["~/x"] * 2
+
+
 def test_trainer_keys_bear_the_field_names():
     """A key that looks like TRL's or PEFT's must be theirs, or it would be dropped in silence."""
     trl, keys = {field.name for field in fields(GRPOConfig)}, list(settings.CONFIG)

@@ -149,8 +149,9 @@ def test_prepared_under_the_source_s_name_with_all_columns(call, micro, tmp_path
     rows = [{**row, "level": i % 3} for i, row in enumerate(QUESTIONS)]
     (tmp_path / "My sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--model", micro, "--data_dir", tmp_path / "d", "--validation_fraction", 0.3, "--max_prompt_tokens", 500)
-    done = call("prepare_data", "--dataset", tmp_path / "My sums.jsonl", *flags)
+    done = call("prepare_data", "--dataset", tmp_path / "My sums.jsonl", *flags, "--max_turns", 2)
     assert done.code == 0 and "prompt = question, reference = answer" in done.out, done.err
+    assert "--max_turns and --max_toxicity are for oasst1's trees" in done.out
     tables = datasets.load_from_disk(str(tmp_path / "d" / "My-sums_prompts"))
     assert (
         len(tables["train"]) == 7

@@ -81,7 +81,7 @@ def test_no_gpu_for_the_default_preset(call, micro, prepared, tmp_path, monkeypa
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("phi2_grpo.models.base._parameters", lambda _: 2.7e9)
     done = call("train_grpo", "--model", micro, "--data_dir", prepared, "--output_dir", tmp_path / "o")
-    refused(done, "no CUDA GPU", "--preset tiny", "--device cpu")
+    refused(done, "no CUDA GPU", "--preset smollm2", "--preset tiny", "--device cpu")
 
 
 def test_a_disk_that_is_nearly_full(call, quick, tmp_path, monkeypatch):

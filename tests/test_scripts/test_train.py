@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from phi2_grpo.models import base
 from phi2_grpo.rollout import engine
-from phi2_grpo.training import checkpoints, outputs
+from phi2_grpo.training import checkpoints, model_card, outputs
 from phi2_grpo.training.trainer import Trainer, training_arguments
 
 SELF_DESCRIBING = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -88,6 +88,22 @@ def test_the_model_card_s_code_runs(final, monkeypatch, capsys):
     monkeypatch.chdir(final)
     exec(code, {})
     assert capsys.readouterr().out.endswith("\n"), "it prints an answer, which a model of this size may leave empty"
+
+
+@pytest.mark.parametrize(
+    ("model", "license"),
+    [
+        ("microsoft/phi-2", "mit"),
+        (base.SMOLLM2_ID, "apache-2.0"),
+        ("smollm2", "apache-2.0"),
+        ("tiny", "mit"),
+        ("some/base", ""),
+    ],
+)
+def test_the_model_card_s_licence_is_the_base_s(final, model, license):
+    facts = json.loads((final / "run.json").read_text())
+    card = model_card.adapter_card({**facts, "config": {**facts["config"], "model": model}}, 6, 1.0, {}, finished=True)
+    assert re.findall("^license: (.+)$", card, re.MULTILINE) == [license] * bool(license)
 
 
 def test_checkpoints_are_adapter_folders_with_the_trainer_s_state(trained):
@@ -278,17 +294,20 @@ GAMED = "def commas(answers, **_):\n    return [answer.count(',') / 8 for answer
 def test_a_collapse_stops_the_run_and_names_a_checkpoint_from_before(call, quick, tmp_path, monkeypatch):
     from phi2_grpo.rewards import collapse
 
-    monkeypatch.setitem(collapse.COLLAPSE, "answers/tokens", (-1, 0, "made up for this test"))  # any answer at all
+    # The mean of the last five steps' numbers: at step 9 it is 7.
+    monkeypatch.setattr(collapse, "COLLAPSE", {"step": (0, 6.5, "made up for this test")})
     (tmp_path / "mine.py").write_text(GAMED)
-    flags = (20, *quick, "--eval_prompts", 0, "--save_steps", 1, "--save_total_limit", 9, "--output_dir", tmp_path / "o")
+    flags = (20, *quick, "--eval_prompts", 0, "--save_steps", 4, "--save_total_limit", 2, "--output_dir", tmp_path / "o")
     done = call("train_grpo", *flags, "--rewards", f"{tmp_path / 'mine.py'}:commas", "--stop_on_collapse")
     assert done.code == 2 and "Traceback" not in done.err and not (tmp_path / "o-final").exists(), done.err
     stopped = checkpoints.step_of(checkpoints.newest_complete(tmp_path / "o"))
-    assert stopped == collapse.WINDOW and f"step {stopped}" in done.err and "--init_adapter" in done.err
-    assert ["collapse", "answers/tokens"] in rows_of(tmp_path / "o")[-1]["alerts"]
-    done = call("train_grpo", 8, *flags[1:], "--rewards", f"{tmp_path / 'mine.py'}:commas", "--resume")
+    assert stopped == 9 and "step 9" in done.err and "checkpoint-4." in done.err and "--init_adapter" in done.err
+    assert ["collapse", "step"] in rows_of(tmp_path / "o")[-1]["alerts"]
+    done = call("train_grpo", 12, *flags[1:], "--rewards", f"{tmp_path / 'mine.py'}:commas", "--resume")
     assert done.code == 0 and "made up" not in done.out, "gone on with, without --stop_on_collapse, and not said again"
-    assert ["collapse", "answers/tokens"] in rows_of(tmp_path / "o-final")[stopped - 1]["alerts"]
+    assert ["collapse", "step"] in rows_of(tmp_path / "o-final")[stopped - 1]["alerts"]
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")]
+    assert names == ["checkpoint-9", "checkpoint-12"], "save_total_limit holds again"
 
 
 def test_the_private_methods_that_are_timed_and_replaced():

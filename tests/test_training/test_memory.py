@@ -38,6 +38,11 @@ def test_the_largest_preset_that_fits_a_gpu(phi2, size, preset):
         assert parts["KV cache"] / bytes_per_row >= config["num_generations"]
 
 
+def test_a_reward_model_leaves_less_to_a_preset(phi2):
+    room = int(0.97 * 12e9)
+    assert memory.largest_preset(phi2, LONGEST, GPU, BF16, 2 * room, reward_models=room) == "phi2"
+
+
 def test_what_changes_the_estimate(phi2):
     def parts(reward_models=0, **changes):
         return memory.estimate({**CONFIG, **changes}, phi2, LONGEST, GPU, BF16, 11.5e9, reward_models)
