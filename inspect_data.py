@@ -66,10 +66,10 @@ def show_languages(console, rows: list[dict]) -> None:
 
     from phi2_grpo.common.console import make_table
 
-    columns = ("language", "train", "validation", "median", "95 %", "longest", "with a reply")
+    columns = ("language", "train", "validation", "median", "95 %", "longest", "with a reference")
     cells = []
     languages = [language for language, _ in Counter(row["lang"] for row in rows).most_common()]
-    for language in [*languages, "all"]:
+    for language in [*(languages if len(languages) > 1 else []), "all"]:
         members = [row for row in rows if language in ("all", row["lang"])]
         splits = Counter(row["split"] for row in members)
         lengths = numpy.percentile([row["tokens"] for row in members], [50, 95, 100])
@@ -93,22 +93,24 @@ def show_samples(console, rows: list[dict], count: int) -> None:
     for row in rows[:: max(1, len(rows) // max(count, 1))][:count]:
         body = Text(visible(row["text"]))
         if row["reference"]:
-            body.append(f"\n\nbest human reply: {visible(row['reference'])}", style="dim")
+            body.append(f"\n\nreference: {visible(row['reference'])}", style="dim")
         title = Text(f"{row['split']}  {row['lang']}  {row['tokens']} tokens  {row['message_id']}")
         console.print(Panel(body, title=title, title_align="left"))
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Histogram of token lengths, and prompts per language."""
+    """Histogram of token lengths, and prompts per language where there are several."""
     from phi2_grpo.common.console import BLUE, make_figure, save_figure
 
-    figure, (left, right) = make_figure(1, 2, 11, 4)
+    languages = Counter(row["lang"] for row in rows).most_common(20)
+    figure, (left, *right) = make_figure(1, min(2, len(languages)), 11, 4)
     lengths = [row["tokens"] for row in rows]
     width = 1 + (max(lengths) - min(lengths)) // 40  # whole tokens, or the bars would have gaps
     left.hist(lengths, bins=range(min(lengths), max(lengths) + width + 1, width), color=BLUE)
     left.set(xlabel="prompt length (tokens, chat template included)", ylabel="prompts")
-    right.bar(*zip(*Counter(row["lang"] for row in rows).most_common(20), strict=True), color=BLUE)
-    right.set(ylabel="prompts", title="the most frequent languages")
+    for each in right:
+        each.bar(*zip(*languages, strict=True), color=BLUE)
+        each.set(ylabel="prompts", title="the most frequent languages")
     save_figure(figure, path)
 
 

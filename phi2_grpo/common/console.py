@@ -47,7 +47,7 @@ def make_figure(rows: int, columns: int, width: float, height: float, **options)
     from matplotlib.figure import Figure  # no pyplot: nothing to close, no window
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, **options).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes

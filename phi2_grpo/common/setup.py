@@ -17,6 +17,8 @@ DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "true",
     "TRACKIO_DIR": str(Path("results/trackio").resolve()),
 }
+if not sys.stderr.isatty():
+    DEFAULTS["TQDM_DISABLE"] = "1"  # in a log file the libraries' progress bars are noise
 
 
 def prepare(*hub_names: str) -> None:

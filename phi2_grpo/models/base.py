@@ -2,11 +2,9 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
@@ -19,9 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = {name: ROOT / "results" / f"{name}-base" for name in ("tiny", "smollm2")}
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights smollm2 has, less 4-bit rounding
 LOADING = {"attn_implementation": "sdpa", "use_safetensors": True}  # no pickle: it may run code
-
-if not sys.stderr.isatty():  # in a log file a progress bar is noise
-    transformers.utils.logging.disable_progress_bar()
 
 
 def resolve_model(config: dict) -> tuple[str, str | None]:
