@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +42,7 @@ def main() -> None:
         phone.screenshot(path=HERE / "phone.png")
         browser.close()
     left, right = (Image.open(HERE / name).convert("RGB") for name in ("app.png", "phone.png"))
+    right = ImageOps.expand(right.resize((right.width - 24, right.height - 48)), (12, 24), "white")  # a gap around the phone
     both = Image.new("RGB", (left.width + right.width, left.height), "white")
     both.paste(left, (0, 0))
     both.paste(right, (left.width, 0))

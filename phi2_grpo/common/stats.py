@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 import numpy
 from scipy import stats
 
-RESAMPLES = 4000
 FLIPS = 9999  # random subsets; 1 / (FLIPS + 1) is the least p that they can show
 FEW = 20  # prompts; a result on fewer is called weak
 
@@ -33,23 +32,12 @@ class Paired:
         return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
-def interval(values, seed: int = 0) -> tuple[float, float] | None:
-    """95 % interval of the mean of independent values: scipy's percentile bootstrap; None for fewer than two.
-
-    Of fewer than FEW values Student's t, for which scipy's bootstrap would be far too narrow.
-    """
-    values = numpy.asarray(values, float)
+def interval(values) -> tuple[float, float] | None:
+    """95 % interval of the mean of independent values, Student's t; None for fewer than two."""
     if len(values) < 2:
         return None
-    if numpy.ptp(values) == 0:  # scipy warns of it
-        low = high = values[0]
-    elif len(values) < FEW:
-        low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-    else:
-        rng = numpy.random.default_rng(seed)
-        result = stats.bootstrap((values,), numpy.mean, n_resamples=RESAMPLES, method="percentile", rng=rng)
-        low, high = result.confidence_interval
-    return float(low), float(high)
+    centre, margin = numpy.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(centre - margin), float(centre + margin)
 
 
 def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:

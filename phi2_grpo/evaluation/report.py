@@ -62,7 +62,7 @@ def summarize(
     }
     measured = {side: collapse.measure([s["answer"] for s in samples if s["side"] == side],
                                        [prompts[s["prompt"]]["lang"] for s in samples if s["side"] == side],
-                                       scorer.target_tokens) for side in SIDES}  # fmt: skip
+                                       scorer.rewarded_length) for side in SIDES}  # fmt: skip
     report = {
         "names": list(names),
         "prompts": len(prompts),

@@ -142,6 +142,12 @@ class Scorer:
         """The reward models among the rewards."""
         return [reward.function for reward in self.chosen if isinstance(reward.function, RewardModel)]
 
+    @property
+    def rewarded_length(self) -> int | None:
+        """The target, where a reward that is trained for asks for it, as `length` does."""
+        asked = (inspect.signature(reward.function).parameters for reward in self.chosen if reward.weight)
+        return self.target_tokens if any("target_tokens" in names for names in asked) else None
+
     def score(self, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
         """Completions outside training, of `rows` of the data set, one each; returns `last_batch`.
 
@@ -194,7 +200,7 @@ class Scorer:
         if log := columns.get("log_metric"):  # TRL's: the mean over a step, beside its own metrics
             log("answers/ended", sum(answer.ended for answer in answers) / len(answers))
             log("answers/tokens", sum(answer.tokens for answer in answers) / len(answers))
-            for name, value in collapse.measure(answers, columns.get("lang") or [], self.target_tokens).items():
+            for name, value in collapse.measure(answers, columns.get("lang") or [], self.rewarded_length).items():
                 log(f"collapse/{name}", value)
 
     def _weighted_sum(self, scores: dict[str, float | None]) -> float | None:
