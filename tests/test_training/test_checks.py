@@ -109,8 +109,7 @@ def test_the_checks_of_a_reward_model(monkeypatch, config):
     monkeypatch.setattr(checks, "free_memory", lambda _: 150_000_000)
     monkeypatch.setenv("WORLD_SIZE", "2")
     ready = preflight_reward(config, resume=False, overwrite=False)
-    assert f"this does: --per_device_train_batch_size {batch // 2} " in next(
-        check.text for check in ready.results if check.name == "memory"
-    )
+    (text,) = (check.text for check in ready.results if check.name == "memory")
+    assert f"this does: --per_device_train_batch_size {batch // 2} " in text
     with pytest.raises(UserError, match="one process"):
         ready.raise_errors()
