@@ -18,17 +18,8 @@ def client(server):
     return Client(server.url, verbose=False)
 
 
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ("plain", SAYS["plain"][0]),
-        ("stop", "Four."),
-        ("near", SAYS["near"][0]),
-        ("hostile", HOSTILE),
-        ("code", CODE),
-        ("scripts", SAYS["scripts"][0]),
-    ],
-)
+@pytest.mark.parametrize(("said", "expected"), [("plain", SAYS["plain"][0]), ("stop", "Four."), ("near", SAYS["near"][0]),
+    ("hostile", HOSTILE), ("code", CODE), ("scripts", SAYS["scripts"][0])])  # fmt: skip
 def test_the_text_is_exact_grows_and_never_shows_a_stop(client, said, expected):
     job = client.submit(f"say {said}", max_new_tokens=512, api_name="/ask")
     assert job.result() == expected

@@ -102,14 +102,8 @@ def test_the_same_base(micro, named, model, same):
     assert is_same_base(named, {"model": str(micro) if model == "FOLDER" else model, "model_revision": "main"}) is same
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, ("some/base", "v1")),
-        ({"model_revision": "v2"}, ("some/base", "v2")),
-        ({"model": "other/base"}, ("other/base", "main")),
-    ],
-)
+@pytest.mark.parametrize(("given", "expected"), [({}, ("some/base", "v1")), ({"model_revision": "v2"}, ("some/base", "v2")),
+    ({"model": "other/base"}, ("other/base", "main"))])  # fmt: skip
 def test_an_adapter_names_its_base(tmp_path, given, expected):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "revision": "v1"}')
     config = {**CONFIG, **given}

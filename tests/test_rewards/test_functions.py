@@ -5,19 +5,8 @@ import pytest
 from phi2_grpo.rewards.functions import ending, language, length, reference, repetition
 
 
-@pytest.mark.parametrize(
-    ("tokens", "ended", "reward"),
-    [
-        (128, True, 1.0),
-        (64, True, 0.5),
-        (192, True, 0.5),
-        (0, True, 0.0),
-        (256, True, 0.0),
-        (500, True, 0.0),
-        (128, False, 0.5),
-        (96, False, 0.375),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "ended", "reward"), [(128, True, 1.0), (64, True, 0.5), (192, True, 0.5), (0, True, 0.0),
+    (256, True, 0.0), (500, True, 0.0), (128, False, 0.5), (96, False, 0.375)])  # fmt: skip
 def test_length(tokens, ended, reward):
     assert length(answer_tokens=[tokens], ended=[ended], target_tokens=128) == [reward]
 

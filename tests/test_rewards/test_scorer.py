@@ -38,24 +38,12 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
     assert parse_rewards(["package.inner:polite"])[0].function(answers=["Yes, please"]) == [True]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("{dir}/good.py:polite,{dir}/good.py:polite:2", "polite"),
-        ("lenght", "Did you mean length?"),
-        ("length:nan", "nan"),
-        ("length:inf", "inf"),
-        ("length:0,ending:0", "no reward has a weight"),
-        ("none.py:f", "FileNotFoundError"),
-        ("no_such_package.x:f", "No module named 'no_such_package'"),
-        ("{dir}/good.py:NUMBER", "no function 'NUMBER'"),
-        ("{dir}/syntax.py:f", "syntax.py, line 2"),
-        ("{dir}/leaves.py:f", "SystemExit"),
-        ("{dir}/good.py", "file.py:FUNCTION"),
-        ("{dir}", "is broken"),
-        ("no/such-model", "Hub"),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [("{dir}/good.py:polite,{dir}/good.py:polite:2", "polite"),
+    ("lenght", "Did you mean length?"), ("length:nan", "nan"), ("length:inf", "inf"),
+    ("length:0,ending:0", "no reward has a weight"), ("none.py:f", "FileNotFoundError"),
+    ("no_such_package.x:f", "No module named 'no_such_package'"), ("{dir}/good.py:NUMBER", "no function 'NUMBER'"),
+    ("{dir}/syntax.py:f", "syntax.py, line 2"), ("{dir}/leaves.py:f", "SystemExit"), ("{dir}/good.py", "file.py:FUNCTION"),
+    ("{dir}", "is broken"), ("no/such-model", "Hub")])  # fmt: skip
 def test_what_cannot_be_chosen(tmp_path, text, expected):
     (tmp_path / "good.py").write_text(MINE + "NUMBER = 5\n")
     (tmp_path / "syntax.py").write_text("x = 1\ndef f(:\n")

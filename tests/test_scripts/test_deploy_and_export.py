@@ -199,15 +199,8 @@ def test_what_is_there_is_not_replaced_unasked(run, final, micro, tmp_path):
     assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers\n---\nA card without")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ((), "--out DIR"),
-        (("--merged", "--push_to_hub", "me/x"), "--out DIR"),
-        (("--out", "/tmp/x", "--adapter", "results/nope"), "results/nope"),
-        (("--push_to_hub", "x y"), "x y"),
-        (("--out", "/dev/null/x"), "/dev/null"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "expected"), [((), "--out DIR"), (("--merged", "--push_to_hub", "me/x"), "--out DIR"),
+    (("--out", "/tmp/x", "--adapter", "results/nope"), "results/nope"), (("--push_to_hub", "x y"), "x y"),
+    (("--out", "/dev/null/x"), "/dev/null")])  # fmt: skip
 def test_wrong_exports(run, final, arguments, expected):
     refused(run("export_model", "--adapter", final, *arguments, token=""), expected)
