@@ -17,8 +17,8 @@ QUESTION = "What are the benefits of exercise?"
 
 
 def you(answers, **_):
-    """Rewards the word "you", up to ten times."""
-    return [min(answer.lower().split().count("you"), 10) / 10 for answer in answers]
+    """Rewards the word "you", up to three times."""
+    return [min(answer.lower().split().count("you"), 3) / 3 for answer in answers]
 
 
 def main() -> None:

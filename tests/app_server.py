@@ -19,13 +19,13 @@ def free_port() -> int:
 class AppServer:
     """`tests/serve_app.py` in a process of its own."""
 
-    def __init__(self, adapter: Path, base: Path, folder: Path, **env):
+    def __init__(self, adapter: Path, base: Path, folder: Path):
         self.port, self.journal, self.log = free_port(), folder / "journal", folder / "log"
         self.url = f"http://127.0.0.1:{self.port}"
         self.journal.touch()
         command = [sys.executable, ROOT / "tests" / "serve_app.py", adapter, base, self.journal, "--port", str(self.port)]
         with self.log.open("w") as log:
-            settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
+            settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=settings, cwd=folder)
         deadline = time.monotonic() + 90
         while "Running on" not in self.log.read_text():
@@ -35,10 +35,6 @@ class AppServer:
     def steps(self) -> int:
         """Tokens drawn so far."""
         return self.journal.read_text().count("token")
-
-    def ended(self) -> int:
-        """Answers whose generation is over."""
-        return self.journal.read_text().count("end")
 
     def idle_within(self, seconds: float) -> bool:
         """Whether all generation ends in that time."""

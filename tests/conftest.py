@@ -1,11 +1,13 @@
 """What the tests share: a way to call a script, a micro model made on the spot, and data prepared for it."""
 
 import importlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,24 +36,42 @@ def refused(done: SimpleNamespace, *expected: str) -> None:
     assert all(part in flat for part in expected), flat
 
 
-@pytest.fixture
-def call(monkeypatch, capfd):
+def ok(done: SimpleNamespace) -> SimpleNamespace:
+    """A script ended well."""
+    assert done.code == 0, (done.out, done.err)
+    return done
+
+
+def rows_of(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def change_json(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def run_main(name: str, *arguments) -> SimpleNamespace:
     """Run a script's main in this process: the same code without the seconds that importing torch takes."""
-    monkeypatch.chdir(ROOT)
+    from phi2_grpo.common import cli
 
-    def run(name: str, *arguments) -> SimpleNamespace:
-        from phi2_grpo.common import cli
-
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        code = 0
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         try:
             cli.run(importlib.import_module(name).main)
         except SystemExit as stop:
             code = stop.code
-        captured = capfd.readouterr()
-        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)
+    return SimpleNamespace(code=code, out=out, err=err)
 
-    return run
+
+@pytest.fixture
+def call(monkeypatch):
+    """run_main without the picture of the curve, which takes half a second (the fixture `trained` draws it)."""
+    monkeypatch.setattr("phi2_grpo.training.outputs.draw_curve", lambda rows, config, path, evaluations: path.touch())
+    return run_main
 
 
 def make_micro(folder: Path, seed: int = 0, texts: list[str] | None = None, **shape) -> Path:
@@ -89,12 +109,18 @@ def micro(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(micro):
+    from phi2_grpo.models.tokenizer import load_tokenizer
+
+    return load_tokenizer({"model": str(micro), "model_revision": "main"})
+
+
+@pytest.fixture(scope="session")
 def prepared(micro, tmp_path_factory) -> Path:
     """The tiny sample prepared for the micro model's tokenizer."""
     data_dir = tmp_path_factory.mktemp("data") / "prepared"
     options = ("--preset", "tiny", "--model", micro, "--data_dir", data_dir, "--max_prompt_tokens", "100")
-    done = script("prepare_data", *options)
-    assert done.code == 0, done.err
+    ok(run_main("prepare_data", *options))
     return data_dir
 
 
@@ -102,15 +128,14 @@ def prepared(micro, tmp_path_factory) -> Path:
 def quick(micro, prepared) -> tuple:
     """Flags of a run that takes seconds: micro model, short completions, no tracker."""
     return ("--preset", "tiny", "--model", micro, "--data_dir", prepared, "--max_completion_length", "12", "--target_tokens",
-            "6", "--per_device_train_batch_size", "8", "--num_generations", "4", "--report_to", "none")  # fmt: skip
+            "6", "--per_device_train_batch_size", "8", "--num_generations", "4", "--report_to", "none", "--eval_prompts", "4")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def trained(quick, tmp_path_factory) -> Path:
     """A finished run of six steps with checkpoints at 2, 4 and 6; its output_dir."""
     output = tmp_path_factory.mktemp("run") / "grpo"
-    done = script("train_grpo", "6", *quick, "--output_dir", output, "--save_steps", "2", "--sample_steps", "3")
-    assert done.code == 0, done.err
+    done = ok(run_main("train_grpo", 6, *quick, "--output_dir", output, "--save_steps", 2, "--sample_steps", 3))
     (output.parent / "printed.txt").write_text(done.out)
     return output
 
@@ -128,12 +153,9 @@ def loud(final, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("loud") / "grpo-final"
     shutil.copytree(final, folder)
-    weights = load_file(folder / "adapter_model.safetensors")
-    save_file(
-        {name: value * (60 if "lora_B" in name else 1) for name, value in weights.items()}, folder / "adapter_model.safetensors"
-    )
-    generation = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**generation, "max_new_tokens": 512}))
+    path = folder / "adapter_model.safetensors"
+    save_file({name: value * (60 if "lora_B" in name else 1) for name, value in load_file(path).items()}, path)
+    change_json(folder / "generation_config.json", max_new_tokens=512)
     return folder
 
 
@@ -142,8 +164,7 @@ def roomy(micro, tmp_path_factory) -> Path:
     """The micro base with Phi-2's context (its positions are computed, not learnt)."""
     folder = tmp_path_factory.mktemp("roomy") / "base"
     shutil.copytree(micro, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    change_json(folder / "config.json", max_position_embeddings=2048)
     return folder
 
 

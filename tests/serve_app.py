@@ -3,7 +3,7 @@ its tokens through the real generate, stream and stop. Any other question is ans
 
   python tests/serve_app.py ADAPTER BASE JOURNAL [app's options]
 
-JOURNAL gets a line for each token drawn and each answer's end, so that a test sees whether generation goes on.
+JOURNAL gets a line for each token drawn, so that a test sees whether generation goes on.
 """
 
 import sys
@@ -42,14 +42,11 @@ def main() -> None:
 
         def __call__(self, input_ids, scores):
             time.sleep(self.delay)
-            note("token")
+            with open(journal, "a") as file:
+                file.write("token\n")
             forced = torch.full_like(scores, float("-inf"))
             forced[:, self.ids.pop(0)] = 0.0
             return forced
-
-    def note(line: str) -> None:
-        with open(journal, "a") as file:
-            file.write(f"{line}\n")
 
     class ForcedEngine(app.Engine):
         def __init__(self, *arguments):
@@ -62,10 +59,7 @@ def main() -> None:
                 if said:
                     ids = self.tokenizer(" " + said[0], add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
                     options["logits_processor"] = [Forced(ids, said[1])]
-                try:
-                    return real(input_ids=input_ids, **options)
-                finally:
-                    note("end")
+                return real(input_ids=input_ids, **options)
 
             self.model.generate = generate
 

@@ -1,5 +1,7 @@
 """What is written is complete or not there, and what is not ours stays."""
 
+from pathlib import Path
+
 import pytest
 
 from phi2_grpo.common import files
@@ -45,3 +47,13 @@ def test_whose_a_folder_is(tmp_path):
         whose("theirs")
     with pytest.raises(UserError, match="run.json"):
         files.check_writable(tmp_path / "ours" / "run.json" / "out")
+    with pytest.raises(UserError, match="another folder"), files.lock_folder(Path("/")):
+        pass
+    with pytest.raises(OSError, match="too long"), files.lock_folder(tmp_path / ("a" * 250)):  # which every script explains
+        pass
+
+
+def test_a_run_json_of_other_types_is_as_good_as_none(tmp_path):
+    odd = {"config": [], "data": 3, "seconds": "long", "processes": None}
+    files.write_json(tmp_path / "run.json", {**odd, "steps": 6})
+    assert files.read_run(tmp_path) == {"steps": 6}

@@ -4,21 +4,17 @@ import numpy
 import pytest
 from scipy.stats import permutation_test
 
-from benchmarks import verdicts
 from phi2_grpo.common import stats
 
 NONE = "no difference shown"
 
 
-@pytest.mark.parametrize(
-    "draw", [lambda rng, shape: rng.normal(0.1, 1, shape), lambda rng, shape: rng.exponential(1, shape) - 0.9]
-)
-def test_intervals_hold_the_truth(draw, monkeypatch):
-    """600 simulations of 100 prompts with a known mean: 92 to 98 % of the 95 % intervals hold it."""
-    monkeypatch.setattr(stats, "RESAMPLES", 1000)  # in a quarter of the time
-    values = draw(numpy.random.default_rng(0), (600, 100))
+def test_intervals_hold_the_truth():
+    """2,000 simulations of 100 prompts with a known mean, of a skewed kind: 92 to 96 % of the 95 % intervals hold it."""
+    values = numpy.random.default_rng(0).exponential(1, (2000, 100)) - 0.9
     covered = sum(low <= 0.1 <= high for low, high in map(stats.interval, values))
-    assert 0.92 <= covered / 600 <= 0.98, covered
+    assert 1840 <= covered <= 1920, covered
+    assert stats.interval([1.0]) is None
 
 
 def test_paired_numbers():
@@ -48,15 +44,6 @@ def test_sign_flips_agree_with_scipy():
         exact = permutation_test((differences,), numpy.mean, permutation_type="samples", n_resamples=2**10).pvalue
         low, high = stats.sign_flip_interval(differences)
         assert (low > 0 or high < 0) == (exact <= 0.05), (differences, exact)
-
-
-@pytest.mark.parametrize("kind", [verdicts.skewed, verdicts.few_differ])
-def test_false_verdicts_are_rare(kind):
-    """60 reports without any effect: a false headline in about 5 %, and another false verdict in at most 5 %."""
-    draw, level = numpy.random.default_rng(1), stats.simultaneous(verdicts.METRICS - 1 + verdicts.LANGUAGES)
-    reports = [[kind(draw, 80) for _ in range(verdicts.METRICS)] for _ in range(60)]
-    false = [verdicts.false_verdicts(values, stats.sign_flip_interval, level) for values in reports]
-    assert numpy.sum(false, 0).max() <= 8, "3 of 60 are expected at most"
 
 
 @pytest.mark.parametrize(

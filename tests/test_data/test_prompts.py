@@ -5,7 +5,7 @@ import json
 
 import datasets
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT, ok, refused
 
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import prompts, sources, store
@@ -23,7 +23,6 @@ def parse(row: dict, prompt_column="", reference_column="", system_prompt="") ->
 FORMS = [  # row, prompt, reference
     ({"prompt": "Why?"}, [USER], None),
     ({"prompt": "  Why?\n", "answer": " So. "}, [USER], "So."),
-    ({"prompt": [USER]}, [USER], None),
     ({"prompt": [SYSTEM, USER], "completion": [BOT]}, [SYSTEM, USER], "So."),
     ({"prompt": [USER, BOT, MORE], "reference": "Hm."}, [USER, BOT, MORE], "Hm."),
     ({"messages": [USER, BOT]}, [USER], "So."),
@@ -36,17 +35,14 @@ FORMS = [  # row, prompt, reference
     ({"instruction": "Why?", "input": "The sky.", "output": "So."}, [{"role": "user", "content": "Why?\n\nThe sky."}], "So."),
     ({"question": "Why?", "answer": "So."}, [USER], "So."),
     ({"question": "Why?", "answer": 18}, [USER], "18"),
-    ({"question": "Why?", "answer": 0.5}, [USER], "0.5"),
     # odd ones
     ({"prompt": None}, None, None),
-    ({"prompt": " "}, None, None),
     ({"prompt": []}, None, None),
     ({"prompt": 7}, [{"role": "user", "content": "7"}], None),
     ({"prompt": {"text": "Why?"}}, None, None),
     ({"messages": [BOT]}, None, None),
     ({"messages": [BOT, USER]}, [USER], None),  # no question stands before that answer
     ({"messages": [USER, MORE, BOT]}, [{"role": "user", "content": "Why?\n\nAnd?"}], "So."),
-    ({"messages": [USER, {"role": "assistant", "content": ""}]}, [USER], None),
     ({"messages": [USER, {"role": "assistant", "content": None}, MORE]}, [{"role": "user", "content": "Why?\n\nAnd?"}], None),
     ({"messages": [USER, {"role": "tool", "content": "{}"}]}, None, None),
     ({"messages": [[USER, BOT]]}, None, None),
@@ -153,20 +149,15 @@ def test_prepared_under_the_source_s_name_with_all_columns(call, micro, tmp_path
     assert done.code == 0 and "prompt = question, reference = answer" in done.out, done.err
     assert "--max_turns and --max_toxicity are for oasst1's trees" in done.out
     tables = datasets.load_from_disk(str(tmp_path / "d" / "My-sums_prompts"))
-    assert (
-        len(tables["train"]) == 7
-        and set(tables["validation"]["level"]) <= {0, 1, 2}
-        and "pairs" not in tables["train"].features
-    )
+    assert len(tables["train"]) == 7 and "pairs" not in tables["train"].features
+    assert set(tables["validation"]["level"]) <= {0, 1, 2}
     (tmp_path / "other.txt").write_text("Why?\nHow?\nWho?\n")
-    assert call("prepare_data", "--dataset", tmp_path / "other.txt", *flags, "--overwrite").code == 0
+    ok(call("prepare_data", "--dataset", tmp_path / "other.txt", *flags, "--overwrite"))
     assert {path.name for path in (tmp_path / "d").iterdir()} == {"other_prompts", "other_preferences", store.FUNNEL}
 
 
 def test_what_cannot_be_prepared(call, micro, tmp_path):
     flags = ("--model", micro, "--data_dir", tmp_path / "d", "--dataset")
-    (tmp_path / "a.csv").write_text("ask,right\nWhy?,So.\n")
-    refused(call("prepare_data", *flags, tmp_path / "a.csv"), "ask, right", "--prompt_column")
     (tmp_path / "b.jsonl").write_text('{"prompt": "Why?", "n": 1}\n{"prompt": "How?", "n": "two"}\n')
     refused(call("prepare_data", *flags, tmp_path / "b.jsonl", "--validation_fraction", 0), "column n")
     (tmp_path / "c.jsonl").write_text("[1, 2]\n")
@@ -176,14 +167,12 @@ def test_what_cannot_be_prepared(call, micro, tmp_path):
 def test_languages_are_guessed_where_some_are_wanted(call, micro, tmp_path):
     (tmp_path / "q.txt").write_text("Why is the sky blue in the morning?\n¿Por qué el cielo es azul por la mañana?\n" * 2)
     flags = ("--model", micro, "--data_dir", tmp_path / "d", "--dataset", tmp_path / "q.txt", "--max_prompt_tokens", 500)
-    done = call("prepare_data", *flags, "--languages", "es", "--validation_fraction", 0)
-    assert done.code == 0, done.err
+    ok(call("prepare_data", *flags, "--languages", "es", "--validation_fraction", 0))
     assert datasets.load_from_disk(str(tmp_path / "d" / "q_prompts"))["train"]["lang"][:] == ["es"]
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K's rows")
 def test_gsm8k(call, micro, tmp_path):
-    done = call("prepare_data", "--model", micro, "--dataset", GSM8K, "--data_dir", tmp_path, "--max_prompt_tokens", 2000)
-    assert done.code == 0, done.err
+    ok(call("prepare_data", "--model", micro, "--dataset", GSM8K, "--data_dir", tmp_path, "--max_prompt_tokens", 2000))
     tables = datasets.load_from_disk(str(tmp_path / "gsm8k_prompts"))
     assert {split: len(table) for split, table in tables.items()} == {"train": 7473, "validation": 1319}

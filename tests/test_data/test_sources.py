@@ -30,10 +30,8 @@ def as_tree(root: dict) -> dict:
 
 def through_pandas(message: dict) -> dict:
     """Its numbers and booleans beside nulls."""
-    as_float = {
-        column: float("nan" if message[column] is None else message[column]) for column in ("deleted", "review_result", "rank")
-    }
-    return {**message, **as_float}
+    values = {column: message[column] for column in ("deleted", "review_result", "rank")}
+    return {**message, **{column: float("nan" if value is None else value) for column, value in values.items()}}
 
 
 def lines(rows) -> bytes:
@@ -75,10 +73,8 @@ def test_a_folder_as_the_hub_has_it(tmp_path):
         datasets.Dataset.from_list(plain).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001-b42a775f.parquet")
     (tmp_path / "2023.messages.jsonl.gz").write_bytes(FORMS["export.messages.jsonl.gz"])
     messages = oasst.read_messages(str(tmp_path), "main")[0]
-    assert {split: [m.message_id for m in part] for split, part in messages.items()} == {
-        "train": ["a", "r", "s"],
-        "validation": ["b"],
-    }
+    ids = {split: [message.message_id for message in part] for split, part in messages.items()}
+    assert ids == {"train": ["a", "r", "s"], "validation": ["b"]}
     (tmp_path / "data" / "train-00000-of-00001-b42a775f.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid")
     with pytest.raises(UserError, match="Git LFS pointer"):
         sources.read_rows(str(tmp_path), "main")

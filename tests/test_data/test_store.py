@@ -9,38 +9,32 @@ import pytest
 from config import CONFIG
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import store
-from phi2_grpo.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture
 def config(micro, prepared, tmp_path) -> dict:
-    """Of a copy of the prepared data."""
-    data_dir = shutil.copytree(prepared, tmp_path / "d")
-    return {
-        **CONFIG,
-        "model": str(micro),
-        "data_dir": str(data_dir),
-        "max_prompt_tokens": 100,
-        "dataset": "./sample/tiny.jsonl",
-    }
+    """Of a copy of the prepared data, in a folder whose name is a pattern too."""
+    data_dir = shutil.copytree(prepared, tmp_path / "[v1]" / "a*b $HOME")
+    own = {"model": str(micro), "data_dir": str(data_dir), "max_prompt_tokens": 100, "dataset": "./sample/tiny.jsonl"}
+    return CONFIG | own
 
 
-def test_prepared_data(config):
-    prompts, funnel = store.load_prompts(config, load_tokenizer(config))
+def test_prepared_data(config, tokenizer):
+    prompts, funnel = store.load_prompts(config, tokenizer)
     assert set(prompts) == {"train", "validation"} and prompts["train"].features == store.FEATURES[store.PROMPTS]
     assert all(prompt[-1]["role"] == "user" for prompt in prompts["train"]["prompt"])
     assert funnel["funnel"]["train"]["kept"] == len(prompts["train"])
-    pairs, _ = store.load_prompts(config, load_tokenizer(config), store.PREFERENCES)
+    pairs, _ = store.load_prompts(config, tokenizer, store.PREFERENCES)
     assert pairs["train"].features == store.FEATURES[store.PREFERENCES] and len(pairs["train"]) > 200
 
 
-def test_the_fingerprint_is_of_what_was_read(config):
+def test_the_fingerprint_is_of_what_was_read(config, tokenizer):
     """One letter, in the bytes of the table: neither its shape nor its ids show it."""
-    before = store.load_prompts(config, load_tokenizer(config))[1]["fingerprint"]
+    before = store.load_prompts(config, tokenizer)[1]["fingerprint"]
     file = next((Path(config["data_dir"]) / f"oasst1_{store.PROMPTS}" / "train").glob("*.arrow"))
     assert b"plant" in file.read_bytes()
     file.write_bytes(file.read_bytes().replace(b"plant", b"plank"))
-    assert store.load_prompts(config, load_tokenizer(config))[1]["fingerprint"] != before
+    assert store.load_prompts(config, tokenizer)[1]["fingerprint"] != before
 
 
 def replace_pairs(data_dir: Path, table) -> None:
@@ -60,11 +54,11 @@ HARMS = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_data_that_cannot_be_used(config, harm):
+def test_data_that_cannot_be_used(config, tokenizer, harm):
     """The message has the command that mends it, with --overwrite where something is in its way."""
     HARMS[harm](Path(config["data_dir"]))
     with pytest.raises(UserError, match="python prepare_data.py .*--data_dir") as error:
-        store.load_prompts(config, load_tokenizer(config), store.PREFERENCES)
+        store.load_prompts(config, tokenizer, store.PREFERENCES)
     assert ("--overwrite" in str(error.value)) == (harm != "gone")
 
 
@@ -74,11 +68,7 @@ def test_what_is_not_prepared_data_is_not_replaced(tmp_path, kind):
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     assert not store.exists(tmp_path)
     place = tmp_path / f"oasst1_{store.PREFERENCES}"
-    make = {
-        "file": place.touch,
-        "folder": lambda: shutil.copytree(tmp_path / "mine", place),
-        "link": lambda: place.symlink_to("mine"),
-    }
-    make[kind]()
+    copy, link = lambda: shutil.copytree(tmp_path / "mine", place), lambda: place.symlink_to("mine")
+    {"file": place.touch, "folder": copy, "link": link}[kind]()
     with pytest.raises(UserError, match="would be replaced"):
         store.exists(tmp_path)

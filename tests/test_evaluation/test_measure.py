@@ -1,4 +1,4 @@
-"""What the tuning cost, against values by hand; and a model against itself."""
+"""What the tuning cost, against values by hand."""
 
 import random
 
@@ -6,14 +6,11 @@ import pytest
 import torch
 
 from config import CONFIG
-from phi2_grpo.common import stats
 from phi2_grpo.evaluation import measure
 from phi2_grpo.models.base import load_base
 from phi2_grpo.models.lora import load_adapter
-from phi2_grpo.models.tokenizer import load_tokenizer, render
-from phi2_grpo.rewards.scorer import Scorer, parse_rewards
-from phi2_grpo.rollout.engine import complete, make_engine
-from phi2_grpo.rollout.sampling import rollout_generation_config
+from phi2_grpo.models.tokenizer import render
+from phi2_grpo.rollout.engine import complete
 
 ROWS = [{"prompt": [{"role": "user", "content": text}], "lang": "en", "message_id": text, "reference": reply}
         for text, reply in (("Why?", "Because."), ("How do I keep a plant?", "Water it once a week."), ("A", None))]  # fmt: skip
@@ -22,11 +19,6 @@ ROWS = [{"prompt": [{"role": "user", "content": text}], "lang": "en", "message_i
 @pytest.fixture(scope="module")
 def config(micro) -> dict:
     return {**CONFIG, "model": str(micro), "max_completion_length": 12}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(config):
-    return load_tokenizer(config)
 
 
 @pytest.fixture
@@ -72,15 +64,3 @@ def test_completions_come_back_in_order_from_batches_of_one_size():
     echo = lambda ids, *_: [[*each, random.random()] for each in ids]  # noqa: E731
     first, again = (complete(echo, as_ids, texts, None, 7, done.append) for _ in range(2))
     assert [ids[0] for ids in first] == list(range(130)) and first == again and done == [64, 64, 2] * 2
-
-
-def test_a_model_against_itself_shows_no_difference(config, tokenizer, base):
-    """Two draws of the same model, 60 trials of 20 prompts: at least 52 say so (57 are expected)."""
-    rows = [{**ROWS[0], "prompt": [{"role": "user", "content": f"Why {i}?"}]} for i in range(20)] * 60
-    texts, engine = render(tokenizer, [row["prompt"] for row in rows]), make_engine("auto", base)
-    scorer, scores = Scorer(tokenizer, 6, parse_rewards(["length"])), []
-    for seed in (10_000, 20_000):
-        ids = complete(engine, tokenizer, texts, rollout_generation_config(config, tokenizer), seed)
-        scores.append([row["score"] for row in scorer.score(rows, ids)])
-    trials = [stats.paired(*(side[i : i + 20] for side in scores)) for i in range(0, len(rows), 20)]
-    assert sum(stats.verdict(trial) == "no difference shown" for trial in trials) >= 52

@@ -13,9 +13,8 @@ def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str, lang: 
     """Of answers with these tokens to prompts (English ones, if not `lang`); each prompt has one answer."""
     lang = lang or ["en"] * len(base)
     scorer = Scorer(None, 8, add_built_in(parse_rewards(list(rewards or ["length"]))))
-    prompts = [
-        {"prompt": [{"role": "user", "content": "Q"}], "lang": code, "message_id": str(i)} for i, code in enumerate(lang)
-    ]
+    question = [{"role": "user", "content": "Q"}]
+    prompts = [{"prompt": question, "lang": code, "message_id": str(i)} for i, code in enumerate(lang)]
     samples = []
     for side, answers in (("base", base), ("tuned", tuned)):
         for i, ids in enumerate(answers):

@@ -8,7 +8,6 @@ import urllib.error
 import urllib.request
 
 import pytest
-from app_server import AppServer
 from serve_app import CODE, HOSTILE, SAYS
 
 
@@ -19,34 +18,20 @@ def client(server):
     return Client(server.url, verbose=False)
 
 
-def test_an_answer_streams_in_growing_parts(client):
-    job = client.submit("say plain", api_name="/ask")
-    assert job.result() == SAYS["plain"][0]
-    parts = [part for part in job.outputs() if part]
-    assert len(set(parts)) >= 3
-    assert all(late.startswith(early) for early, late in zip(parts, parts[1:], strict=False))
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [("stop", "Four."), ("near", SAYS["near"][0]), ("hostile", HOSTILE), ("code", CODE), ("scripts", SAYS["scripts"][0])],
-)
-def test_the_text_is_exact_and_no_stop_is_ever_shown(client, said, expected):
+@pytest.mark.parametrize(("said", "expected"), [("plain", SAYS["plain"][0]), ("stop", "Four."), ("near", SAYS["near"][0]),
+    ("hostile", HOSTILE), ("code", CODE), ("scripts", SAYS["scripts"][0])])  # fmt: skip
+def test_the_text_is_exact_grows_and_never_shows_a_stop(client, said, expected):
     job = client.submit(f"say {said}", max_new_tokens=512, api_name="/ask")
     assert job.result() == expected
-    assert not any(bad in part for part in job.outputs() for bad in ("Exercise 3", "Instruct:", "<|endoftext|>"))
+    parts = [part for part in job.outputs() if part]
+    assert not any(bad in part for part in parts for bad in ("Exercise 3", "Instruct:", "<|endoftext|>"))
+    if said == "plain":
+        assert len(set(parts)) >= 3 and all(late.startswith(early) for early, late in zip(parts, parts[1:], strict=False))
 
 
 @pytest.mark.parametrize(
     ("question", "given", "expected"),
-    [
-        ("", {}, "empty"),
-        ("x" * 100_000, {}, "100,000 characters"),
-        ("Why?", {"temperature": 99}, "temperature is 99"),
-        ("Why?", {"seed": "a"}, "seed is 'a'"),
-        ("Why?", {"model": "gpt"}, "model is 'gpt', but it takes 'tuned' or 'base'"),
-        (7, {}, "The prompt is 7"),
-    ],
+    [("", {}, "empty"), ("Why?", {"temperature": 99}, "temperature is 99"), (7, {}, "The prompt is 7")],
 )
 def test_bad_input_through_the_api_is_a_readable_error(client, server, question, given, expected):
     from gradio_client.exceptions import AppError
@@ -116,27 +101,3 @@ def test_the_second_waits_with_its_rank_and_a_full_queue_says_so(server, client)
     for job in [first, *crowd]:
         job.cancel()
     assert second.result() == SAYS["plain"][0]
-
-
-def test_a_password_is_asked_for(loud, roomy, tmp_path):
-    running = AppServer(loud, roomy, tmp_path, APP_AUTH="me:secret")
-    try:
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{running.url}/config")
-        assert refused.value.code == 401
-        from gradio_client import Client
-
-        client = Client(running.url, auth=("me", "secret"), verbose=False)
-        assert client.predict("say plain", api_name="/ask") == SAYS["plain"][0]
-        assert "secret" not in running.log.read_text()
-    finally:
-        running.close()
-
-
-@pytest.mark.slow
-def test_fifty_callers_for_a_minute(server):
-    from benchmarks.callers import crowd
-
-    found = crowd(server.url, server.process.pid, callers=50, seconds=60)
-    assert found["mixed"] == 0 and found["failed"] == 0 and found["right"] > 50, found
-    assert found["late"] < found["early"] + 50, "memory grows"

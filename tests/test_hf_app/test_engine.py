@@ -1,15 +1,17 @@
 """The app without a browser: the engine itself, and the running server through its API."""
 
-import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, make_micro
+from conftest import ROOT, change_json, make_micro
+from safetensors.torch import load_file, save_file
 from serve_app import SAYS
 
 sys.path.insert(0, str(ROOT / "hf_app"))
@@ -58,7 +60,6 @@ def test_an_adapter_s_own_settings_out_of_range_do_not_stop_the_app(engine, monk
 def test_a_pickled_base_is_not_read(micro, tmp_path):
     import torch
     from engine import Engine, NoBase
-    from safetensors.torch import load_file
 
     base = shutil.copytree(micro, tmp_path / "base")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
@@ -147,16 +148,12 @@ def test_parameters_take_effect(engine):
 
 
 def test_earlier_turns_are_seen_and_the_oldest_leave_first(engine):
-    talk = [
-        {"role": "user", "content": "first"},
-        {"role": "assistant", "content": "one"},
-        {"role": "user", "content": "second"},
-    ]
+    said = (("user", "first"), ("assistant", "one"), ("user", "second"))
+    talk = [{"role": role, "content": text} for role, text in said]
     text, left_out = engine.prompt(talk, 16)
     assert text == "Instruct: first\nOutput: one\nInstruct: second\nOutput:" and left_out == 0
-    long = [{"role": role, "content": "plant " * 60} for role in ("user", "assistant") * 4] + [
-        {"role": "user", "content": "now"}
-    ]
+    long = [{"role": role, "content": "plant " * 60} for role in ("user", "assistant") * 4]
+    long.append({"role": "user", "content": "now"})
     text, left_out = engine.prompt(long, 200)
     assert 0 < left_out < len(long) and left_out % 2 == 0 and text.endswith("Instruct: now\nOutput:")
     assert f"{left_out} earlier messages left out" in ask_all(engine, long).summary()
@@ -205,11 +202,11 @@ def test_the_time_limit_ends_an_answer(engine, monkeypatch):
 
 
 def config_with(**values):
-    def change(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return lambda folder: change_json(folder / CONFIG, **values)
 
-    return change
+
+def diverged(folder: Path) -> None:
+    save_file({name: value * float("nan") for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -226,6 +223,7 @@ BROKEN = {
     "tokenizer is no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "broken", "is broken"),
     "pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "broken", "is missing"),
     "other base": (lambda folder: None, "broken", "size mismatch"),
+    "NaN": (diverged, "broken", "not finite"),
 }
 
 
@@ -250,42 +248,61 @@ def test_without_a_complete_adapter_it_starts_and_is_the_base(final, micro, tmp_
     running.close()
 
 
-def test_a_base_that_is_nowhere(tmp_path):
-    from engine import Engine, NoBase
-
-    with pytest.raises(NoBase, match="nobody/nothing cannot be loaded"):
-        Engine(tmp_path, "nobody/nothing")
-
-
 # --- the command
 
 
-def command(*arguments, **env):
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
-    run = [sys.executable, "hf_app/app.py", *map(str, arguments)]
-    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=settings, timeout=120)
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """The command in this process: exit code, and what was printed."""
+    import app
+
+    def run(*arguments) -> SimpleNamespace:
+        code = 0
+        try:
+            app.main(app.parse_options([*map(str, arguments)]))
+        except SystemExit as stop:
+            code = stop.code
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    monkeypatch.delenv("APP_AUTH", raising=False)
+    return run
 
 
-def test_check_answers_and_ends(final, micro):
+def test_check_answers_and_ends(command, final, micro):
     done = command("--adapter", final, "--base", micro, "--check")
-    assert done.returncode == 0, done.stderr
-    assert "Tuned: base with adapter grpo-final, 12 LoRA layers" in done.stdout
-    assert "tuned: " in done.stdout and "base: " in done.stdout and not done.stderr
+    assert done.code == 0, done.err
+    assert "Tuned: base with adapter grpo-final, 12 LoRA layers" in done.out
+    assert "tuned: " in done.out and "base: " in done.out and not done.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "env", "expected"),
+    ("arguments", "expected"),
     [
-        (("--base", "/nope/base"), {}, "the base model /nope/base cannot be loaded"),
-        (("--port", "70000"), {}, "cannot listen on 127.0.0.1:70000"),
-        (("--port", "TAKEN"), {}, "cannot listen on 127.0.0.1"),
-        (("--host", "203.0.113.9", "--port", "7999"), {}, "cannot listen on 203.0.113.9"),
-        ((), {"APP_AUTH": "nopassword"}, "APP_AUTH must be user:password"),
-        (("--adapter", "/nope", "--base", "MICRO", "--check"), {}, "the adapter did not answer"),
+        (("--base", "/nope/base"), "the base model /nope/base cannot be loaded"),
+        (("--port", "70000"), "cannot listen on 127.0.0.1:70000"),
+        (("--port", "TAKEN"), "cannot listen on 127.0.0.1"),
+        (("--adapter", "/nope", "--base", "MICRO", "--check"), "the adapter did not answer"),
     ],
 )
-def test_bad_commands(micro, server, arguments, env, expected):
-    arguments = [{"TAKEN": str(server.port), "MICRO": str(micro)}.get(argument, argument) for argument in arguments]
-    done = command(*arguments, **env)
-    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+def test_bad_commands(command, micro, arguments, expected):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = {"TAKEN": taken.getsockname()[1], "MICRO": micro}
+        done = command(*(given.get(argument, argument) for argument in arguments))
+    assert done.code == 2 and expected in done.err
+
+
+def test_the_password(command, monkeypatch, final, micro):
+    """It reaches the server; half of one is refused, in a process of its own, and not repeated."""
+    import app
+    import gradio
+
+    launched = {}
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **given: launched.update(given))
+    monkeypatch.setenv("APP_AUTH", "me:secret")
+    done = command("--adapter", final, "--base", micro)
+    assert done.code == 0 and launched["auth"] == ("me", "secret") == app.parse_options([]).auth
+    assert "secret" not in done.out + done.err
+    half = {**os.environ, "APP_AUTH": "nopassword"}
+    done = subprocess.run([sys.executable, "hf_app/app.py"], cwd=ROOT, env=half, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "APP_AUTH must be user:password" in done.stderr and "Traceback" not in done.stderr
     assert "nopassword" not in done.stderr

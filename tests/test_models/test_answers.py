@@ -5,12 +5,6 @@ import pytest
 from config import CONFIG
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.answers import STOP_STRINGS, chat_generation_config, saved_generation_config, trim
-from phi2_grpo.models.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(micro):
-    return load_tokenizer({"model": str(micro), "model_revision": "main"})
 
 
 def ids(tokenizer, text: str) -> list[int]:
@@ -42,12 +36,9 @@ def test_trim(tokenizer, completion, text, ended, reason):
 
 def test_tokens_are_those_of_the_answer(tokenizer):
     plain = " Water it once a week."
-    counted = trim(
-        [ids(tokenizer, text) for text in (plain + END, plain + "\n\n   " + END, plain + "\nExercise 2: x")], tokenizer
-    )
-    assert [answer.tokens for answer in counted] == [len(ids(tokenizer, plain))] * 3, (
-        "neither white space nor what follows a stop"
-    )
+    texts = (plain + END, plain + "\n\n   " + END, plain + "\nExercise 2: x")
+    counted = [answer.tokens for answer in trim([ids(tokenizer, text) for text in texts], tokenizer)]
+    assert counted == [len(ids(tokenizer, plain))] * 3, "neither white space nor what follows a stop"
     assert trim([], tokenizer) == []
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import change_json
 from safetensors.torch import load_file, save_file
 
 from config import CONFIG
@@ -16,17 +17,13 @@ from phi2_grpo.models.tokenizer import check_vocabulary, load_tokenizer
 CPU = torch.device("cpu")
 
 
-def change(path, **values) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 def cut(path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
 def smaller_vocabulary(base) -> None:
     rows = json.loads((base / "config.json").read_text())["vocab_size"] - 9
-    change(base / "config.json", vocab_size=rows)
+    change_json(base / "config.json", vocab_size=rows)
     weights = load_file(base / "model.safetensors")
     of_tokens = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
     save_file(weights | {name: weights[name][:rows] for name in of_tokens}, base / "model.safetensors", {"format": "pt"})
@@ -44,14 +41,14 @@ BROKEN = {  # what is done to the folder, and what the message names
         "git lfs pull",
     ),
     "config no object": (lambda base: (base / "config.json").write_text("[]"), "Copy it again"),
-    "no heads": (lambda base: change(base / "config.json", num_attention_heads=0), "Copy it again"),
-    "a wrong type": (lambda base: change(base / "config.json", hidden_size="wide"), "Copy it again"),
+    "no heads": (lambda base: change_json(base / "config.json", num_attention_heads=0), "Copy it again"),
+    "a wrong type": (lambda base: change_json(base / "config.json", hidden_size="wide"), "Copy it again"),
     "an adapter": (lambda base: (base / "config.json").rename(base / "adapter_config.json"), "--init_adapter"),
     "tokenizer cut": (lambda base: cut(base / "tokenizer.json"), "Copy it again"),
-    "no end token": (lambda base: change(base / "tokenizer_config.json", eos_token=None), "eos_token"),
+    "no end token": (lambda base: change_json(base / "tokenizer_config.json", eos_token=None), "eos_token"),
     "a template that fails": (lambda base: (base / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "division by zero"),
     "too small a vocabulary": (smaller_vocabulary, "copy both again"),
-    "fewer weights than layers": (lambda base: change(base / "config.json", num_hidden_layers=4), "model.layers.2"),
+    "fewer weights than layers": (lambda base: change_json(base / "config.json", num_hidden_layers=4), "model.layers.2"),
 }
 
 
@@ -105,14 +102,8 @@ def test_the_same_base(micro, named, model, same):
     assert is_same_base(named, {"model": str(micro) if model == "FOLDER" else model, "model_revision": "main"}) is same
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, ("some/base", "v1")),
-        ({"model_revision": "v2"}, ("some/base", "v2")),
-        ({"model": "other/base"}, ("other/base", "main")),
-    ],
-)
+@pytest.mark.parametrize(("given", "expected"), [({}, ("some/base", "v1")), ({"model_revision": "v2"}, ("some/base", "v2")),
+    ({"model": "other/base"}, ("other/base", "main"))])  # fmt: skip
 def test_an_adapter_names_its_base(tmp_path, given, expected):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "revision": "v1"}')
     config = {**CONFIG, **given}
@@ -126,7 +117,6 @@ def test_an_adapter_names_its_base(tmp_path, given, expected):
         (None, "cpu", "auto", ("cpu", torch.float32)),
         (None, "cpu", "bfloat16", ("cpu", torch.bfloat16)),
         (None, "auto", "auto", "--preset tiny"),
-        (None, "cuda", "auto", "--preset tiny"),
         ((7, 5), "auto", "auto", "compute capability 7.5"),
         ((6, 1), "auto", "auto", ("cuda:0", torch.float32)),
         ("mps", "auto", "auto", ("mps", torch.float32)),

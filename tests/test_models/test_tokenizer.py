@@ -32,13 +32,9 @@ def chat_model(tmp_path_factory):
     return {**CONFIG, "model": str(folder)}, end
 
 
-def test_chat_template(micro):
-    tokenizer = load_tokenizer({"model": str(micro), "model_revision": "main"})
-    messages = [
-        {"role": "user", "content": " Why?\n"},
-        {"role": "assistant", "content": "Because."},
-        {"role": "user", "content": "And {{ then }}?"},
-    ]
+def test_chat_template(tokenizer):
+    said = (("user", " Why?\n"), ("assistant", "Because."), ("user", "And {{ then }}?"))
+    messages = [{"role": role, "content": text} for role, text in said]
     prompt = "Instruct: Why?\nOutput: Because.\nInstruct: And {{ then }}?\nOutput:"
     assert render(tokenizer, [messages[:1], messages]) == ["Instruct: Why?\nOutput:", prompt]
     assert tokenizer.apply_chat_template(messages[:2], tokenize=False) == "Instruct: Why?\nOutput: Because."
@@ -46,8 +42,7 @@ def test_chat_template(micro):
     assert tokenizer.pad_token == tokenizer.eos_token and tokenizer.padding_side == "left"
 
 
-def test_the_longest_prompt_and_answer_fit_into_the_context(micro):
-    tokenizer = load_tokenizer({"model": str(micro), "model_revision": "main"})
+def test_the_longest_prompt_and_answer_fit_into_the_context(tokenizer):
     prompts = [[{"role": "user", "content": text}] for text in ("Why?", "Why " * 20)]
     longest = max(count_tokens(tokenizer, prompts))
     assert check_context(prompts, tokenizer, {"max_completion_length": 10}, longest + 10) == longest

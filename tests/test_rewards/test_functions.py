@@ -2,29 +2,13 @@
 
 import pytest
 
-from phi2_grpo.rewards.functions import BUILT_IN, ending, language, length, reference, repetition
+from phi2_grpo.rewards.functions import ending, language, length, reference, repetition
 
 
-@pytest.mark.parametrize(
-    ("tokens", "ended", "reward"),
-    [
-        (128, True, 1.0),
-        (64, True, 0.5),
-        (192, True, 0.5),
-        (0, True, 0.0),
-        (256, True, 0.0),
-        (500, True, 0.0),
-        (128, False, 0.5),
-        (96, False, 0.375),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "ended", "reward"), [(128, True, 1.0), (64, True, 0.5), (192, True, 0.5), (0, True, 0.0),
+    (256, True, 0.0), (500, True, 0.0), (128, False, 0.5), (96, False, 0.375)])  # fmt: skip
 def test_length(tokens, ended, reward):
     assert length(answer_tokens=[tokens], ended=[ended], target_tokens=128) == [reward]
-
-
-def test_length_is_finite_and_bounded():
-    values = length(answer_tokens=list(range(0, 600, 7)), ended=[True, False] * 43, target_tokens=128)
-    assert len(values) == 86 and all(0 <= value <= 1 for value in values)
 
 
 def test_ending():
@@ -32,8 +16,7 @@ def test_ending():
 
 
 @pytest.mark.parametrize(
-    ("ids", "penalty"),
-    [((1, 2, 3, 4), 0.0), ((5,) * 5, -2 / 3), ((1, 2, 3, 1, 2, 3), -0.25), ((1, 2), 0.0), ((), 0.0)],
+    ("ids", "penalty"), [((1, 2, 3, 4), 0.0), ((5,) * 5, -2 / 3), ((1, 2, 3, 1, 2, 3), -0.25), ((1, 2), 0.0), ((), 0.0)]
 )
 def test_repetition(ids, penalty):
     assert repetition(answer_ids=[ids]) == [pytest.approx(penalty)]
@@ -61,10 +44,3 @@ def test_what_cannot_be_judged_is_not_scored():
     same, other, none = reference(answers=["Water it."] * 3, reference=["Water it.", "Quick fox", None])
     assert same == pytest.approx(1.0) and other < 0.3 and none is None
     assert reference(answers=[""], reference=["Water it."]) == [0.0]
-
-
-def test_each_docstring_has_summary_range_and_how_it_is_gamed():
-    for function in BUILT_IN.values():
-        first = function.__doc__.splitlines()[0]
-        assert first.startswith(("Rewards ", "Penalises ")) and ("In [" in first or "0 or 1" in first), function.__name__
-        assert "Gamed by" in function.__doc__

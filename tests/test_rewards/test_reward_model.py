@@ -7,7 +7,7 @@ import shutil
 import numpy
 import pytest
 import torch
-from conftest import make_micro, script
+from conftest import change_json, make_micro, ok, refused, rows_of, run_main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -33,9 +33,7 @@ def flags(micro, prepared) -> tuple:
 def trained_reward(flags, tmp_path_factory):
     """A reward model of the micro base: its folder, and what its training printed."""
     folder = tmp_path_factory.mktemp("reward-model") / "reward-model"
-    done = script("train_reward", *flags, "--reward_dir", folder)
-    assert done.code == 0, done.err
-    return folder, done.out
+    return folder, ok(run_main("train_reward", *flags, "--reward_dir", folder)).out
 
 
 @pytest.fixture
@@ -120,46 +118,37 @@ def test_the_card_s_code_runs(trained_reward, monkeypatch, capsys):
 
 def test_resumed_it_ends_the_same(call, trained_reward, flags, tmp_path, monkeypatch):
     """Interrupted while it measures, after the last update; and with the newest checkpoint gone, halfway."""
-    options = (*flags, "--reward_dir", tmp_path / "rm", "--save_steps", "3")
-    real = reward_accuracy.score_pairs
+    options = (*flags, "--save_steps", "3")
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_accuracy, "score_pairs", interrupted)
+        first = call("train_reward", *options, "--reward_dir", tmp_path / "rm")
+    assert first.code == 130 and "go on with --resume" in first.err
+    shutil.copytree(tmp_path / "rm-run", tmp_path / "half-run")
+    shutil.rmtree(tmp_path / "half-run" / "checkpoint-9")
     expected = load_file(trained_reward[0] / "adapter_model.safetensors")
-    for keep in (None, 6):  # two are kept: 6 and 9
-        monkeypatch.setattr(reward_accuracy, "score_pairs", interrupted)
-        first = call("train_reward", *options, "--overwrite")
-        assert first.code == 130 and "go on with --resume" in first.err
-        monkeypatch.setattr(reward_accuracy, "score_pairs", real)
-        for checkpoint in (tmp_path / "rm-run").glob("checkpoint-*"):
-            if keep and checkpoint.name != f"checkpoint-{keep}":
-                shutil.rmtree(checkpoint)
-        done = call("train_reward", *options, "--resume")
-        assert done.code == 0 and f"resuming at checkpoint-{keep or 9}" in done.out, done.err
-        ended = load_file(tmp_path / "rm" / "adapter_model.safetensors")
+    for name, step in (("rm", 9), ("half", 6)):
+        done = ok(call("train_reward", *options, "--reward_dir", tmp_path / name, "--resume"))
+        assert f"resuming at checkpoint-{step}" in done.out
+        ended = load_file(tmp_path / name / "adapter_model.safetensors")
         assert all(torch.equal(expected[name], ended[name]) for name in expected)
-        rows = [json.loads(line) for line in (tmp_path / "rm" / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows] == list(range(1, 10))
-
-
-def test_not_replaced_unasked(call, trained_reward, flags):
-    done = call("train_reward", *flags, "--reward_dir", trained_reward[0])
-    assert done.code == 2 and "--overwrite" in done.err
+        assert [row["step"] for row in rows_of(tmp_path / name)] == list(range(1, 10))
 
 
 def test_no_pairs(call, micro, tmp_path):
     where = ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "d")
-    assert call("prepare_data", *where, "--validation_fraction", "0").code == 0
-    done = call("train_reward", *where, "--reward_dir", tmp_path / "rm")
-    assert done.code == 2 and "0 validation pairs" in done.err and not (tmp_path / "rm").exists()
+    ok(call("prepare_data", *where, "--validation_fraction", "0"))
+    refused(call("train_reward", *where, "--reward_dir", tmp_path / "rm"), "0 validation pairs")
+    assert not (tmp_path / "rm").exists()
 
 
 def test_pairs_too_long_are_left_out_and_said(call, flags, tmp_path):
-    done = call("train_reward", "--check", *flags, "--reward_dir", tmp_path / "rm", "--reward_max_length", 90)
-    assert done.code == 0 and re.search(r"\d+ too long", " ".join(done.out.replace("│", " ").split()))
-    done = call("train_reward", "--check", *flags, "--reward_dir", tmp_path / "rm", "--reward_max_length", 8)
-    assert done.code == 2 and "Raise --reward_max_length" in done.err
+    own = ("train_reward", "--check", *flags, "--reward_dir", tmp_path / "rm", "--reward_max_length")
+    assert re.search(r"\d+ too long", " ".join(ok(call(*own, 90)).out.replace("│", " ").split()))
+    refused(call(*own, 8), "Raise --reward_max_length")
 
 
 def test_it_scores_as_it_does_alone(trained_reward, config, micro):
@@ -224,19 +213,15 @@ def test_in_bfloat16_its_head_stays_in_float32(trained_reward, config):
 def test_grpo_on_it(call, quick, trained_reward, tmp_path):
     """The whole run: chosen by its folder, weighed, named; the policy's folder holds the policy's adapter alone."""
     flags = ("--rewards", f"{trained_reward[0]}:0.5,ending", "--output_dir", tmp_path / "o")
-    checked = call("train_grpo", "--check", *quick, *flags)
-    printed = " ".join(checked.out.replace("│", " ").split())
+    printed = " ".join(ok(call("train_grpo", 3, *quick, *flags)).out.replace("│", " ").split())
     assert "on the policy's own weights" in printed and "reward model 0." in printed
-    done = call("train_grpo", 3, *quick, *flags)
-    assert done.code == 0, done.err
     run = json.loads((tmp_path / "o-final" / "run.json").read_text())
     assert [reward["name"] for reward in run["rewards"]] == ["reward-model", "ending"]
     assert "rewards/reward-model/mean" in run["last_metrics"]
     names = load_file(tmp_path / "o-final" / "adapter_model.safetensors")
     assert not any("score" in name for name in names) and len(names) == 24
-    assert {path.name for path in (tmp_path / "o-final").iterdir()} >= {"adapter_config.json", "run.json"}
     checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 5)
-    assert call("validate_model", *checked).code == 0
+    ok(call("validate_model", *checked))
     assert "reward-model" in json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
 
 
@@ -244,20 +229,13 @@ def test_on_another_base_it_is_loaded_beside_and_said(call, quick, trained_rewar
     """Here the same base in another folder; and a whole classification model, with a tokenizer of its own."""
     elsewhere = shutil.copytree(micro, tmp_path / "elsewhere")
     moved = shutil.copytree(trained_reward[0], tmp_path / "reward-model")
-    settings = json.loads((moved / "adapter_config.json").read_text())
-    (moved / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(elsewhere)}))
+    change_json(moved / "adapter_config.json", base_model_name_or_path=str(elsewhere))
     assert not RewardModel(str(moved)).shares_base_of(config) and RewardModel(str(trained_reward[0])).shares_base_of(config)
-    assert loaded(moved, config).score(PROMPTS, ANSWERS) == pytest.approx(
-        loaded(trained_reward[0], config).score(PROMPTS, ANSWERS)
-    )
+    here, there = (loaded(folder, config).score(PROMPTS, ANSWERS) for folder in (trained_reward[0], moved))
+    assert here == pytest.approx(there)
     done = call("train_grpo", 1, *quick, "--rewards", moved, "--output_dir", tmp_path / "o")
     printed = " ".join(done.out.replace("│", " ").split())
     assert done.code == 0 and "on another base" in printed and "loaded beside" in printed, done.err
-
-    torch.save(load_file(elsewhere / "model.safetensors"), elsewhere / "pytorch_model.bin")
-    (elsewhere / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="safetensors"):
-        loaded(moved, config)
 
     texts = ["Quite another vocabulary, with other merges"] * 3
     other = make_micro(tmp_path / "other", seed=3, texts=texts, hidden_size=16, intermediate_size=32)
@@ -281,14 +259,6 @@ def with_tensors(change):
     return spoil
 
 
-def with_base(name):
-    def spoil(folder, micro):
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
-
-    return spoil
-
-
 def causal(folder, micro):
     shutil.rmtree(folder)
     shutil.copytree(micro, folder)
@@ -304,7 +274,10 @@ SPOILT = {
     "garbled": (lambda folder, _: (folder / "adapter_config.json").write_text("{"), "is broken"),
     "no scale": (lambda folder, _: (folder / "run.json").write_text('{"scores": {"mean": "x"}}'), "is broken"),
     "a negative scale": (lambda folder, _: (folder / "run.json").write_text('{"scores": {"mean": 0, "std": -1}}'), "std"),
-    "base gone": (with_base("/no/such/base"), "/no/such/base"),
+    "base gone": (
+        lambda folder, _: change_json(folder / "adapter_config.json", base_model_name_or_path="/no/such/base"),
+        "/no/such/base",
+    ),
 }
 
 
@@ -321,7 +294,6 @@ def test_what_is_no_reward_model(trained_reward, config, micro, tmp_path, how):
 def test_a_shallower_base_is_another_base(trained_reward, config, tmp_path):
     shallow = make_micro(tmp_path / "shallow", num_hidden_layers=1)
     folder = shutil.copytree(trained_reward[0], tmp_path / "reward-model")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(shallow)}))
+    change_json(folder / "adapter_config.json", base_model_name_or_path=str(shallow))
     with pytest.raises(UserError, match="do not fit"):
         loaded(folder, config)

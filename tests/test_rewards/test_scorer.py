@@ -1,22 +1,18 @@
 """Rewards as they are chosen, called, checked, logged and summed."""
 
 import json
+import sys
 
 import pytest
 import torch
+from conftest import ok, refused, rows_of
 
 from phi2_grpo.common.cli import UserError
-from phi2_grpo.models.tokenizer import load_tokenizer
 from phi2_grpo.rewards.functions import length
-from phi2_grpo.rewards.scorer import Reward, Scorer, describe_rewards, parse_rewards, try_rewards
+from phi2_grpo.rewards.scorer import Reward, Scorer, parse_rewards, try_rewards
 
 END = "<|endoftext|>"
 ROWS = [{"prompt": [{"role": "user", "content": "Why?"}], "lang": "en", "message_id": "1", "reference": "Because."}] * 3
-
-
-@pytest.fixture(scope="module")
-def tokenizer(micro):
-    return load_tokenizer({"model": str(micro), "model_revision": "main"})
 
 
 def scorer_of(tokenizer, *functions, target_tokens: int = 8) -> Scorer:
@@ -32,10 +28,9 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
     assert [(reward.name, reward.weight) for reward in chosen] == [
         ("length", 1.0), ("repetition", 0.5), ("ending", -1.0), ("polite", 2.0)]  # fmt: skip
     assert chosen[0].summary.startswith("Rewards answers of about")
-    with_dataclass = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
-    (tmp_path / "other.py").write_text(
-        with_dataclass + "import functools\npart = functools.partial(lambda answers, **_: [1.0])\n"
-    )
+    other = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+    other += "import functools\npart = functools.partial(lambda answers, **_: [1.0])\n"
+    (tmp_path / "other.py").write_text(other)
     assert parse_rewards([f"{tmp_path}/other.py:part"])[0].name == "part"
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "inner.py").write_text(MINE)
@@ -43,24 +38,12 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
     assert parse_rewards(["package.inner:polite"])[0].function(answers=["Yes, please"]) == [True]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("{dir}/good.py:polite,{dir}/good.py:polite:2", "polite"),
-        ("lenght", "Did you mean length?"),
-        ("length:nan", "nan"),
-        ("length:inf", "inf"),
-        ("length:0,ending:0", "no reward has a weight"),
-        ("none.py:f", "FileNotFoundError"),
-        ("no_such_package.x:f", "No module named 'no_such_package'"),
-        ("{dir}/good.py:NUMBER", "no function 'NUMBER'"),
-        ("{dir}/syntax.py:f", "syntax.py, line 2"),
-        ("{dir}/leaves.py:f", "SystemExit"),
-        ("{dir}/good.py", "file.py:FUNCTION"),
-        ("{dir}", "is broken"),
-        ("no/such-model", "Hub"),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [("{dir}/good.py:polite,{dir}/good.py:polite:2", "polite"),
+    ("lenght", "Did you mean length?"), ("length:nan", "nan"), ("length:inf", "inf"),
+    ("length:0,ending:0", "no reward has a weight"), ("none.py:f", "FileNotFoundError"),
+    ("no_such_package.x:f", "No module named 'no_such_package'"), ("{dir}/good.py:NUMBER", "no function 'NUMBER'"),
+    ("{dir}/syntax.py:f", "syntax.py, line 2"), ("{dir}/leaves.py:f", "SystemExit"), ("{dir}/good.py", "file.py:FUNCTION"),
+    ("{dir}", "is broken"), ("no/such-model", "Hub")])  # fmt: skip
 def test_what_cannot_be_chosen(tmp_path, text, expected):
     (tmp_path / "good.py").write_text(MINE + "NUMBER = 5\n")
     (tmp_path / "syntax.py").write_text("x = 1\ndef f(:\n")
@@ -70,50 +53,23 @@ def test_what_cannot_be_chosen(tmp_path, text, expected):
     assert expected in str(refused.value)
 
 
-def no_keywords(completions):
-    return [0.0] * len(completions)
+BROKEN = {  # a reward, and what the message says
+    "no_keywords": (lambda completions: [0.0] * len(completions), "unexpected keyword"),
+    "too_few": (lambda **_: [0.0], "1 rewards for 3 completions"),
+    "not_a_number": (lambda completions, **_: [float("nan")] * len(completions), "nan"),
+    "infinite": (lambda completions, **_: [float("inf")] * len(completions), "inf"),
+    "broken": (lambda reference, **_: [1 / 0 for _ in reference], "ZeroDivisionError"),
+    "nothing": (lambda **_: None, "TypeError"),
+    "leaves": (lambda **_: sys.exit(0), "SystemExit"),
+}
 
 
-def too_few(completions, **_):
-    return [0.0]
-
-
-def not_a_number(completions, **_):
-    return [float("nan")] * len(completions)
-
-
-def infinite(completions, **_):
-    return [float("inf")] * len(completions)
-
-
-def broken(reference, **_):
-    return [1 / 0 for _ in reference]
-
-
-def nothing(**_):
-    return None
-
-
-def leaves(**_):
-    raise SystemExit(0)
-
-
-@pytest.mark.parametrize(
-    ("reward", "expected"),
-    [
-        (no_keywords, "unexpected keyword"),
-        (too_few, "1 rewards for 3 completions"),
-        (not_a_number, "nan"),
-        (infinite, "inf"),
-        (broken, "ZeroDivisionError"),
-        (nothing, "TypeError"),
-        (leaves, "SystemExit"),
-    ],
-)
-def test_a_broken_reward_is_named_before_training(tokenizer, reward, expected):
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_reward_is_named_before_training(tokenizer, name):
+    function, expected = BROKEN[name]
     with pytest.raises(UserError, match=expected) as caught:
-        try_rewards(scorer_of(tokenizer, reward), ROWS)
-    assert reward.__name__ in str(caught.value)
+        try_rewards(Scorer(tokenizer, 8, [Reward(name, 1.0, function)]), ROWS)
+    assert name in str(caught.value)
 
 
 def test_they_get_columns_and_answers_and_are_logged_once(tokenizer):
@@ -144,9 +100,8 @@ def test_running_on_is_not_rewarded(tokenizer):
     """A good short answer must not earn more with an "Exercise 3" behind it."""
     scorer = scorer_of(tokenizer, length, target_tokens=20)
     seen = []
-    scorer_of(tokenizer, lambda completions, **_: seen.extend(completions) or [0.0]).score(
-        [{"prompt": []}], [tokenizer(" Yes." + END)["input_ids"]]
-    )
+    listening = scorer_of(tokenizer, lambda completions, **_: seen.extend(completions) or [0.0])
+    listening.score([{"prompt": []}], [tokenizer(" Yes." + END)["input_ids"]])
     assert seen == [[{"role": "assistant", "content": " Yes."}]], "as TRL hands them over"
     short = " Water it once a week."
     texts = [short + END, short + "\n\nExercise 3: Why do plants need light? Write down three reasons." + END]
@@ -164,8 +119,7 @@ def test_steps_in_which_nothing_is_scored_are_shown_as_such(call, quick, tmp_pat
     )
     done = call("train_grpo", 4, *quick, "--output_dir", tmp_path / "o", "--rewards", f"{tmp_path}/rare.py:rare")
     assert done.code == 0 and "     -  " in done.out, done.err
-    rows = [json.loads(line) for line in (tmp_path / "o-final" / "metrics.jsonl").read_text().splitlines()]
-    assert {row["reward"] is None for row in rows} == {True, False}
+    assert {row["reward"] is None for row in rows_of(tmp_path / "o-final")} == {True, False}
 
 
 def test_memory_that_runs_out_in_a_reward_is_no_mistake_of_it(tokenizer):
@@ -186,16 +140,13 @@ def test_a_value_that_is_no_number_stops_the_run_after_saving(call, quick, tmp_p
         "    return [float('nan') if calls > 5 else float(len(answer)) for answer in answers]\n"
     )
     options = (*quick, "--output_dir", tmp_path / "o", "--rewards")
-    done = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late")
     # Once before the training, once on the held-out prompts, then once a step: the sixth call is the fourth step's.
-    assert done.code == 2 and "'late' returned nan" in done.err and "checkpoint-3 is complete" in done.err, done.err
+    refused(call("train_grpo", 6, *options, f"{tmp_path}/late.py:late"), "'late' returned nan", "checkpoint-3 is complete")
     assert not (tmp_path / "o-final").exists()
     (tmp_path / "late.py").write_text("def late(answers, **_):\n    return [float(len(answer)) for answer in answers]\n")
-    resumed = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late", "--resume")
-    assert resumed.code == 2 and "rewards: was late" in resumed.err, "a corrected reward is another run"
+    refused(call("train_grpo", 6, *options, f"{tmp_path}/late.py:late", "--resume"), "rewards: was late")  # it is another run
     own = (*quick, "--output_dir", tmp_path / "n", "--rewards", f"{tmp_path}/late.py:late")
-    anew = call("train_grpo", 3, *own, "--init_adapter", tmp_path / "o" / "checkpoint-3")
-    assert anew.code == 0, anew.err
+    ok(call("train_grpo", 3, *own, "--init_adapter", tmp_path / "o" / "checkpoint-3"))
 
 
 def test_rewards_as_trl_documents_them(call, quick, tmp_path):
@@ -212,15 +163,13 @@ def test_rewards_as_trl_documents_them(call, quick, tmp_path):
     )
     names = ("curriculum", "tensor", "later")
     own = (*quick, "--rewards", ",".join(f"{tmp_path}/mine.py:{name}" for name in names))
-    done = call("train_grpo", 2, *own, "--eval_prompts", 4, "--output_dir", tmp_path / "o")
-    assert done.code == 0, done.err
-    rows = [json.loads(line) for line in (tmp_path / "o-final" / "metrics.jsonl").read_text().splitlines()]
+    ok(call("train_grpo", 2, *own, "--eval_prompts", 4, "--output_dir", tmp_path / "o"))
+    rows = rows_of(tmp_path / "o-final")
     assert [row["rewards/curriculum/mean"] for row in rows] == [0.0, 0.5], "the state of the step, as TRL gives it"
-    held = [json.loads(line) for line in (tmp_path / "o-final" / "evaluation.jsonl").read_text().splitlines()]
+    held = rows_of(tmp_path / "o-final", "evaluation.jsonl")
     assert [row["eval_rewards/curriculum"] for row in held] == [0.0, 1.0]
     checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 3)
-    done = call("validate_model", *checked, "--rewards", own[-1])
-    assert done.code == 0, done.err
+    ok(call("validate_model", *checked, "--rewards", own[-1]))
     metrics = json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
     assert metrics["curriculum"]["base"] == 1.0, "after its end"
 
@@ -243,8 +192,7 @@ def test_what_is_not_scored_is_not_zero(tokenizer):
 
 def test_several_rewards_train_and_are_described(call, quick, tmp_path):
     flags = ("--rewards", "length,repetition:0.5,language,reference:-0.1,ending")
-    done = call("train_grpo", 2, *quick, "--output_dir", tmp_path / "o", *flags)
-    assert done.code == 0, done.err
+    ok(call("train_grpo", 2, *quick, "--output_dir", tmp_path / "o", *flags))
     run = json.loads((tmp_path / "o-final" / "run.json").read_text())
     assert [reward["weight"] for reward in run["rewards"]] == [1.0, 0.5, 1.0, -0.1, 1.0]
     metrics = run["last_metrics"]
@@ -253,26 +201,7 @@ def test_several_rewards_train_and_are_described(call, quick, tmp_path):
     card = (tmp_path / "o-final" / "README.md").read_text()
     assert "| repetition | 0.5 | Penalises repeated" in card
     checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 5)
-    assert call("validate_model", *checked).code == 0
+    ok(call("validate_model", *checked))
     report = json.loads((tmp_path / "v" / "report.json").read_text())
-    assert report["config"]["rewards"] == ["length", "repetition:0.5", "language", "reference:-0.1", "ending"], (
-        "those it was trained with"
-    )
+    assert report["config"]["rewards"] == flags[1].split(","), "those it was trained with"
     assert set(parts) <= set(report["metrics"])
-
-
-def test_weights_are_trl_s(tokenizer):
-    """What the scorer sums is what TRL sums: nansum of the weighted rewards."""
-    scores = torch.tensor([[1.0, float("nan")], [0.5, 2.0]])
-    values = iter([[1.0, 0.5], [None, 2.0]])
-    scorer = Scorer(
-        tokenizer, 8, [Reward(name, weight, lambda **_: next(values)) for name, weight in (("a", 2.0), ("b", -1.0))]
-    )
-    scored = scorer.score([{"prompt": []}] * 2, [[1], [2]])
-    assert [row["score"] for row in scored] == (scores * torch.tensor([2.0, -1.0])).nansum(dim=1).tolist()
-
-
-def test_what_run_json_says_of_a_reward():
-    assert describe_rewards(parse_rewards(["ending:3"])) == [
-        {"name": "ending", "weight": 3.0, "summary": "Rewards ending by itself. 0 or 1.", "digest": None}
-    ]

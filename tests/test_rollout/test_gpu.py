@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, ok, script
 from test_fast_engine import GPU, sampled
 
 from benchmarks import models
@@ -26,8 +26,7 @@ def test_the_main_job(quick, tmp_path):
                       ("train_grpo", *quick, "--device", "cuda", "--check", "--output_dir", tmp_path / "c"),
                       ("validate_model", *quick[:10], "--device", "cuda", "--adapter", final, "--validation_dir",
                        tmp_path / "v")):  # fmt: skip
-        done = script(*arguments)
-        assert done.code == 0, done.err
+        ok(script(*arguments))
     run = json.loads((final / "run.json").read_text())
     assert run["dtype"] == "bfloat16" and run["steps"] == 4
 
@@ -35,10 +34,8 @@ def test_the_main_job(quick, tmp_path):
 def test_a_reward_model(quick, tmp_path):
     """In bfloat16 with its head in float32; GRPO on it, on shared weights."""
     folder, options = tmp_path / "reward", ("--device", "cuda", "--activation_checkpointing", "true")
-    done = script("train_reward", *quick[:6], *options, "--report_to", "none", "--reward_dir", folder, "--reward_epochs", "1")
-    assert done.code == 0, done.err
-    done = script("train_grpo", "2", *quick, *options, "--rewards", f"{folder},ending", "--output_dir", tmp_path / "o")
-    assert done.code == 0, done.err
+    ok(script("train_reward", *quick[:6], *options, "--report_to", "none", "--reward_dir", folder, "--reward_epochs", "1"))
+    ok(script("train_grpo", "2", *quick, *options, "--rewards", f"{folder},ending", "--output_dir", tmp_path / "o"))
 
 
 def test_full_size_phi2_trains_within_the_estimate():

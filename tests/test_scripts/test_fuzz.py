@@ -1,6 +1,6 @@
 """Anything that can be said to the project: it answers, or refuses in words, and never with a traceback.
 
-300 cases each; FUZZ_CASES=10000 for more (benchmarks/fuzz.py does that, and writes down what it found).
+80 cases each; FUZZ_CASES=10000 for more (benchmarks/fuzz.py does that, and writes down what it found).
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from phi2_grpo.common import cli
 from phi2_grpo.data import oasst, prompts, sources, store
 from phi2_grpo.models.base import load_base, use_adapter_base
 from phi2_grpo.models.lora import check_adapter, load_adapter
-from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer
+from phi2_grpo.models.tokenizer import count_tokens
 
 app_engine = importlib.import_module("engine")
-ANY = settings(max_examples=int(os.environ.get("FUZZ_CASES", "300")), deadline=None, database=None,
+ANY = settings(max_examples=int(os.environ.get("FUZZ_CASES", "80")), deadline=None, database=None,
                suppress_health_check=list(HealthCheck), derandomize="FUZZ_CASES" not in os.environ)  # fmt: skip
 
 leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -42,11 +42,6 @@ odd = {"rank": st.none() | st.integers(0, 3) | value, "deleted": st.booleans() |
 row = st.fixed_dictionaries(right, optional=odd) | st.fixed_dictionaries(
     {}, optional={key: value | right[key] for key in right} | odd
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(micro):
-    return load_tokenizer({**CONFIG, "model": str(micro)})
 
 
 @pytest.fixture(scope="module")

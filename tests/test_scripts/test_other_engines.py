@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_micro
+from conftest import make_micro, ok
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -55,8 +55,7 @@ def test_it_is_the_same_model_and_tokenizer_there(call, tmp_path, make):
     base, adapter, merged, there = make(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged", tmp_path / "there.pt"
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(adapter)
-    done = call("export_model", "--model", base, "--adapter", adapter, "--out", merged)
-    assert done.code == 0, done.err
+    ok(call("export_model", "--model", base, "--adapter", adapter, "--out", merged))
     command = [sys.executable, "-c", READ, str(merged), str(there)]
     reader = subprocess.run(command, env={**os.environ, "PYTHONPATH": libraries}, capture_output=True, text=True)
     assert reader.returncode == 0, reader.stderr

@@ -11,22 +11,20 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ok, refused, rows_of
 from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
+from phi2_grpo.common import files
+from phi2_grpo.common.cli import UserError
 from phi2_grpo.models import base
 from phi2_grpo.rollout import engine
-from phi2_grpo.training import checkpoints, model_card, outputs
+from phi2_grpo.training import checkpoints, checks, model_card, outputs
 from phi2_grpo.training.trainer import Trainer, training_arguments
 
 SELF_DESCRIBING = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
                    "chat_template.jinja", "generation_config.json", "README.md", "run.json", "metrics.jsonl",
                    "evaluation.jsonl", "reward.png"}  # fmt: skip
-
-
-def rows_of(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def weights_of(folder):
@@ -50,8 +48,7 @@ def test_every_lora_weight_moves_and_no_base_weight_does(call, quick, micro, tmp
 
     monkeypatch.setattr(Trainer, "train", train)
     # Three steps: in the first, B is zero and A gets no gradient; constant learning rate, without warm-up.
-    done = call("train_grpo", 3, *quick, "--output_dir", tmp_path / "o", "--warmup_steps", 0)
-    assert done.code == 0, done.err
+    ok(call("train_grpo", 3, *quick, "--output_dir", tmp_path / "o", "--warmup_steps", 0))
     fresh = AutoModelForCausalLM.from_pretrained(micro).state_dict()
     lora = 0
     for name, parameter in kept["model"].named_parameters():
@@ -109,9 +106,8 @@ def test_the_model_card_s_licence_is_the_base_s(final, model, license):
 def test_checkpoints_are_adapter_folders_with_the_trainer_s_state(trained):
     assert [path.name for path in checkpoints.list_checkpoints(trained)] == ["checkpoint-4", "checkpoint-6"], "save_total_limit"
     for checkpoint in checkpoints.complete_checkpoints(trained):
-        assert SELF_DESCRIBING | {"optimizer.pt", "trainer_state.json", "rng_state.pth"} <= {
-            p.name for p in checkpoint.iterdir()
-        }
+        names = {path.name for path in checkpoint.iterdir()}
+        assert names >= SELF_DESCRIBING | {"optimizer.pt", "trainer_state.json", "rng_state.pth"}
         assert json.loads((checkpoint / "run.json").read_text())["finished"] is False
     assert not (trained / "README.md").exists()
 
@@ -129,8 +125,7 @@ def test_what_is_printed(trained):
 def test_same_seed_same_adapter_and_another_seed_another(call, quick, trained, final, tmp_path):
     """Bit for bit on the CPU; and a run stopped at step 4 and resumed ends with the same adapter as one never stopped."""
     options = (*quick, "--save_steps", "2", "--sample_steps", "3")
-    first = call("train_grpo", "4", *options, "--output_dir", tmp_path / "a")
-    assert first.code == 0, first.err
+    ok(call("train_grpo", "4", *options, "--output_dir", tmp_path / "a"))
     resumed = call("train_grpo", "6", *options, "--output_dir", tmp_path / "a", "--resume")
     assert resumed.code == 0 and "resuming at checkpoint-4" in resumed.out, resumed.err
     assert equal(final, tmp_path / "a-final")
@@ -141,12 +136,10 @@ def test_same_seed_same_adapter_and_another_seed_another(call, quick, trained, f
 
 
 def test_a_run_is_replaced_only_when_asked(call, quick, trained, final, tmp_path):
-    refused = call("train_grpo", 2, *quick, "--output_dir", trained)
-    assert refused.code == 2 and "--resume" in refused.err and "--overwrite" in refused.err
+    refused(call("train_grpo", 2, *quick, "--output_dir", trained), "--resume", "--overwrite")
     assert checkpoints.newest_complete(trained).name == "checkpoint-6"
     shutil.copytree(final, tmp_path / "o-final")  # a finished adapter alone counts too
-    refused = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o")
-    assert refused.code == 2 and "--overwrite" in refused.err
+    refused(call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o"), "--overwrite")
 
 
 def test_what_is_not_a_run_s_stays(call, quick, final, tmp_path):
@@ -154,20 +147,21 @@ def test_what_is_not_a_run_s_stays(call, quick, final, tmp_path):
     own, output = shutil.copytree(final, tmp_path / "own"), tmp_path / "o"
     (output / "checkpoint-old").mkdir(parents=True)
     (output / "thesis.txt").write_text("years of work")
-    assert call("train_grpo", 1, *quick, "--output_dir", output, "--eval_prompts", 0).code == 0
-    done = call("train_grpo", 2, *quick, "--output_dir", output, "--eval_prompts", 0, "--overwrite")
-    assert done.code == 0, done.err
+    ok(call("train_grpo", 1, *quick, "--output_dir", output, "--eval_prompts", 0))
+    ok(call("train_grpo", 2, *quick, "--output_dir", output, "--eval_prompts", 0, "--overwrite"))
     left = {path.name for path in output.iterdir()}
     assert left == {"thesis.txt", "checkpoint-old", "checkpoint-2", "metrics.jsonl"}
     for name, content in (("metrics", "metrics.jsonl"), ("theirs", "checkpoint-3/model.bin"), ("new-final", "thesis.txt")):
         (tmp_path / name / content).parent.mkdir(parents=True)
         (tmp_path / name / content).write_text('{"mine": 1}\n')
-        for more in ((), ("--overwrite",), ("--resume",)):
-            done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / name.removesuffix("-final"), *more)
-            assert done.code == 2 and str(tmp_path / name) in done.err, done.err
+        places = (tmp_path / name.removesuffix("-final"), tmp_path / f"{name.removesuffix('-final')}-final")
+        for resume, overwrite in ((False, False), (False, True), (True, False)):
+            with pytest.raises(UserError, match=str(tmp_path / name)):
+                checks.output_folder(*places, "config", resume, overwrite)
         assert (tmp_path / name / content).read_text() == '{"mine": 1}\n'
-    done = call("train_grpo", 1, *quick, "--output_dir", own, "--overwrite")
-    assert done.code == 2 and (own / "reward.png").exists(), "a finished adapter is no place for checkpoints"
+    with pytest.raises(UserError):  # a finished adapter is no place for checkpoints
+        checks.output_folder(own, tmp_path / "own-final", "config", False, True)
+    assert (own / "reward.png").exists()
     assert checkpoints.final_folder({"output_dir": "."}).name.endswith("-final")
 
 
@@ -182,50 +176,37 @@ def test_where_the_weights_are_sharded_trl_rolls_out(call, quick, tmp_path, monk
     """No engine is made, for its views of the weights would keep a whole base on each process."""
     monkeypatch.setattr(base, "is_sharded", lambda: True)
     monkeypatch.setattr(engine, "make_engine", lambda *_: pytest.fail("an engine was made"))
-    done = call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o", "--eval_prompts", 0)
-    assert done.code == 0 and len(rows_of(tmp_path / "o-final")) == 1, done.err
+    ok(call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o", "--eval_prompts", 0))
+    assert len(rows_of(tmp_path / "o-final")) == 1
 
 
 def test_a_finished_run_may_be_resumed_and_made_longer(call, quick, trained, final, tmp_path):
     shutil.copytree(trained, tmp_path / "o")
     for steps in (6, 7):  # the first has nothing left to train
-        done = call("train_grpo", steps, *quick, "--output_dir", tmp_path / "o", "--resume")
-        assert done.code == 0, done.err
+        done = ok(call("train_grpo", steps, *quick, "--output_dir", tmp_path / "o", "--resume"))
         assert rows_of(tmp_path / "o-final")[-1]["step"] == steps, done.out
     (tmp_path / "o-final" / "README.md").write_text("validated")
-    assert call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume").code == 0
+    ok(call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume"))
     assert (tmp_path / "o-final" / "README.md").read_text() == "validated", "the result stays as it is"
     shutil.copy(final / "adapter_model.safetensors", tmp_path / "o-final")
-    assert call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume").code == 0
+    ok(call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume"))
     assert (tmp_path / "o-final" / "README.md").read_text() != "validated", "another run's result is replaced"
-    seconds = [
-        json.loads((folder / "run.json").read_text())["seconds"] for folder in (trained / "checkpoint-6", tmp_path / "o-final")
-    ]
-    assert seconds[0] < seconds[1]
+    assert files.read_run(trained / "checkpoint-6")["seconds"] < files.read_run(tmp_path / "o-final")["seconds"]
 
 
 def test_check_trains_nothing(call, quick, tmp_path):
     done = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o")
     text = " ".join(done.out.replace("│", " ").split())
     assert done.code == 0 and list(tmp_path.iterdir()) == []
-    for part in (
-        "CPU",
-        "12 modules",
-        "8 completions an update = 2 prompts x 4",
-        "length x 1 (0.",
-        "weights",
-        "for checkpoints",
-    ):
-        assert part in text
+    parts = ("CPU", "12 modules", "8 completions an update = 2 prompts x 4", "length x 1 (0.", "weights", "for checkpoints")
+    assert all(part in text for part in parts), text
 
 
 def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, tmp_path):
-    first = call("train_grpo", 3, *quick, "--lora_r", 3, "--lora_alpha", 5, "--eval_prompts", 0, "--output_dir", tmp_path / "a")
-    assert first.code == 0, first.err
+    ok(call("train_grpo", 3, *quick, "--lora_r", 3, "--lora_alpha", 5, "--eval_prompts", 0, "--output_dir", tmp_path / "a"))
     start, end = tmp_path / "a-final", tmp_path / "o-final"
     options = (*quick, "--init_adapter", start, "--learning_rate", "1e-9", "--eval_prompts", 0, "--output_dir", tmp_path / "o")
-    done = call("train_grpo", 1, *options)
-    assert done.code == 0, done.err
+    ok(call("train_grpo", 1, *options))
     config = json.loads((end / "run.json").read_text())["config"]
     assert (config["lora_r"], config["lora_alpha"]) == (3, 5), "the adapter's, not the flags'"
     assert "LoRA: r 3, alpha 5" in (end / "README.md").read_text()
@@ -233,12 +214,11 @@ def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, 
     before, after = weights_of(start), weights_of(end)
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
     assert any(value.abs().max() > 1e-5 for key, value in after.items() if "lora_B" in key)
-    done = call("train_grpo", 2, *options, "--resume")
-    assert done.code == 0, done.err
+    ok(call("train_grpo", 2, *options, "--resume"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143),
-                                              pytest.param(signal.SIGHUP, 143, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), *(pytest.param(number, 143, marks=pytest.mark.slow)
+                                              for number in (signal.SIGTERM, signal.SIGHUP))])  # fmt: skip
 def test_interrupted(quick, tmp_path, number, code):
     """The step is finished and saved; what reads the output, as a tee, may be gone, and its alphabet may have no ±."""
     flags = map(str, (500, *quick, "--output_dir", tmp_path / "o", "--save_steps", 2))
@@ -282,9 +262,8 @@ def test_evaluated_on_held_out_prompts_while_it_trains(call, quick, tmp_path):
     rows = rows_of(runs[2], "evaluation.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 4] and len(rows_of(runs[100], "evaluation.jsonl")) == 2
     assert all(row["eval_low"] <= row["eval_reward"] <= row["eval_high"] and len(row["answers"]) == 3 for row in rows)
-    assert all(
-        row["eval_reward"] == pytest.approx(row["eval_rewards/length"] + row["eval_rewards/ending"], abs=1e-3) for row in rows
-    )
+    parts = [row["eval_rewards/length"] + row["eval_rewards/ending"] for row in rows]
+    assert [row["eval_reward"] for row in rows] == pytest.approx(parts, abs=1e-3)
     assert equal(*runs.values())
 
 

@@ -108,9 +108,8 @@ def test_the_checks_of_a_reward_model(monkeypatch, config):
     assert ready.steps == config["reward_epochs"] * -(-len(ready.pairs["train"]) // batch)
     monkeypatch.setattr(checks, "free_memory", lambda _: 150_000_000)
     ready = preflight_reward(config, resume=False, overwrite=False)
-    assert f"this does: --per_device_train_batch_size {batch // 2} " in next(
-        check.text for check in ready.results if check.name == "memory"
-    )
+    (text,) = (check.text for check in ready.results if check.name == "memory")
+    assert f"this does: --per_device_train_batch_size {batch // 2} " in text
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="train_reward.py runs in one process"):
         check_one_process("train_reward.py")

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
+from app_server import free_port
+from conftest import ROOT, rows_of
 from safetensors.torch import load_file
 
 from phi2_grpo.training import checkpoints
@@ -45,16 +45,6 @@ def start_machines(*command, processes=(1, 1)) -> list[subprocess.Popen]:
     """Two machines, on loopback."""
     where = ("--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", free_port())
     return [start(*where, "--node_rank", rank, "--nproc_per_node", processes[rank], *command) for rank in range(2)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def wait_for_a_checkpoint(output: Path) -> None:

@@ -44,10 +44,8 @@ def padded_rows() -> tuple[torch.Tensor, torch.Tensor]:
 def log_probs(of, model, ids, mask, **options):
     """By the method of class `of`, with the gradient of a weighted sum."""
     trainer = Trainer.__new__(Trainer)
-    trainer.accelerator, trainer.args = (
-        SimpleNamespace(autocast=nullcontext, is_main_process=True, unwrap_model=lambda model: model),
-        SimpleNamespace(report_to=[]),
-    )
+    trainer.accelerator = SimpleNamespace(autocast=nullcontext, is_main_process=True, unwrap_model=lambda model: model)
+    trainer.args = SimpleNamespace(report_to=[])
     trainer.temperature = 0.8
     model.zero_grad()
     logps, entropies, _ = of._get_per_token_logps_and_entropies(trainer, model, ids, mask, COMPLETION, **options)
