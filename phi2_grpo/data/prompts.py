@@ -77,7 +77,7 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
     reference = _text(row.get(form.reference)) if form.reference else None
     pairs = []
     if form.pairs and turns:
-        chosen, rejected = _turns(row["chosen"]), _turns(row["rejected"])
+        chosen, rejected = _turns(row.get("chosen")), _turns(row.get("rejected"))
         if form.prompt == "chosen":  # the prompt is what both begin with
             turns = chosen[:-1] if chosen and rejected and chosen[:-1] == rejected[:-1] else None
         if turns and chosen and rejected:
@@ -111,8 +111,8 @@ def _turns(value) -> list[dict] | None:
     turns: list[dict] = []
     for turn in value if isinstance(value, list) else [None]:
         turn = turn if isinstance(turn, dict) else {}
-        role, content = ROLES.get(turn.get("role") or turn.get("from")), _text(turn.get("content", turn.get("value")))
-        if role is None:
+        role, content = turn.get("role") or turn.get("from"), _text(turn.get("content", turn.get("value")))
+        if not isinstance(role, str) or (role := ROLES.get(role)) is None:
             return None
         if not content:
             continue

@@ -86,8 +86,8 @@ own_row = st.dictionaries(st.sampled_from(own_columns) | st.text(max_size=8), te
 @ANY
 @given(st.lists(own_row | value, min_size=1, max_size=6), text)
 def test_own_prompts_of_any_kind(tokenizer, tmp_path_factory, rows, system_prompt):
-    """The same for prompts of one's own, through a file and back from the disk."""
-    path, data_dir = (tmp_path_factory.getbasetemp() / name for name in ("own.jsonl", "own-data"))
+    """The same for prompts of one's own, from a file to the tables that are stored."""
+    path = tmp_path_factory.getbasetemp() / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with contextlib.suppress(cli.UserError):
         splits, _ = sources.read_rows(str(path), "main")
@@ -97,8 +97,7 @@ def test_own_prompts_of_any_kind(tokenizer, tmp_path_factory, rows, system_promp
         kept, funnel = prompts.filter_prompts(items, partial(count_tokens, tokenizer), {prompts.UNKNOWN, "en"}, 50)
         distinct, pairs, _ = prompts.deduplicate(kept, set())
         check_prepared(distinct, pairs)
-        facts = {"name": "own", "settings": {}, "model": "", "tokenizer": "", "funnel": funnel}
-        store.save(data_dir, {"train": distinct, "validation": []}, {"train": pairs, "validation": []}, facts)
+        store._tables({"train": distinct, "validation": []}, store.FEATURES[store.PROMPTS], with_others=True)
 
 
 @ANY
