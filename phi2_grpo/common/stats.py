@@ -90,7 +90,7 @@ def paired(base: list[float | None], tuned: list[float | None], level: float = 0
 
 def verdict(comparison: Paired, higher_is_better: bool | None = True) -> str:
     """better, worse or no difference shown (higher or lower, for what is neither good nor bad), as the interval says."""
-    if comparison.low is None or comparison.low <= 0 <= comparison.high:
+    if comparison.low is None or round(comparison.low, 3) <= 0 <= round(comparison.high, 3):  # as reports print it
         return "no difference shown"
     higher = comparison.low > 0
     if higher_is_better is None:

@@ -115,8 +115,8 @@ def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dic
         steps, values = _points(rows, key)
         span = max(1, len(values) // 15)  # a centred running mean; the thin line is what was measured
         smooth = [fmean(values[max(0, i - span) : i + span + 1]) for i in range(len(values))]
-        each.plot(steps, values, color=color, alpha=0.35, linewidth=1)
-        each.plot(steps, smooth, color=color, linewidth=2.2)
+        each.plot(steps, values, color=color, alpha=0.35, linewidth=1, label="each step")
+        each.plot(steps, smooth, color=color, linewidth=2.2, label="running mean")
         each.set(title=title if values else f"{title}: not measured", xlabel="step")
         each.grid(alpha=0.2)
         if each is not reward:
@@ -124,7 +124,8 @@ def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dic
     for row in rows:
         for kind, metric in row.get("alerts", []):
             color = RED if kind == "collapse" else ORANGE
-            reward.axvline(row["step"], color=color, linewidth=1, linestyle=":", label=f"{kind}: {metric}")
+            name = metric.rpartition("/")[2].replace("_", " ")
+            reward.axvline(row["step"], color=color, linewidth=1, linestyle=":", label=f"{kind}: {name}")
     measured = [row for row in evaluations if None not in (row["eval_reward"], row["eval_low"])]
     steps, means, *ends = ([row[key] for row in measured] for key in ("step", "eval_reward", "eval_low", "eval_high"))
     reward.plot(steps, means, "o-", color=PURPLE, markersize=4, label="held out, 95 % interval")
