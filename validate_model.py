@@ -111,7 +111,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     report.show(console, numbers, config["samples_per_prompt"])
     facts = [
         f"{config['adapter']} against {arguments.against or 'its base'}, {describe_base(config)}",
-        f"{len(prompts)} held-out prompts of {funnel['settings']['dataset']}, {config['samples_per_prompt']} sample{'s' * (config['samples_per_prompt'] > 1)} each, "
+        f"{len(prompts)} held-out prompts of {funnel['settings']['dataset']}, samples of each: {config['samples_per_prompt']}, "
         f"seed {config['seed']}, temperature {config['temperature']:g}, at most {config['max_completion_length']} tokens",
         f"rewards{' of the training' if trained and not arguments.rewards else ''}: {', '.join(config['rewards'])}; target "
         f"{config['target_tokens']} tokens",
