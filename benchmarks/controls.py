@@ -11,6 +11,7 @@ import json
 import random
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
@@ -30,8 +31,10 @@ def run(*command: str) -> None:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
-def train(arm: str, seed: int) -> dict:
-    """The report of a run."""
+def train(arm: str, seed: int) -> tuple:
+    """Sampled accuracy (`stats.Paired`, each arm at 95 %) and greedy accuracy of a run on the held-out sums."""
+    from phi2_grpo.common.stats import paired
+
     output = f"results/sums-{arm}-seed-{seed}"
     common = ["--preset", "sums", "--seed", str(seed), "--format_regex", NUMBER]
     run("train_grpo.py", *common, "--rewards", ARMS[arm], "--output_dir", output, "--overwrite")
@@ -39,7 +42,17 @@ def train(arm: str, seed: int) -> dict:
     # The other reward has no weight, so that both are measured in every arm.
     rewards = ",".join({f"{name}:{int(name == ARMS[arm])}": None for name in (ARMS[arm], "correct", "format")})
     run("validate_model.py", *common, "--rewards", rewards, *report)
-    return json.loads((ROOT / f"{output}-validation" / "report.json").read_text())
+    folder = ROOT / f"{output}-validation"
+    values = {"base": defaultdict(list), "tuned": defaultdict(list)}
+    for row in map(json.loads, (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()):
+        values[row["side"]][row["message_id"]].append(row["scores"]["correct"])
+    sampled = paired(*([fmean(scores) for scores in of.values()] for of in values.values()))
+    return sampled.to_json(), json.loads((folder / "report.json").read_text())["accuracy"]["greedy"]
+
+
+def numbers(pair: dict) -> list[str]:
+    difference = f"{pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]"
+    return [f"{pair['base']:.3f}", f"{pair['tuned']:.3f}", difference]
 
 
 def main() -> None:
@@ -55,17 +68,13 @@ def main() -> None:
     for arm in ARMS:
         gains = []
         for seed in range(seeds):
-            report = train(arm, seed)
-            metric, greedy = report["metrics"]["correct"], report["accuracy"]["greedy"]
-            difference = f"{metric['difference']:+.3f} [{metric['low']:+.3f}, {metric['high']:+.3f}]"
-            greedy_difference = f"{greedy['difference']:+.3f} [{greedy['low']:+.3f}, {greedy['high']:+.3f}]"
-            rows.append([arm, seed, f"{metric['base']:.3f}", f"{metric['tuned']:.3f}", difference, f"{greedy['base']:.3f}",
-                         f"{greedy['tuned']:.3f}", greedy_difference])  # fmt: skip
-            gains.append(metric["difference"])
+            sampled, greedy = train(arm, seed)
+            rows.append([arm, seed, *numbers(sampled), *numbers(greedy)])
+            gains.append(sampled["difference"])
         ends = interval(gains)
         summary.append([arm, f"{fmean(gains):+.3f}", f"[{ends[0]:+.3f}, {ends[1]:+.3f}]" if ends else ""])
-    columns = ("reward", "seed", "accuracy, base", "accuracy, tuned", "difference, interval over sums", "greedy, base",
-               "greedy, tuned", "difference, interval over sums")  # fmt: skip
+    columns = ("reward", "seed", "accuracy, base", "accuracy, tuned", "difference, 95 % interval over sums", "greedy, base",
+               "greedy, tuned", "difference, 95 % interval over sums")  # fmt: skip
     body = [*markdown_table(columns, rows), "", *markdown_table(("reward", "mean gain", "95 % interval over seeds"), summary)]
     command = " ".join(["python benchmarks/controls.py", *sys.argv[1:]])
     write_section("Controls: sums", command, "\n".join(body), "torch", "transformers", "trl", "peft")
