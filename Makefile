@@ -44,9 +44,7 @@ app: .venv/ready
 	name=smollm2; test -e results/smollm2-grpo-final/run.json || name=tiny; \
 	$(BIN)/python hf_app/app.py --adapter results/$$name-grpo-final --base results/$$name-base
 
-# The tiny base first, by itself: while it is built it needs both cores, and so would the two workers.
 test: .venv/ready-dev
-	$(BIN)/python -c "from phi2_grpo.common import setup; setup.prepare('tiny'); from phi2_grpo.data import oasst; from phi2_grpo.models import embedded; embedded.prepare('tiny', oasst.sample_dialogues)"
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready-dev
@@ -59,6 +57,9 @@ bench: .venv/ready-dev
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/seeds.py
 	$(BIN)/python benchmarks/seeds.py --reward_model
+	$(BIN)/python benchmarks/seeds.py --preset smollm2
+	$(BIN)/python benchmarks/gaming.py
+	$(BIN)/python benchmarks/controls.py
 	$(BIN)/python benchmarks/reward_memory.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/kills.py
