@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach out
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads of two workers would fight for the same cores
-os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # as common/setup.py, which is too late here
 
 
 def script(name: str, *arguments: str) -> SimpleNamespace:

@@ -60,9 +60,9 @@ def summarize(
         | {"trained": name in trained}
         for name in usable
     }
-    measured = {side: collapse.measure([s["answer"] for s in samples if s["side"] == side],
-                                       [prompts[s["prompt"]]["lang"] for s in samples if s["side"] == side],
-                                       scorer.rewarded_length) for side in SIDES}  # fmt: skip
+    measured = {side: scorer.collapse_metrics([s["answer"] for s in samples if s["side"] == side],
+                                              [prompts[s["prompt"]]["lang"] for s in samples if s["side"] == side])
+                for side in SIDES}  # fmt: skip
     report = {
         "names": list(names),
         "prompts": len(prompts),

@@ -61,24 +61,29 @@ def alerts(rows: list[dict], raised: set[tuple[str, str]]) -> list[Alert]:
     return new
 
 
-def measure(answers: list[Answer], languages: list[str], target_tokens: int | None) -> dict[str, float]:
+def measure(
+    answers: list[Answer], languages: list[str], target_tokens: int | None = None, right_or_wrong: bool = False
+) -> dict[str, float]:
     """Of one batch of answers, each in [0, 1]; a metric is left out where too few answers tell.
 
     repetition: mean share of an answer's token trigrams that stood in it before.
     distinct_2: different token bigrams in all answers, by their number ("distinct-2", arXiv 1510.03055); 1 is healthy.
     one_language: share of answers in the answers' commonest language, among those to prompts in other languages.
-    at_target: share of answers whose length is the target's, to a token; None for `target_tokens` where no reward has one.
+    at_target: share of answers whose length is the target's, to a token.
     empty: share of answers of fewer than two tokens.
+
+    `target_tokens`: None where no reward asks for it. `right_or_wrong`: right answers may all be of one form, and of one token.
     """
     long = [answer for answer in answers if answer.tokens >= MIN_TOKENS]
-    metrics = {"empty": mean([answer.tokens < 2 for answer in answers])}
+    metrics = {"empty": mean([answer.tokens < 2 - right_or_wrong for answer in answers])}
     if target_tokens:
         metrics["at_target"] = mean([abs(answer.tokens - target_tokens) <= 1 for answer in answers])
     if long:
         trigrams = [ngrams(answer.ids, 3) for answer in long]
-        bigrams = [pair for answer in long for pair in ngrams(answer.ids, 2)]
         metrics["repetition"] = mean([1 - len(set(grams)) / len(grams) for grams in trigrams])
-        metrics["distinct_2"] = len(set(bigrams)) / len(bigrams)
+        if not right_or_wrong:
+            bigrams = [pair for answer in long for pair in ngrams(answer.ids, 2)]
+            metrics["distinct_2"] = len(set(bigrams)) / len(bigrams)
     known = language_identifier().labels
     classified = [(language_identifier().classify(answer.text)[0], language_code(prompt_language))
                   for answer, prompt_language in zip(answers, languages, strict=False)

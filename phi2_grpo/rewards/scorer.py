@@ -17,7 +17,7 @@ from transformers import TrainerState
 
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, memory_ran_out, split_weight
-from phi2_grpo.models.answers import trim
+from phi2_grpo.models.answers import Answer, trim
 from phi2_grpo.rewards import collapse
 from phi2_grpo.rewards.functions import ANY_ANSWER, BUILT_IN
 from phi2_grpo.rewards.reward_model import RewardModel
@@ -142,11 +142,11 @@ class Scorer:
         """The reward models among the rewards."""
         return [reward.function for reward in self.chosen if isinstance(reward.function, RewardModel)]
 
-    @property
-    def rewarded_length(self) -> int | None:
-        """The target, where a reward that is trained for asks for it, as `length` does."""
-        asked = (inspect.signature(reward.function).parameters for reward in self.chosen if reward.weight)
-        return self.target_tokens if any("target_tokens" in names for names in asked) else None
+    def collapse_metrics(self, answers: list[Answer], languages: list[str]) -> dict[str, float]:
+        """`collapse.measure`, of what says something under the rewards that are trained for."""
+        trained = [reward.function for reward in self.chosen if reward.weight]
+        asked = any("target_tokens" in inspect.signature(function).parameters for function in trained)
+        return collapse.measure(answers, languages, self.target_tokens if asked else None, BUILT_IN["correct"] in trained)
 
     def score(self, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
         """Completions outside training, of `rows` of the data set, one each; returns `last_batch`.
@@ -200,7 +200,7 @@ class Scorer:
         if log := columns.get("log_metric"):  # TRL's: the mean over a step, beside its own metrics
             log("answers/ended", sum(answer.ended for answer in answers) / len(answers))
             log("answers/tokens", sum(answer.tokens for answer in answers) / len(answers))
-            for name, value in collapse.measure(answers, columns.get("lang") or [], self.rewarded_length).items():
+            for name, value in self.collapse_metrics(answers, columns.get("lang") or []).items():
                 log(f"collapse/{name}", value)
 
     def _weighted_sum(self, scores: dict[str, float | None]) -> float | None:

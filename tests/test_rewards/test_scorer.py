@@ -8,6 +8,7 @@ import torch
 from conftest import ok, refused, rows_of
 
 from phi2_grpo.common.cli import UserError
+from phi2_grpo.models.answers import Answer
 from phi2_grpo.rewards.functions import length
 from phi2_grpo.rewards.scorer import Reward, Scorer, parse_rewards, try_rewards
 
@@ -205,3 +206,15 @@ def test_several_rewards_train_and_are_described(call, quick, tmp_path):
     report = json.loads((tmp_path / "v" / "report.json").read_text())
     assert report["config"]["rewards"] == flags[1].split(","), "those it was trained with"
     assert set(parts) <= set(report["metrics"])
+
+
+def test_what_counts_as_a_collapse_depends_on_the_rewards():
+    """Right answers may be short and alike; a target says something only where a reward asks for it."""
+
+    def of(rewards: str, tokens: int) -> dict:
+        answers = [Answer("7", tuple(range(tokens)), True, "")] * 8
+        return Scorer(None, 8, parse_rewards([rewards])).collapse_metrics(answers, [])
+
+    assert of("correct", 1) == {"empty": 0.0} and of("ending", 1) == {"empty": 1.0}
+    assert of("correct", 9).keys() == {"empty", "repetition"}
+    assert of("length", 9).keys() == {"empty", "repetition", "distinct_2", "at_target"}
