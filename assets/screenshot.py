@@ -15,6 +15,7 @@ from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__).resolve().parent
 QUESTION = "What are the benefits of exercise?"
+MOST_SECONDS = 300  # of an answer
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
         desktop = browser.new_page(viewport={"width": 1160, "height": 720})
+        desktop.set_default_timeout(MOST_SECONDS * 1000)
         desktop.goto(url)
         desktop.get_by_role("button", name="Parameters").click()
         desktop.get_by_label("Seed").fill("0")
@@ -35,6 +37,7 @@ def main() -> None:
         desktop.wait_for_timeout(500)
         desktop.screenshot(path=HERE / "app.png")
         phone = browser.new_page(viewport={"width": 360, "height": 720}, color_scheme="dark")
+        phone.set_default_timeout(MOST_SECONDS * 1000)
         phone.goto(url)
         phone.get_by_text(QUESTION).click()
         phone.wait_for_function("[...document.querySelectorAll('#chat .note')].some(n => n.innerText.includes('seed'))")
