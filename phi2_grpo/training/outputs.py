@@ -118,6 +118,7 @@ def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dic
         each.plot(steps, values, color=color, alpha=0.35, linewidth=1, label="each step")
         each.plot(steps, smooth, color=color, linewidth=2.2, label="running mean")
         each.set(title=title if values else f"{title}: not measured", xlabel="step")
+        each.xaxis.get_major_locator().set_params(integer=True)
         each.grid(alpha=0.2)
         if each is not reward:
             each.set_ylim(bottom=0)
