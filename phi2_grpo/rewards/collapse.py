@@ -1,4 +1,4 @@
-"""Collapse metrics: signs of reward gaming, measured on the answers and not on any reward; and the alerts they raise."""
+"""Collapse metrics: symptoms of reward gaming, measured on the answers and not on any reward; and the alerts they raise."""
 
 from collections import Counter
 from dataclasses import dataclass
