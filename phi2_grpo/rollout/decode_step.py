@@ -20,6 +20,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from phi2_grpo.models.base import context_length
 from phi2_grpo.rollout.cache import cache_shape
 
+FEW_ROWS = 64  # in a matrix product on a CPU, which is then faster with the weight on the left (docs/rollout.md)
+
 
 def unwrap(model):
     """The causal LM under PEFT's wrapper, which has the adapter's layers in it."""
@@ -86,6 +88,7 @@ class DecodeStep:
         self.dtype, self.device = weight.dtype, weight.device
         self.context = context_length(self.model)
         self.layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self.linears = [module for module in self.model.modules() if type(module) is nn.Linear]
         self.lora: list[torch.Tensor] = []  # the adapter's matrices in the order in which the step multiplies by them
         self.adapters: list = []  # which adapter each layer had on at the last `sync_adapter`
 
@@ -119,11 +122,13 @@ class DecodeStep:
         """Inside, plain LoRA layers compute with the copies of `sync_adapter`; the others as PEFT has them."""
         plain = self._plain_layers()
         try:
+            for linear in self.linears:
+                linear.forward = partial(_linear, linear)
             for layer, lora_A, lora_B in zip(plain, self.lora[::2], self.lora[1::2], strict=True):
                 layer.forward = partial(_lean_forward, layer.base_layer, lora_A, lora_B)
             yield
         finally:
-            for layer in plain:
+            for layer in (*self.linears, *plain):
                 layer.__dict__.pop("forward", None)
 
     def prefill(self, ids: torch.Tensor, last: list[int]) -> tuple[torch.Tensor, DynamicCache]:
@@ -160,8 +165,16 @@ def position_mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> t
     return mask.masked_fill_(after, -torch.inf)[:, None, None]
 
 
+def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if not (x.is_cpu and x.dtype == torch.float32 and len(rows) <= FEW_ROWS):
+        return F.linear(x, layer.weight, layer.bias)
+    out = (layer.weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
+    return out if layer.bias is None else out.add_(layer.bias)
+
+
 def _lean_forward(base_layer, lora_A: torch.Tensor, lora_B: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    out = F.linear(x, base_layer.weight, base_layer.bias)
+    out = _linear(base_layer, x)
     if len(lora_A):
         out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ lora_A.T, lora_B.T)
     return out
