@@ -202,12 +202,12 @@ def print_error(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
     """What a user can correct, in words; "" for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if memory_ran_out(error):
-        advice = "Lower --per_device_train_batch_size, --rollout_batch_size or --max_completion_length."
+        advice = "Lower --per_device_train_batch_size, --rollout_batch_size, --max_completion_length or --reward_max_length."
         return f"out of memory: {first_line(error)}\n  {advice}"
     if disk_is_full(error):
         return f"no room is left on a disk: {first_line(error)}\n  Existing files were not changed. Make room and run it again."
@@ -237,7 +237,7 @@ def run(main: Callable[[], None]) -> None:
             print_error(f"\ninterrupted. {interrupt}".rstrip())
         raise SystemExit(143 if isinstance(interrupt, Terminated) else 130) from None
     except Exception as error:
-        if not (text := _explain(error)):
+        if not (text := explain(error)):
             raise
         time.sleep(0 if first else 10)  # the first process says the same, and the launcher ends the others meanwhile
         print_error(f"error: {text}")

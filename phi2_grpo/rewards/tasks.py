@@ -1,7 +1,7 @@
 """Rewards of tasks whose answers are right or wrong, in the same signature as functions.py."""
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 from itertools import accumulate
 
@@ -11,7 +11,7 @@ from phi2_grpo.common.cli import UserError
 
 # A minus sign belongs to a number where nothing stands before it that could be subtracted from.
 NUMBER = re.compile(r"(?<![\w.)])[-+\u2212](?=[$€£]?\d)|\d")
-DIGITS = re.compile(r"[-+\u2212]?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?(?:\s?/\s?(\d+)(?![\d.]))?")
+DIGITS = re.compile(r"[-+\u2212]?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?(?:\s?/\s?(\d{1,99})(?![\d.]))?")
 FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 TIMEOUT = 1.0  # seconds for one answer: a pattern may need exponential time
 
@@ -42,14 +42,8 @@ def _numbers(text: str):
     position = 0
     while start := NUMBER.search(text, position):
         match = DIGITS.match(text, start.start())
-        if not match:
-            position = start.end()
-            continue
         position = match.end()
-        try:
-            value = Fraction(Decimal(match[1].replace(",", "") + (match[2] or "")))
-        except InvalidOperation:
-            continue
+        value = Fraction(Decimal(match[1].replace(",", "") + (match[2] or "")))
         value = value / int(match[3]) if match[3] and int(match[3]) else value
         yield -value if match[0][0] in "-\u2212" else value
 

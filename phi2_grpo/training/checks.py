@@ -4,7 +4,6 @@ import importlib.metadata
 import math
 import os
 import shutil
-import sysconfig
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from datasets import DatasetDict
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers.utils import is_triton_available
 
 from phi2_grpo.common import cli, files
 from phi2_grpo.common.cli import UserError
@@ -27,39 +25,18 @@ from phi2_grpo.rollout.cache import free_memory
 from phi2_grpo.rollout.engine import choose_engine
 from phi2_grpo.training import checkpoints, outputs
 from phi2_grpo.training.memory import estimate, largest_preset, peak, update_estimate
-from phi2_grpo.training.trainer import mixed_precision
 
 GB = 1e9
 
 
 def device(config: dict):
     device, dtype = choose_device(config)
-    ours, theirs = mixed_precision(device, dtype), os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
-    if theirs not in ("no", ours):
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise UserError(
-            f"the launcher asks for mixed precision {theirs} (ACCELERATE_MIXED_PRECISION), and --dtype {config['dtype']} on "
-            f"this device trains with {ours}. Leave it out there: accelerate launch --mixed_precision no"
+            f"{torch.cuda.device_count()} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python ...; "
+            "or all, for train_grpo.py: accelerate launch --multi_gpu ..."
         )
-    if device.type == "cuda":
-        if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
-            raise UserError(
-                f"{torch.cuda.device_count()} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python ...; "
-                "or all, for train_grpo.py: accelerate launch --multi_gpu ..."
-            )
-        if is_triton_available():
-            _check_compiler()
     return (device, dtype), f"{outputs.hardware_name(device)}, {str(dtype).removeprefix('torch.')}"
-
-
-def _check_compiler() -> None:
-    """TRL's log-probs are a Triton kernel. It is compiled at its first use: in the first step, after all else is loaded."""
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    compiler = os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc", "cc")))
-    if missing := [name for name, exists in (("a C compiler", compiler), (str(header), header.is_file())) if not exists]:
-        raise UserError(
-            f"Triton compiles the log-prob kernel at its first use, and needs {' and '.join(missing)}. Debian and Ubuntu: "
-            "apt-get install gcc python3-dev. Elsewhere: a C compiler, and the headers of this Python."
-        )
 
 
 def output_folder(output: Path, final: Path, key: str, resume: bool, overwrite: bool):

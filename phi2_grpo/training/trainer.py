@@ -3,7 +3,7 @@
 All that overrides private methods of TRL or transformers is in this file.
 """
 
-import shutil
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from trl import GRPOTrainer, RewardTrainer
 from trl.trainer.utils import RepeatSampler
 
 from phi2_grpo.common import files, progress
-from phi2_grpo.common.cli import UserError, disk_is_full, first_line, memory_ran_out
+from phi2_grpo.common.cli import UserError, disk_is_full, explain, first_line, memory_ran_out
 from phi2_grpo.models.base import is_sharded
 from phi2_grpo.rewards.scorer import BadReward
 from phi2_grpo.rollout.decode_step import unsupported_reason
@@ -35,6 +35,8 @@ def mixed_precision(device: torch.device, dtype: torch.dtype) -> str:
 
 def training_arguments(kind: type, config: dict, device: torch.device, dtype: torch.dtype, **own):
     """A `kind` (GRPOConfig, RewardConfig) of those keys of `config` that are its fields, and of `own`."""
+    # Or else accelerate's config file decides, whose fp16 Phi-2 overflows in.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision(device, dtype)
     known = {field.name for field in fields(kind)}
     settings = {key: value for key, value in config.items() if key in known and value != ""} | {
         "bf16": mixed_precision(device, dtype) == "bf16",
@@ -51,8 +53,6 @@ def training_arguments(kind: type, config: dict, device: torch.device, dtype: to
 
 class RunMixin:
     """Mixed into a trainer: a run from its start, or from a checkpoint, to its end or to a clear message."""
-
-    memory_settings = "--per_device_train_batch_size (and raise --gradient_accumulation_steps as much)"
 
     def run(self, log: LogCallback, checkpoint: Path | None) -> None:
         """Train up to `max_steps`, on from `checkpoint`.
@@ -74,7 +74,8 @@ class RunMixin:
             with stop.listening():
                 self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except Exception as error:
-            self._explain(error, output)
+            if text := self._end(error, output):
+                raise UserError(f"{text}\n  {checkpoints.resume_hint(output)}") from None
             raise
         finally:
             log.progress.stop()  # or a failure leaves a terminal without its cursor
@@ -87,26 +88,18 @@ class RunMixin:
         set_peft_model_state_dict(self.accelerator.unwrap_model(self.model), weights)
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
-    def _explain(self, error: Exception, output: Path) -> None:
-        """Raise a UserError that says how to go on, for what is no bug."""
-        text = None
-        if isinstance(error, BadReward):
+    def _end(self, error: Exception, output: Path) -> str:
+        """Save, or make room, after what ended the training; and what it was, in words, "" for a bug."""
+        if isinstance(error, BadReward) or memory_ran_out(error):
             self._save_now(output)
-            text = f"{error}\n  With a corrected reward start another run: --init_adapter CHECKPOINT and another --output_dir."
-        elif memory_ran_out(error):
-            self._save_now(output)
-            text = f"memory ran out in step {self.state.global_step + 1}: {first_line(error)}\n  Lower {self.memory_settings}."
-        elif isinstance(error, UserError):
-            text = str(error)
         elif disk_is_full(error):
             checkpoints.remove_incomplete(output)
-            free = shutil.disk_usage(files.nearest_existing(output)).free / 1e9
-            text = f"no room is left on the disk of {output} ({free:.2f} GB free): {first_line(error)}\n  Make room."
+        if isinstance(error, BadReward):
+            return f"{error}\n  With a corrected reward start another run: --init_adapter CHECKPOINT and another --output_dir."
         # gloo raises a plain RuntimeError, NCCL a DistError.
-        elif isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            text = f"another process of this run is gone, or its machine: {first_line(error)[:200]}"
-        if text:
-            raise UserError(f"{text}\n  {checkpoints.resume_hint(output)}") from None
+        if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            return f"another process of this run is gone, or its machine: {first_line(error)[:200]}"
+        return explain(error)
 
     def _save_now(self, output: Path) -> None:
         """Save what the last complete step left, where no checkpoint has it yet."""
@@ -136,7 +129,6 @@ class Trainer(RunMixin, GRPOTrainer):
     private methods; a test holds their signatures."""
 
     engine = None
-    memory_settings = f"{RunMixin.memory_settings}, --rollout_batch_size or --max_completion_length"
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         theirs = super()._get_train_sampler(dataset)
@@ -220,5 +212,3 @@ class Trainer(RunMixin, GRPOTrainer):
 
 class RewardModelTrainer(RunMixin, RewardTrainer):
     """For a reward model."""
-
-    memory_settings = f"{RunMixin.memory_settings} or --reward_max_length, or give --activation_checkpointing"

@@ -10,21 +10,13 @@ FLOORS = {"common": 0, "data": 1, "models": 1, "rewards": 2, "rollout": 2, "trai
 MODULES = sorted((ROOT / "phi2_grpo").glob("*/*.py"))
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
-
 def test_imports_go_down():
     """Five floors: scripts, training | evaluation, rewards | rollout, data | models, common. Rooms of one floor are strangers."""
     assert {path.parent.name for path in MODULES} == set(FLOORS)
     scripts = {path.stem for path in ROOT.glob("*.py")} - {"config"}
     for path in MODULES:
         room = path.parent.name
-        for name in imported(path):
+        for name in re.findall(r"^ *(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE):
             assert name.split(".")[0] not in scripts, f"{path} imports the script {name}"
             if name.startswith("phi2_grpo."):
                 other = name.split(".")[1]
@@ -34,13 +26,9 @@ def test_imports_go_down():
 def test_no_module_is_long():
     limits = {"hf_app/app.py": 420, "hf_app/engine.py": 400, "config.py": 230}
     for path in [*MODULES, *ROOT.glob("*.py"), *(ROOT / "hf_app").glob("*.py")]:
-        longest = limits.get(path.relative_to(ROOT).as_posix(), 200 if path.parent == ROOT else 300)
+        usual = 1 if path.name == "__init__.py" else 200 if path.parent == ROOT else 300
+        longest = limits.get(path.relative_to(ROOT).as_posix(), usual)
         assert len(path.read_text().splitlines()) <= longest, path
-
-
-def test_a_rooms_init_is_one_line():
-    for path in (ROOT / "phi2_grpo").rglob("__init__.py"):
-        assert len(path.read_text().splitlines()) == 1, path
 
 
 def test_nothing_is_defined_for_tests_alone():

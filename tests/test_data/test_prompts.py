@@ -2,17 +2,19 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import datasets
 import pytest
-from conftest import ROOT, ok, refused
+from conftest import ROOT, ok, refused, rows_of
 
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import prompts, sources, store
 
 USER, BOT, SYSTEM = ({"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("system", "Be brief.")))  # fmt: skip
 MORE = {"role": "user", "content": "And?"}
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+GSM8K, SUMS = ROOT.parent / "shared" / "data" / "gsm8k", ROOT / "sample" / "sums"
 
 
 def parse(row: dict, prompt_column="", reference_column="", system_prompt="") -> dict | None:
@@ -37,7 +39,6 @@ FORMS = [  # row, prompt, reference
     ({"question": "Why?", "answer": 18}, [USER], "18"),
     # odd ones
     ({"prompt": None}, None, None),
-    ({"prompt": []}, None, None),
     ({"prompt": 7}, [{"role": "user", "content": "7"}], None),
     ({"prompt": {"text": "Why?"}}, None, None),
     ({"messages": [BOT]}, None, None),
@@ -47,7 +48,6 @@ FORMS = [  # row, prompt, reference
     ({"messages": [USER, {"role": "tool", "content": "{}"}]}, None, None),
     ({"messages": [[USER, BOT]]}, None, None),
     ({"messages": "Why?"}, [USER], None),
-    ({"question": "Why?", "answer": None}, [USER], None),
     ({"question": "Why?", "answer": float("nan")}, [USER], None),
     ({"question": "Why?", "answer": ["So."]}, [USER], None),
     ({"prompt": "Why?\ud800"}, [{"role": "user", "content": "Why??"}], None),
@@ -72,72 +72,49 @@ def test_other_columns_are_kept_and_named_ones_win():
         parse({"ask": "Why?", "right": "So."}, "ask", "rihgt")
 
 
-PAIR = {"chosen": [BOT], "rejected": [{"role": "assistant", "content": "No."}]}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
-        {"prompt": [USER], **PAIR},
-        {"chosen": [USER, *PAIR["chosen"]], "rejected": [USER, *PAIR["rejected"]]},
-        {"prompt": "Why?", "chosen": [USER, *PAIR["chosen"]], "rejected": [USER, *PAIR["rejected"]]},
-    ],
-)
-def test_chosen_and_rejected_become_pairs(row):
-    parsed = parse(row)
-    assert parsed["prompt"] == [USER] and parsed["pairs"] == [PAIR] and parsed["reference"] == "So."
-
-
-def test_one_question_with_several_pairs():
-    rows = [parse({"prompt": "Why?", "chosen": good, "rejected": "No."}) for good in ("So.", "Because.")]
+def test_chosen_and_rejected_become_pairs():
+    pair = {"chosen": [BOT], "rejected": [{"role": "assistant", "content": "No."}]}
+    both = {side: [USER, *turns] for side, turns in pair.items()}
+    texts = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    for row in (texts, {"prompt": [USER], **pair}, both, {"prompt": "Why?", **both}):
+        parsed = parse(row)
+        assert parsed["prompt"] == [USER] and parsed["pairs"] == [pair] and parsed["reference"] == "So.", row
+    rows = [parse({**texts, "chosen": good}) for good in ("So.", "Because.")]
     kept, pairs, _ = prompts.deduplicate(rows, set())
     assert len(kept) == 1 and [pair["chosen"][0]["content"] for pair in pairs] == ["So.", "Because."]
 
 
 QUESTIONS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(10)]
+TABLE = "\r\n".join(["question;answer", *(f'"{row["question"]}";{row["answer"]}' for row in QUESTIONS)])
+FILES = {
+    "q.jsonl": "\r\n".join(map(json.dumps, QUESTIONS)),
+    "q.json": json.dumps(QUESTIONS, indent=1),
+    "q.csv": TABLE,
+    "q.tsv": TABLE.replace(";", "\t"),
+    "q.txt": "\r\n".join(row["question"] for row in QUESTIONS),
+}
 
 
-def write(path, kind: str) -> None:
-    """QUESTIONS in a file of that kind, with what Windows and Excel add to it."""
-    path.parent.mkdir(exist_ok=True)
-    table = "\r\n".join(["question;answer", *(f'"{row["question"]}";{row["answer"]}' for row in QUESTIONS)])
-    texts = {
-        "jsonl": "\r\n".join(map(json.dumps, QUESTIONS)),
-        "json": json.dumps(QUESTIONS, indent=1),
-        "csv": table,
-        "tsv": table.replace(";", "\t"),
-        "txt": "\r\n".join(row["question"] for row in QUESTIONS),
-    }
-    if kind == "parquet":
+@pytest.mark.parametrize("name", [*FILES, "q.parquet", "q.csv.gz", "q.jsonl.gz"])
+def test_files(name, tmp_path):
+    """With what Windows and Excel add to them."""
+    path = tmp_path / name
+    if name == "q.parquet":
         datasets.Dataset.from_list(QUESTIONS).to_parquet(path)
     else:
-        data = ("\ufeff" + texts[kind]).encode()
-        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-
-
-@pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.csv", "q.tsv", "q.txt", "q.parquet", "q.csv.gz", "q.jsonl.gz"])
-def test_files(name, tmp_path):
-    path = tmp_path / name
-    write(path, name.split(".")[1])
+        data = ("\ufeff" + FILES[name.removesuffix(".gz")]).encode()
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     rows = list(sources.read_rows(str(path), "main")[0][""])
-    form = prompts.find_form(rows, "", "")
-    read = prompts.read({"": rows}, form, "")[""]
+    read = prompts.read({"": rows}, prompts.find_form(rows, "", ""), "")[""]
     assert [row["prompt"][0]["content"] for row in read] == [row["question"] for row in QUESTIONS]
     assert [row["reference"] for row in read] == [None if "txt" in name else row["answer"] for row in QUESTIONS]
 
 
 def test_a_folder_keeps_its_splits(tmp_path):
     for name in ("train-0.csv", "test-0.csv"):
-        write(tmp_path / "d" / name, "csv")
-    splits, _ = sources.read_rows(str(tmp_path / "d"), "main")
+        (tmp_path / name).write_text(TABLE)
+    splits, _ = sources.read_rows(str(tmp_path), "main")
     assert {split: len(list(rows)) for split, rows in splits.items()} == {"train": 10, "validation": 10}
-
-
-def test_a_row_with_another_number_of_cells_is_named(tmp_path):
-    (tmp_path / "q.csv").write_text('question,answer\nWhy?,So.\n"Unclosed, and\n')
-    with pytest.raises(UserError, match="past row 1"):
-        list(sources.read_rows(str(tmp_path / "q.csv"), "main")[0][""])
 
 
 def test_prepared_under_the_source_s_name_with_all_columns(call, micro, tmp_path):
@@ -162,6 +139,8 @@ def test_what_cannot_be_prepared(call, micro, tmp_path):
     refused(call("prepare_data", *flags, tmp_path / "b.jsonl", "--validation_fraction", 0), "column n")
     (tmp_path / "c.jsonl").write_text("[1, 2]\n")
     refused(call("prepare_data", *flags, tmp_path / "c.jsonl"), "holds no rows")
+    (tmp_path / "d.csv").write_text('question,answer\nWhy?,So.\n"Unclosed, and\n')
+    refused(call("prepare_data", *flags, tmp_path / "d.csv"), "past row 1")
 
 
 def test_languages_are_guessed_where_some_are_wanted(call, micro, tmp_path):
@@ -176,3 +155,29 @@ def test_gsm8k(call, micro, tmp_path):
     ok(call("prepare_data", "--model", micro, "--dataset", GSM8K, "--data_dir", tmp_path, "--max_prompt_tokens", 2000))
     tables = datasets.load_from_disk(str(tmp_path / "gsm8k_prompts"))
     assert {split: len(table) for split, table in tables.items()} == {"train": 7473, "validation": 1319}
+
+
+def test_the_sums_are_what_their_script_makes_and_hold_out_whole_addends(tmp_path):
+    copy = tmp_path / "make_sums.py"
+    copy.write_text((SUMS / "make_sums.py").read_text())
+    subprocess.run([sys.executable, copy], check=True)
+    rows = {}
+    for split in ("train", "validation"):
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (SUMS / f"{split}.jsonl").read_bytes()
+        rows[split] = rows_of(SUMS, f"{split}.jsonl")
+    addends = {split: {word.strip("?.,") for row in of for word in row["prompt"].split()} for split, of in rows.items()}
+    assert not {"7", "11"} & addends["train"] and {"7", "11"} <= addends["validation"]
+
+
+def test_from_a_file_to_a_validated_adapter(call, quick, micro, tmp_path):
+    (tmp_path / "q.csv").write_text("question,answer\n" + "".join(f"What is {i} plus {i}?,{2 * i}\n" for i in range(20)))
+    where = ("--data_dir", tmp_path / "data")
+    ok(call("prepare_data", "--model", micro, "--dataset", tmp_path / "q.csv", *where, "--validation_fraction", 0.3))
+    flags = (*quick[:4], *where, *quick[6:], "--rewards", "correct,length:0.1", "--seed", 1)
+    trained = call("train_grpo", 2, *flags, "--output_dir", tmp_path / "o")
+    assert trained.code == 0 and "correct x 1" in trained.out, trained.err
+    measured = ("--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--samples_per_prompt", 2)
+    done = call("validate_model", *quick[:4], *where, *measured)
+    assert done.code == 0 and "pass@2" in done.out and "from wrong to right" in done.out, done.err
+    accuracy = json.loads((tmp_path / "v" / "report.json").read_text())["accuracy"]
+    assert set(accuracy["pass@k"]) == {"1", "2"} and "## Accuracy" in (tmp_path / "v" / "report.md").read_text()

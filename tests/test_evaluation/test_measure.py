@@ -16,20 +16,6 @@ ROWS = [{"prompt": [{"role": "user", "content": text}], "lang": "en", "message_i
         for text, reply in (("Why?", "Because."), ("How do I keep a plant?", "Water it once a week."), ("A", None))]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def config(micro) -> dict:
-    return {**CONFIG, "model": str(micro), "max_completion_length": 12}
-
-
-@pytest.fixture
-def base(config):
-    return load_base(config, torch.device("cpu"), torch.float32).eval()
-
-
-def ignore(done: int) -> None:
-    """No progress bar."""
-
-
 @torch.no_grad()
 def by_hand(model, tokenizer, row: dict, ids: list[int]) -> torch.Tensor:
     """Log-probs at the positions of `ids`, (T, V), of one text without padding, in float64."""
@@ -37,15 +23,17 @@ def by_hand(model, tokenizer, row: dict, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)[len(prompt) - 1 : -1]
 
 
-def test_costs_against_values_by_hand(config, tokenizer, base, final):
-    policy = load_adapter(load_base(config, torch.device("cpu"), torch.float32), str(final)).eval()
+def test_costs_against_values_by_hand(micro, tokenizer, final):
+    config, done = {**CONFIG, "model": str(micro)}, []
+    base, policy = (load_base(config, torch.device("cpu"), torch.float32).eval() for _ in range(2))
+    policy = load_adapter(policy, str(final)).eval()
     ids = [tokenizer(text)["input_ids"] for text in (" So it is.", " No", "")]
-    kl = measure.kl_to_base(policy, tokenizer, ROWS, ids, ignore)
+    kl = measure.kl_to_base(policy, tokenizer, ROWS, ids, done.append)
     assert kl[2] is None, "an empty completion"
     for row, completion, value in zip(ROWS[:2], ids, kl, strict=False):
         p, q = (by_hand(model, tokenizer, row, completion) for model in (policy, base))
         assert value == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
-    nlls = measure.reference_nll(policy, tokenizer, ROWS, ignore)
+    nlls = measure.reference_nll(policy, tokenizer, ROWS, done.append)
     assert nlls[2] is None, "no reference"
     for row, value in zip(ROWS[:2], nlls, strict=False):
         reply = tokenizer(f" {row['reference']}")["input_ids"]

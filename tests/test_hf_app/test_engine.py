@@ -1,4 +1,4 @@
-"""The app without a browser: the engine itself, and the running server through its API."""
+"""The app without a browser: its engine, and its command."""
 
 import os
 import re
@@ -6,43 +6,46 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, change_json, make_micro
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from serve_app import SAYS
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from config import LIMITS
+from phi2_grpo.models import answers
+from phi2_grpo.models.tokenizer import CHAT_TEMPLATE, SAMPLE_PROMPTS
 
 sys.path.insert(0, str(ROOT / "hf_app"))
+
+import engine as app_engine
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PLANT = [{"role": "user", "content": "How do I keep a plant alive?"}]
 
 
 @pytest.fixture(scope="module")
 def engine(loud, micro):
-    from engine import Engine
-
-    running = Engine(loud, str(micro))
+    running = app_engine.Engine(loud, str(micro))
     yield running
     running.close()
 
 
-def ask(engine, question="How do I keep a plant alive?", model="tuned", **given):
-    *_, last = engine.stream([{"role": "user", "content": question}], model, engine.settings(**given))
+def ask(engine, question: str | list[dict] = PLANT, model="tuned", **given):
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    *_, last = engine.stream(messages, model, engine.settings(**given))
     return last
-
-
-# --- the engine
 
 
 def test_what_stands_alone_says_the_same_as_the_project():
     """hf_app imports nothing of the project, so these facts stand twice; this holds them together."""
-    import engine as app_engine
-
-    from config import LIMITS
-    from phi2_grpo.models.answers import STOP_STRINGS
-    from phi2_grpo.models.tokenizer import CHAT_TEMPLATE, SAMPLE_PROMPTS
-
-    assert app_engine.CHAT_TEMPLATE == CHAT_TEMPLATE and app_engine.STOP_STRINGS == STOP_STRINGS
+    assert app_engine.CHAT_TEMPLATE == CHAT_TEMPLATE and app_engine.STOP_STRINGS == answers.STOP_STRINGS
     assert (LIMITS["chat_temperature"], LIMITS["chat_top_p"]) == (app_engine.LIMITS["temperature"], app_engine.LIMITS["top_p"])
     source = (ROOT / "hf_app" / "app.py").read_text()
     assert all(repr(prompt).strip("'") in source for prompt in SAMPLE_PROMPTS)
@@ -58,23 +61,16 @@ def test_an_adapter_s_own_settings_out_of_range_do_not_stop_the_app(engine, monk
 
 
 def test_a_pickled_base_is_not_read(micro, tmp_path):
-    import torch
-    from engine import Engine, NoBase
-
     base = shutil.copytree(micro, tmp_path / "base")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    with pytest.raises(NoBase, match="safetensors"):
-        Engine(tmp_path / "none", str(base))
-
-
-STOPS = ["\nInstruct:", "\nExercise 3"]
+    with pytest.raises(app_engine.NoBase, match="safetensors"):
+        app_engine.Engine(tmp_path / "none", str(base))
 
 
 @pytest.mark.parametrize(
     ("text", "finished", "expected"),
     [
-        (" Four.", True, ("Four.", "")),
         (" Four.\nInstruct: and", False, ("Four.", "Instruct:")),
         (" Four.\nInstr", False, ("Four.", "")),  # may become a stop
         (" Four.\nInstr", True, ("Four.\nInstr", "")),  # did not
@@ -83,40 +79,27 @@ STOPS = ["\nInstruct:", "\nExercise 3"]
         (" a\nExercise 3 b\nInstruct: c", True, ("a", "Exercise 3")),  # the first one counts
         (" é�", False, ("é", "")),  # half of a character
         ("", False, ("", "")),
-        ("\n", True, ("", "")),
     ],
 )
 def test_trimming_holds_back_what_may_become_a_stop(text, finished, expected):
-    from engine import trim
-
-    assert trim(text, STOPS, finished) == expected
+    assert app_engine.trim(text, ["\nInstruct:", "\nExercise 3"], finished) == expected
 
 
 def test_trimmed_as_the_validation_trims(engine):
-    """The same text, count and reason to end as phi2_grpo.answers gives the very same tokens."""
-    from engine import trim as app_trim
-
-    from phi2_grpo.models.answers import trim
-
+    """The same text as phi2_grpo/models/answers.py gives the very same tokens."""
     for said in ("plain", "stop", "near", "code"):
         ids = engine.tokenizer(" " + SAYS[said][0], add_special_tokens=False)["input_ids"] + [engine.tokenizer.eos_token_id]
-        ours = trim([ids], engine.tokenizer)[0]
-        text, _ = app_trim(engine.tokenizer.decode(ids, skip_special_tokens=True), engine.defaults.stop_strings, True)
-        assert text == ours.text
+        text, _ = app_engine.trim(engine.tokenizer.decode(ids, skip_special_tokens=True), engine.defaults.stop_strings, True)
+        assert text == answers.trim([ids], engine.tokenizer)[0].text
 
 
 @pytest.mark.parametrize("model", ["tuned", "base"])
 def test_both_answer_as_a_direct_run_of_the_libraries(engine, loud, micro, model):
     """Token for token what PEFT, or a base that no adapter was ever put on, draws with the same seed."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
     tokenizer = AutoTokenizer.from_pretrained(loud)
     plain = AutoModelForCausalLM.from_pretrained(micro, dtype=torch.float32)
     direct = PeftModel.from_pretrained(plain, loud).eval() if model == "tuned" else plain.eval()
-    talk = [{"role": "user", "content": "How do I keep a plant alive?"}]
-    inputs = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(PLANT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     config = GenerationConfig.from_pretrained(loud)
     for seed in range(3):
         torch.manual_seed(seed)
@@ -126,16 +109,11 @@ def test_both_answer_as_a_direct_run_of_the_libraries(engine, loud, micro, model
 
 
 def test_base_and_tuned_do_not_mix_under_concurrent_use(engine):
-    from concurrent.futures import ThreadPoolExecutor
-
     alone = {(model, seed): ask(engine, model=model, seed=seed).text for model in ("tuned", "base") for seed in range(4)}
     assert any(alone["tuned", seed] != alone["base", seed] for seed in range(4)), "the two must differ for this to prove much"
     with ThreadPoolExecutor(4) as pool:
-        wanted = [*alone] * 3
-        for (model, seed), last in zip(
-            wanted, pool.map(lambda one: ask(engine, model=one[0], seed=one[1]), wanted), strict=True
-        ):
-            assert last.text == alone[model, seed]
+        jobs = [(of, pool.submit(ask, engine, model=of[0], seed=of[1])) for of in [*alone] * 3]
+        assert all(job.result().text == alone[of] for of, job in jobs)
 
 
 def test_parameters_take_effect(engine):
@@ -150,18 +128,12 @@ def test_parameters_take_effect(engine):
 def test_earlier_turns_are_seen_and_the_oldest_leave_first(engine):
     said = (("user", "first"), ("assistant", "one"), ("user", "second"))
     talk = [{"role": role, "content": text} for role, text in said]
-    text, left_out = engine.prompt(talk, 16)
-    assert text == "Instruct: first\nOutput: one\nInstruct: second\nOutput:" and left_out == 0
+    assert engine.prompt(talk, 16) == ("Instruct: first\nOutput: one\nInstruct: second\nOutput:", 0)
     long = [{"role": role, "content": "plant " * 60} for role in ("user", "assistant") * 4]
     long.append({"role": "user", "content": "now"})
     text, left_out = engine.prompt(long, 200)
     assert 0 < left_out < len(long) and left_out % 2 == 0 and text.endswith("Instruct: now\nOutput:")
-    assert f"{left_out} earlier messages left out" in ask_all(engine, long).summary()
-
-
-def ask_all(engine, messages):
-    *_, last = engine.stream(messages, "tuned", engine.settings(max_new_tokens=200, seed=0))
-    return last
+    assert f"{left_out} earlier messages left out" in ask(engine, long, max_new_tokens=200, seed=0).summary()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +145,6 @@ def ask_all(engine, messages):
         ("plant " * 2_000, {}, "there is room for"),
         ("Why?", {"temperature": 0.0}, "temperature is 0.0, but it takes a number from 0.05 to 2.0"),
         ("Why?", {"temperature": float("nan")}, "temperature is nan"),
-        ("Why?", {"max_new_tokens": float("inf")}, "max_new_tokens is inf"),
         ("Why?", {"temperature": "hot"}, "temperature is 'hot'"),
         ("Why?", {"max_new_tokens": 10_000}, "a whole number from 1 to 256"),
         ("Why?", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
@@ -182,9 +153,7 @@ def ask_all(engine, messages):
     ],
 )
 def test_bad_input_to_the_engine(engine, question, given, expected):
-    from engine import BadInput
-
-    with pytest.raises(BadInput, match=re.escape(expected)):
+    with pytest.raises(app_engine.BadInput, match=re.escape(expected)):
         ask(engine, question, **given)
 
 
@@ -194,34 +163,25 @@ def test_odd_questions_are_answered(engine):
 
 
 def test_the_time_limit_ends_an_answer(engine, monkeypatch):
-    import engine as app_engine
-
     monkeypatch.setattr(app_engine, "MAX_SECONDS", 0.0)
     ends = [ask(engine, "Why?", max_new_tokens=200, seed=seed) for seed in range(6)]
     assert all(last.tokens <= 1 for last in ends) and any(last.finish_reason == "cut off at the time limit" for last in ends)
-
-
-def config_with(**values):
-    return lambda folder: change_json(folder / CONFIG, **values)
 
 
 def diverged(folder: Path) -> None:
     save_file({name: value * float("nan") for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
 
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BROKEN = {
     "gone": (shutil.rmtree, "base", "No adapter in"),
     "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "base", "No adapter in"),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "broken", "adapter_model.safetensors is missing"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), "broken", "adapter_config.json is missing"),
     "pointer": (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1"), "broken", "LFS"),
     "corrupt": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 1000), "broken", "is broken"),
     "config is no JSON": (lambda folder: (folder / CONFIG).write_text("{"), "broken", "cannot be read"),
-    "wrong target": (config_with(target_modules=["Wqkv"]), "broken", "Target modules"),
-    "other target": (config_with(target_modules=["fc1"]), "broken", "made for another base"),  # it has no weights for fc1
+    "other target": (lambda folder: change_json(folder / CONFIG, target_modules=["fc1"]), "broken", "made for another base"),
     "tokenizer is no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "broken", "is broken"),
-    "pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "broken", "is missing"),
+    "pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "broken", f"{WEIGHTS} is missing"),
     "other base": (lambda folder: None, "broken", "size mismatch"),
     "NaN": (diverged, "broken", "not finite"),
 }
@@ -229,15 +189,11 @@ BROKEN = {
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_without_a_complete_adapter_it_starts_and_is_the_base(final, micro, tmp_path, how):
-    import torch
-    from engine import Engine
-    from transformers import AutoModelForCausalLM
-
     harm, kind, reason = BROKEN[how]
     folder = shutil.copytree(final, tmp_path / "adapter")
     base = make_micro(tmp_path / "wide", hidden_size=48) if how == "other base" else micro
     harm(folder)
-    running = Engine(folder, str(base))
+    running = app_engine.Engine(folder, str(base))
     assert running.kind == kind and reason in running.status and not running.tuned
     assert str(tmp_path) not in running.status, "a public page does not show paths of the machine"
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -246,9 +202,6 @@ def test_without_a_complete_adapter_it_starts_and_is_the_base(final, micro, tmp_
         assert torch.equal(running.model(inputs).logits, fresh(inputs).logits)
     assert ask(running, model="tuned", max_new_tokens=5, seed=0).finish_reason
     running.close()
-
-
-# --- the command
 
 
 @pytest.fixture

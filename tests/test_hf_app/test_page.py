@@ -26,24 +26,16 @@ def browser():
 
 
 @pytest.fixture
-def visit(browser, server):
-    """Opens the page; at the test's end nothing may have gone wrong on it, and nothing asked for from elsewhere."""
-    wrong, pages = [], []
-
-    def open_page(**options):
-        page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else None)
-        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
-        page.goto(server.url)
-        page.wait_for_selector(".status .dot", timeout=10_000)
-        pages.append(page)
-        return page
-
-    yield open_page
-    for page in pages:
-        if not page.is_closed():
-            page.close()
+def page(browser, server, request):
+    """The page, opened; at the test's end nothing may have gone wrong on it, and nothing asked for from elsewhere."""
+    wrong, page = [], browser.new_page(viewport={"width": getattr(request, "param", 1280), "height": 900})
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else None)
+    page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+    page.goto(server.url)
+    page.wait_for_selector(".status .dot", timeout=10_000)
+    yield page
+    page.close()
     assert wrong == []
 
 
@@ -73,8 +65,7 @@ def ended(page, count: int = 1) -> None:
     wait_for(page, lambda: page.locator("#chat .bot .note", has_text="seed").count() >= count)
 
 
-def test_an_answer_grows_on_the_page_and_says_how_it_ended(visit):
-    page = visit()
+def test_an_answer_grows_on_the_page_and_says_how_it_ended(page):
     assert "Tuned: base with adapter grpo-final" in page.locator("#status").inner_text()
     say(page, "say plain")
     parts = set()
@@ -86,8 +77,7 @@ def test_an_answer_grows_on_the_page_and_says_how_it_ended(visit):
 
 
 @pytest.mark.parametrize(("said", "text"), [("hostile", HOSTILE), ("code", CODE), ("scripts", SAYS["scripts"][0])])
-def test_text_is_shown_exactly_and_does_nothing(visit, said, text):
-    page = visit()
+def test_text_is_shown_exactly_and_does_nothing(page, said, text):
     say(page, f"say {said} {text}")
     ended(page)
     assert answers(page) == [text]
@@ -106,8 +96,7 @@ def test_text_is_shown_exactly_and_does_nothing(visit, said, text):
     page.wait_for_timeout(300)
 
 
-def test_stop_keeps_the_part_and_the_next_question_works(visit, server):
-    page = visit()
+def test_stop_keeps_the_part_and_the_next_question_works(page, server):
     say(page, "say slow")
     wait_for(page, lambda: len("".join(answers(page))) > 30)
     page.locator("#ask .stop-button").click()
@@ -120,8 +109,7 @@ def test_stop_keeps_the_part_and_the_next_question_works(visit, server):
     assert answers(page)[-1] == SAYS["plain"][0] and answers(page)[0] == kept
 
 
-def test_retry_answers_anew_and_undo_takes_back(visit):
-    page = visit()
+def test_retry_answers_anew_and_undo_takes_back(page):
     page.get_by_text("What are the benefits of exercise?").click()
     ended(page)
     before = page.locator("#chat .bot .note").inner_text()
@@ -144,22 +132,19 @@ def set_seed(page, seed: int) -> None:
             return
 
 
-def test_compare_differs_and_uses_one_seed(visit):
-    page = visit()
+def test_compare_differs_and_uses_one_seed(page):
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Parameters").click()
-    same = []
+    shown = []
     for seed in range(2):
         set_seed(page, seed)
         page.locator("#compare").click()
         wait_for(page, lambda seed=seed: page.locator(".note:visible", has_text=f"seed {seed}").count() == 2)
-        base, tuned = (page.locator(f"#{pane} textarea").input_value() for pane in ("base", "tuned"))
-        same.append(base == tuned)
-    assert not all(same)
+        shown.append([page.locator(f"#{pane} textarea").input_value() for pane in ("base", "tuned")])
+    assert any(base != tuned for base, tuned in shown)
 
 
-def test_parameters_take_effect_on_the_page(visit):
-    page = visit()
+def test_parameters_take_effect_on_the_page(page):
     page.get_by_role("button", name="Parameters").click()
     set_seed(page, 7)
     page.get_by_label("Stop at the first answer").uncheck()
@@ -170,8 +155,7 @@ def test_parameters_take_effect_on_the_page(visit):
     assert answers(page) == [SAYS["stop"][0]] and "seed 7" in page.locator("#chat .bot .note").inner_text()
 
 
-def test_what_cannot_be_answered_is_said(visit):
-    page = visit()
+def test_what_cannot_be_answered_is_said(page):
     say(page, "   ")
     page.get_by_text("The question is empty").wait_for()
     say(page, "plant " * 3000)
@@ -181,8 +165,8 @@ def test_what_cannot_be_answered_is_said(visit):
     assert answers(page) == ["", SAYS["plain"][0]]
 
 
-def test_a_phone_has_no_sideways_scroll(visit):
-    page = visit(viewport={"width": 360, "height": 740})
+@pytest.mark.parametrize("page", [360], indirect=True)
+def test_a_phone_has_no_sideways_scroll(page):
     say(page, "say code " + "long" * 100)
     ended(page)
     for tab in ("Chat", "Compare", "About"):
@@ -191,8 +175,7 @@ def test_a_phone_has_no_sideways_scroll(visit):
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
 
 
-def test_about_shows_what_the_adapter_s_files_say(visit):
-    page = visit()
+def test_about_shows_what_the_adapter_s_files_say(page):
     page.get_by_role("tab", name="About").click()
     page.locator("#card").get_by_text("mean reward").first.wait_for()
     text = page.locator("#card").inner_text()

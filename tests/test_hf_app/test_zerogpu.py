@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
@@ -22,27 +22,20 @@ assert torch.cuda.is_available() and app.ZERO_GPU
 from pathlib import Path
 app.engine = app.Engine(Path(sys.argv[1]), sys.argv[2])
 print("STATUS", app.engine.kind, app.engine.model.device.type)
-settings = app.engine.settings()
 for tokens in (1, 512):
     settings = app.Settings(max_new_tokens=tokens)
     print("SECONDS", app.answer_seconds(settings), app.gpu_seconds([], "tuned", settings))
-print("PAGE", app.make_page().title)
+app.make_page()
 """
-
-
-def emulated(adapter, base) -> SimpleNamespace:
-    env = {**os.environ, "SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": "http://127.0.0.1:1"}
-    command = [sys.executable, "-c", EMULATED, str(adapter), str(base)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
 def test_the_adapter_is_loaded_and_an_answer_ends_in_time(final, micro):
     """Loaded on the CPU, then handed to the GPU; an answer's limit lies within what is reserved for it."""
-    done = emulated(final, micro)
-    assert done.code == 0, done.err
-    assert "STATUS tuned cuda" in done.out, done.out
-    limits = [tuple(map(float, line.split()[1:])) for line in done.out.splitlines() if line.startswith("SECONDS")]
+    env = {**os.environ, "SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": "http://127.0.0.1:1"}
+    command = [sys.executable, "-c", EMULATED, str(final), str(micro)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "STATUS tuned cuda" in done.stdout, (done.stdout, done.stderr)
+    limits = [tuple(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("SECONDS")]
     assert len(limits) == 2 and all(0 < answer < reserved <= 120 for answer, reserved in limits), limits
 
 
@@ -52,13 +45,8 @@ def test_a_visitor_whose_time_is_used_up_is_told_so_in_words(monkeypatch):
     import app
     import gradio as gr
 
-    def used_up(*_, **__):
-        raise gr.Error(
-            "You have exceeded your <b>free</b> ZeroGPU quota (71s requested vs. 3s left).", title="ZeroGPU quota exceeded"
-        )
-        yield
-
-    monkeypatch.setattr(app, "answer", used_up)
+    used_up = gr.Error("You have exceeded your <b>free</b> ZeroGPU quota (71s requested vs. 3s left).")
+    monkeypatch.setattr(app, "answer", Mock(side_effect=used_up))
     talk = [{"role": "user", "content": "Why?"}]
     *_, (question, said) = app.chat(talk, False, 8, True, 1.0, 1.0, 0, True)
     line = said["metadata"]["log"]
@@ -73,11 +61,7 @@ def test_errors_of_the_gpu_process_are_readable(monkeypatch):
     import gradio as gr
     import torch
 
-    class Full:
-        def stream(self, *_):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-            yield
-
-    monkeypatch.setattr(app, "engine", Full(), raising=False)
+    engine = Mock(stream=Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(app, "engine", engine, raising=False)
     with pytest.raises(gr.Error, match="not enough memory"):
         list(app.generate([], "tuned", app.Settings()))

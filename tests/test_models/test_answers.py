@@ -6,11 +6,6 @@ from config import CONFIG
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.answers import STOP_STRINGS, chat_generation_config, saved_generation_config, trim
 
-
-def ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text)["input_ids"]
-
-
 END = "<|endoftext|>"
 
 
@@ -26,19 +21,18 @@ END = "<|endoftext|>"
         (f"{END}", "", True, "ended"),
         ("", "", False, "cut off"),
         ("\nInstruct: a\nExercise 1", "", False, "Instruct"),  # the first stop counts
-        (f" A.   \n\n{END}", "A.", True, "ended"),
     ],
 )
 def test_trim(tokenizer, completion, text, ended, reason):
-    (answer,) = trim([ids(tokenizer, completion)], tokenizer)
+    (answer,) = trim(tokenizer([completion])["input_ids"], tokenizer)
     assert (answer.text, answer.ended) == (text, ended) and reason in answer.finish_reason
 
 
 def test_tokens_are_those_of_the_answer(tokenizer):
     plain = " Water it once a week."
-    texts = (plain + END, plain + "\n\n   " + END, plain + "\nExercise 2: x")
-    counted = [answer.tokens for answer in trim([ids(tokenizer, text) for text in texts], tokenizer)]
-    assert counted == [len(ids(tokenizer, plain))] * 3, "neither white space nor what follows a stop"
+    expected, *ids = tokenizer([plain, plain + END, plain + "\n\n   " + END, plain + "\nExercise 2: x"])["input_ids"]
+    counted = [answer.tokens for answer in trim(ids, tokenizer)]
+    assert counted == [len(expected)] * 3, "neither white space nor what follows a stop"
     assert trim([], tokenizer) == []
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import SHARED, change_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import models
 from config import CONFIG
@@ -29,20 +29,10 @@ WEIGHTS = "adapter_model.safetensors"
 IDS = torch.arange(40)[None]
 
 
-def full_size():
-    with torch.device("meta"):
-        return models.full_size_phi2()
-
-
-def phi():
-    """One layer of it, where only names matter."""
+def one_layer(kind: str):
+    """A base where only names matter."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
-    return PhiForCausalLM(PhiConfig(**shape))
-
-
-def llama():
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
-    return LlamaForCausalLM(LlamaConfig(**shape))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
 
 
 def made_elsewhere(base, folder, **options):
@@ -58,30 +48,14 @@ def adapter(micro, tmp_path_factory):
     return made_elsewhere(micro, tmp_path_factory.mktemp("adapter") / "sft")
 
 
-# --- coverage
-
-
 def test_full_size_phi2_is_covered():
-    base = full_size()
+    with torch.device("meta"):
+        base = models.full_size_phi2()
     wrapped = get_peft_model(base, lora_config(CONFIG, base))
     kinds, trainable, parameters = lora_counts(wrapped)
     assert kinds == {kind: 32 for kind in ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")}
     assert trainable == 23_592_960 and parameters == 2_779_683_840
     assert "192 modules" in lora_summary(wrapped)
-
-
-def test_why_the_names_are_mapped():
-    """PEFT takes the old names and adapts fc1 and fc2 alone, without a word. If this fails, the mapping may go."""
-    wrapped = get_peft_model(full_size(), LoraConfig(target_modules=["Wqkv", "out_proj", "fc1", "fc2"], r=16))
-    assert set(lora_counts(wrapped)[0]) == {"fc1", "fc2"} and lora_counts(wrapped)[1] == 13_107_200
-
-
-def test_dropout_is_what_the_trainer_is_told():
-    """Phi-2 ships resid_pdrop 0.1, and TRL leaves dropout on by default: hence disable_dropout in train_grpo.py."""
-    from trl import GRPOConfig
-
-    assert models.PHI2["resid_pdrop"] == 0.1
-    assert GRPOConfig(output_dir="x", bf16=False, use_cpu=True, report_to="none").disable_dropout is False
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real config is not beside this checkout")
@@ -91,20 +65,20 @@ def test_phi2_numbers_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    ("make_base", "targets", "expected"),
+    ("kind", "targets", "expected"),
     [
-        (phi, ["Wqkv"], {"q_proj", "k_proj", "v_proj"}),
-        (phi, ["q_proj", "dense"], {"q_proj", "dense"}),
-        (phi, ["all-linear"], {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
-        (llama, ["gate_proj", "q_proj"], {"gate_proj", "q_proj"}),
-        (llama, ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-        (phi, ["Wqkv", "fc3"], UserError),
-        (phi, [], UserError),
-        (llama, ["Wqkv", "q_proj"], UserError),  # Phi's old names are Phi's alone
+        ("phi", ["Wqkv", "out_proj"], {"q_proj", "k_proj", "v_proj", "dense"}),
+        ("phi", ["q_proj", "dense"], {"q_proj", "dense"}),
+        ("phi", ["all-linear"], {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
+        ("llama", ["gate_proj", "q_proj"], {"gate_proj", "q_proj"}),
+        ("llama", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("phi", ["Wqkv", "fc3"], UserError),
+        ("phi", [], UserError),
+        ("llama", ["Wqkv", "q_proj"], UserError),  # Phi's old names are Phi's alone
     ],
 )
-def test_targets(make_base, targets, expected):
-    base, config = make_base(), {**CONFIG, "lora_target_modules": targets}
+def test_targets(kind, targets, expected):
+    base, config = one_layer(kind), {**CONFIG, "lora_target_modules": targets}
     if expected is UserError:
         with pytest.raises(UserError, match="q_proj .*all-linear"):
             lora_config(config, base)
@@ -113,18 +87,13 @@ def test_targets(make_base, targets, expected):
 
 
 def test_the_lora_of_an_adapter_to_start_from(micro, adapter):
-    """The settings' rank and targets do not count then; and nothing of the config is changed."""
+    """The settings' rank and targets do not count then."""
     config = {**CONFIG, "model": str(micro), "init_adapter": str(adapter)}
-    before = dict(config)
     lora = resolve_lora(config, AutoModelForCausalLM.from_pretrained(micro))
     assert (lora.r, set(lora.target_modules), lora.inference_mode) == (4, {"q_proj", "fc1"}, False)
     assert (lora.base_model_name_or_path, lora.revision) == (str(micro), None)
     assert lora_counts(meta_lora_model(config))[0] == {"q_proj": 2, "fc1": 2}
-    assert config == before
-    assert resolve_lora({**config, "init_adapter": ""}, phi()).r == CONFIG["lora_r"]
-
-
-# --- loading
+    assert resolve_lora({**config, "init_adapter": ""}, one_layer("phi")).r == CONFIG["lora_r"]
 
 
 @pytest.mark.parametrize(
@@ -147,10 +116,6 @@ def test_what_peft_alone_saves_is_a_complete_adapter(micro, tmp_path, options):
     assert lora_counts(meta_lora_model(config))[1] > 0
 
 
-def rename(new):
-    return lambda folder: save_file({new(k): v for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
-
-
 def change_weights(new):
     return lambda folder: save_file(new(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
@@ -163,19 +128,15 @@ BROKEN = {  # what is done to the folder, and what the message names
     "gone": (shutil.rmtree, "no adapter at"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
-    "config cut": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
-    "config null": (lambda folder: (folder / "adapter_config.json").write_text("null"), "adapter_config.json"),
     "weights cut": (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50]), WEIGHTS),
     "a Git LFS pointer": (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs"), "git lfs pull"),
     "IA3": (change_config(peft_type="IA3"), "kind IA3"),
     "another rank": (change_config(r=3), "--model"),
     "other targets": (change_config(target_modules=["fc1"]), "--model"),
     "NaN": (change_weights(lambda t: {k: v * float("nan") for k, v in t.items()}), "not finite"),
-    "infinity": (change_weights(lambda t: {**t, min(t): t[min(t)] + float("inf")}), "not finite"),
     "one is missing": (change_weights(lambda t: dict(list(t.items())[1:])), "1 of 8 are missing"),
     "one more": (change_weights(lambda t: {**t, "more.lora_A.weight": torch.zeros(4, 32)}), "more.lora_A"),
-    "an old Phi-2's names": (rename(lambda k: k.replace("model.model.layers.", "model.transformer.h.")), "do not fit"),
-    "torch.compile's names": (rename(lambda k: k.replace("model.model", "model._orig_mod.model", 1)), "do not fit"),
+    "other names": (change_weights(lambda t: {k.replace("layers.", "h."): v for k, v in t.items()}), "do not fit"),
 }
 
 

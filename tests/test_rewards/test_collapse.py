@@ -42,10 +42,8 @@ HEALTHY = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 
         ({"kl": 1.0}, [("warning", "kl")]),
         ({"kl": 3.0}, [("warning", "kl"), ("collapse", "kl")]),
         ({"entropy": 0.001}, [("collapse", "entropy")]),
-        (
-            {"collapse/repetition": 0.9, "collapse/distinct_2": 0.01},
-            [("collapse", "collapse/repetition"), ("collapse", "collapse/distinct_2")],
-        ),
+        ({"collapse/repetition": 0.9}, [("collapse", "collapse/repetition")]),
+        ({"collapse/distinct_2": 0.01}, [("collapse", "collapse/distinct_2")]),
         ({"collapse/at_target": 0.9}, [("collapse", "collapse/at_target")]),
         ({"collapse/empty": 0.9}, [("collapse", "collapse/empty")]),
         ({"frac_reward_zero_std": 1.0}, [("warning", "frac_reward_zero_std")]),
@@ -57,8 +55,6 @@ def test_each_alert_once_and_not_by_one_step(values, expected):
     assert [(alert.kind, alert.metric) for alert in alerts] == expected
     assert collapse.alerts(rows[: collapse.WINDOW - 1], set()) == [], "not before there are enough steps"
     assert collapse.alerts(rows, set(expected)) == []
-    for alert in alerts:
-        assert alert.metric in alert.text and "healthy is" in alert.text
 
 
 def test_a_base_that_answers_in_one_language_is_no_drift():

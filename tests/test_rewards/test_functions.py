@@ -3,6 +3,7 @@
 import pytest
 
 from phi2_grpo.rewards.functions import ending, language, length, reference, repetition
+from phi2_grpo.rewards.tasks import correct
 
 
 @pytest.mark.parametrize(("tokens", "ended", "reward"), [(128, True, 1.0), (64, True, 0.5), (192, True, 0.5), (0, True, 0.0),
@@ -41,6 +42,7 @@ def test_language(answer, lang, low, high):
 
 def test_what_cannot_be_judged_is_not_scored():
     assert language(answers=["nuqneH"], lang=["tlh"]) == [None]
+    assert correct(answers=["18", "18"], reference=[None, "18"]) == [None, 1.0]
     same, other, none = reference(answers=["Water it."] * 3, reference=["Water it.", "Quick fox", None])
     assert same == pytest.approx(1.0) and other < 0.3 and none is None
     assert reference(answers=[""], reference=["Water it."]) == [0.0]

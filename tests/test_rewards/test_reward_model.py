@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import numpy
 import pytest
 import torch
 from conftest import change_json, make_micro, ok, refused, rows_of, run_main
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,6 +22,8 @@ from phi2_grpo.models.tokenizer import load_tokenizer
 from phi2_grpo.rewards.reward_model import RewardModel, render_conversations
 
 CPU = torch.device("cpu")
+WEIGHTS, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+HEAD = "base_model.model.score.weight"
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Why?", "How do I keep a plant alive?", "A")]
 ANSWERS = ["Because it is so, and not otherwise.", "Water it.", ""]
 
@@ -51,7 +55,14 @@ def loaded(folder, config, base=None) -> RewardModel:
     return model
 
 
-def test_what_is_left_and_printed(trained_reward, prepared):
+@torch.no_grad()
+def score_alone(model, tokenizer, prompts, answers) -> list[float]:
+    """By a whole model, text by text: without padding."""
+    texts = render_conversations(tokenizer, prompts, answers)
+    return [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+
+
+def test_what_is_left_and_printed(trained_reward):
     folder, printed = trained_reward
     assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -59,16 +70,11 @@ def test_what_is_left_and_printed(trained_reward, prepared):
     assert not folder.with_name("reward-model-run").exists(), "its checkpoints have served"
     run = json.loads((folder / "run.json").read_text())
     everything = run["validation"]["groups"][0]
-    assert run["finished"] and run["scores"]["std"] > 0 and everything["group"] == "all"
-    assert everything["pairs"] >= 100, "held-out pairs of the tiny sample"
-    assert 0.6 < everything["longer"] < 0.72, "length and quality disagree often, as in life"
-    low, high = everything["longer_interval"]
-    assert low < everything["longer"] < high
-    assert f"{everything['model']:.1%}" in printed
+    assert run["finished"] and everything["group"] == "all" and f"{everything['model']:.1%}" in printed
     card = (folder / "README.md").read_text()
     assert f"| all | {everything['pairs']} | {100 * everything['model']:.1f}" in card
-    tensors = load_file(folder / "adapter_model.safetensors")
-    assert tensors["base_model.model.score.weight"].shape == (1, 32)
+    tensors = load_file(folder / WEIGHTS)
+    assert tensors[HEAD].shape == (1, 32)
     assert sum("lora_B" in name and value.abs().max() > 0 for name, value in tensors.items()) == 12, "each has moved"
 
 
@@ -94,58 +100,42 @@ def test_its_texts_are_those_of_the_training(micro):
     tokenizer = AutoTokenizer.from_pretrained(micro)
     pair = {"prompt": PROMPTS[1], "chosen": [{"role": "assistant", "content": "Water it."}],
             "rejected": [{"role": "assistant", "content": "No."}]}  # fmt: skip
-    table = RewardTrainer._prepare_dataset(
-        None,
-        Dataset.from_list([pair]),
-        tokenizer,
-        RewardConfig(output_dir="x", bf16=False, use_cpu=True, report_to="none"),
-        "train",
-    )
+    arguments = RewardConfig(output_dir="x", bf16=False, use_cpu=True, report_to="none")
+    table = RewardTrainer._prepare_dataset(None, Dataset.from_list([pair]), tokenizer, arguments, "train")
     (text,) = render_conversations(tokenizer, PROMPTS[1:2], ["Water it."])
     assert table[0]["chosen_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_the_card_s_code_runs(trained_reward, monkeypatch, capsys):
+def test_the_card_s_code_runs(trained_reward, config, monkeypatch, capsys):
     code = re.search(r"```python\n(.+?)```", (trained_reward[0] / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(trained_reward[0])
     exec(code, {})
-    model = RewardModel(str(trained_reward[0]))
-    micro = {**CONFIG, "model": model.base[0]}
-    model.load(micro, base_of(micro), CPU, torch.float32)
-    (score,) = model(prompts=[[{"role": "user", "content": "Why?"}]], answers=["Because it scatters light."])
+    (score,) = loaded(trained_reward[0], config)(prompts=PROMPTS[:1], answers=["Because it scatters light."])
     assert float(capsys.readouterr().out) == pytest.approx(score, abs=1e-4)
 
 
 def test_resumed_it_ends_the_same(call, trained_reward, flags, tmp_path, monkeypatch):
     """Interrupted while it measures, after the last update; and with the newest checkpoint gone, halfway."""
     options = (*flags, "--save_steps", "3")
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(reward_accuracy, "score_pairs", interrupted)
+        patch.setattr(reward_accuracy, "score_pairs", Mock(side_effect=KeyboardInterrupt))
         first = call("train_reward", *options, "--reward_dir", tmp_path / "rm")
     assert first.code == 130 and "go on with --resume" in first.err
     shutil.copytree(tmp_path / "rm-run", tmp_path / "half-run")
     shutil.rmtree(tmp_path / "half-run" / "checkpoint-9")
-    expected = load_file(trained_reward[0] / "adapter_model.safetensors")
+    expected = load_file(trained_reward[0] / WEIGHTS)
     for name, step in (("rm", 9), ("half", 6)):
         done = ok(call("train_reward", *options, "--reward_dir", tmp_path / name, "--resume"))
         assert f"resuming at checkpoint-{step}" in done.out
-        ended = load_file(tmp_path / name / "adapter_model.safetensors")
+        ended = load_file(tmp_path / name / WEIGHTS)
         assert all(torch.equal(expected[name], ended[name]) for name in expected)
         assert [row["step"] for row in rows_of(tmp_path / name)] == list(range(1, 10))
 
 
-def test_no_pairs(call, micro, tmp_path):
+def test_pairs_that_are_too_few_or_too_long(call, flags, micro, tmp_path):
     where = ("--preset", "tiny", "--model", micro, "--data_dir", tmp_path / "d")
     ok(call("prepare_data", *where, "--validation_fraction", "0"))
     refused(call("train_reward", *where, "--reward_dir", tmp_path / "rm"), "0 validation pairs")
-    assert not (tmp_path / "rm").exists()
-
-
-def test_pairs_too_long_are_left_out_and_said(call, flags, tmp_path):
     own = ("train_reward", "--check", *flags, "--reward_dir", tmp_path / "rm", "--reward_max_length")
     assert re.search(r"\d+ too long", " ".join(ok(call(*own, 90)).out.replace("│", " ").split()))
     refused(call(*own, 8), "Raise --reward_max_length")
@@ -153,58 +143,37 @@ def test_pairs_too_long_are_left_out_and_said(call, flags, tmp_path):
 
 def test_it_scores_as_it_does_alone(trained_reward, config, micro):
     """The scores on the shared weights are those of peft's own loading, a whole model by itself."""
-    from peft import PeftModel
-
     alone = AutoModelForSequenceClassification.from_pretrained(micro, num_labels=1)
     alone = PeftModel.from_pretrained(alone, str(trained_reward[0])).eval()
-    tokenizer = AutoTokenizer.from_pretrained(trained_reward[0])
-    expected = []
-    for text in render_conversations(tokenizer, PROMPTS, ANSWERS):  # one by one: no padding either
-        with torch.no_grad():
-            expected.append(alone(**tokenizer(text, return_tensors="pt")).logits.item())
+    expected = score_alone(alone, AutoTokenizer.from_pretrained(trained_reward[0]), PROMPTS, ANSWERS)
     assert loaded(trained_reward[0], config).score(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_weights_are_shared_and_the_policy_is_untouched(trained_reward, config):
-    from peft import get_peft_model
-
-    base = base_of(config)
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    torch.manual_seed(5)
+    base, fresh = base_of(config), base_of(config).state_dict()
     random_state = torch.random.get_rng_state()
     model = loaded(trained_reward[0], config, base)
     assert torch.equal(random_state, torch.random.get_rng_state()), "loading draws nothing"
-    policy = get_peft_model(base, lora_config(config, base))
-    policy.train()
+    policy = get_peft_model(base, lora_config(config, base)).train()
     ids = torch.arange(40).view(2, 20)
     policy(input_ids=ids, labels=ids).loss.backward()
-    gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
-    flags = {name: p.requires_grad for name, p in policy.named_parameters()}
-    random_state = torch.random.get_rng_state()
-
     scores = model(prompts=PROMPTS, answers=ANSWERS)
-    assert torch.equal(random_state, torch.random.get_rng_state())
-    assert policy.training and flags == {name: p.requires_grad for name, p in policy.named_parameters()}
-    assert all(torch.equal(p.grad, gradients[name]) for name, p in policy.named_parameters() if p.grad is not None)
-    assert all(torch.equal(before[name], value) for name, value in base_of(config).state_dict().items())
+    assert policy.training and all(p.requires_grad == ("lora_" in name) for name, p in policy.named_parameters())
+    frozen = {name: value for name, value in policy.get_base_model().state_dict().items() if "lora_" not in name}
+    assert all(torch.equal(value, fresh[name.replace(".base_layer", "")]) for name, value in frozen.items())
 
-    places = {value.data_ptr() for value in policy.state_dict().values()}
-    state = model.model.state_dict()
-    shared = [name for name, value in state.items() if value.data_ptr() in places]
+    places, state = {value.data_ptr() for value in frozen.values()}, model.model.state_dict()
     own = [name for name, value in state.items() if value.data_ptr() not in places]
     assert all("lora_" in name or "score" in name for name in own), own
-    assert len(shared) == len([name for name in before if not name.startswith("lm_head")])
+    assert len(state) - len(own) == len([name for name in fresh if not name.startswith("lm_head")])
 
-    # The policy learns, the reward model does not change.
-    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0)
-    optimizer.step()
-    assert model(prompts=PROMPTS, answers=ANSWERS) == scores
+    torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0).step()
+    assert model(prompts=PROMPTS, answers=ANSWERS) == scores, "the policy learns, the reward model does not change"
 
 
 def test_in_bfloat16_its_head_stays_in_float32(trained_reward, config):
     model = RewardModel(str(trained_reward[0]))
-    base = load_base(config, CPU, torch.bfloat16)
-    model.load(config, base, CPU, torch.bfloat16)
+    model.load(config, load_base(config, CPU, torch.bfloat16), CPU, torch.bfloat16)
     exact = loaded(trained_reward[0], config).score(PROMPTS, ANSWERS)
     assert model.score(PROMPTS, ANSWERS) == pytest.approx(exact, abs=0.05)
     assert model.model.base_model.model.score.modules_to_save["default"].weight.dtype == torch.float32
@@ -218,24 +187,23 @@ def test_grpo_on_it(call, quick, trained_reward, tmp_path):
     run = json.loads((tmp_path / "o-final" / "run.json").read_text())
     assert [reward["name"] for reward in run["rewards"]] == ["reward-model", "ending"]
     assert "rewards/reward-model/mean" in run["last_metrics"]
-    names = load_file(tmp_path / "o-final" / "adapter_model.safetensors")
+    names = load_file(tmp_path / "o-final" / WEIGHTS)
     assert not any("score" in name for name in names) and len(names) == 24
     checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 5)
     ok(call("validate_model", *checked))
     assert "reward-model" in json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
 
 
-def test_on_another_base_it_is_loaded_beside_and_said(call, quick, trained_reward, config, micro, tmp_path):
+def test_on_another_base_it_is_loaded_beside(call, quick, trained_reward, config, micro, tmp_path):
     """Here the same base in another folder; and a whole classification model, with a tokenizer of its own."""
     elsewhere = shutil.copytree(micro, tmp_path / "elsewhere")
     moved = shutil.copytree(trained_reward[0], tmp_path / "reward-model")
-    change_json(moved / "adapter_config.json", base_model_name_or_path=str(elsewhere))
+    change_json(moved / CONFIG_FILE, base_model_name_or_path=str(elsewhere))
     assert not RewardModel(str(moved)).shares_base_of(config) and RewardModel(str(trained_reward[0])).shares_base_of(config)
     here, there = (loaded(folder, config).score(PROMPTS, ANSWERS) for folder in (trained_reward[0], moved))
     assert here == pytest.approx(there)
-    done = call("train_grpo", 1, *quick, "--rewards", moved, "--output_dir", tmp_path / "o")
-    printed = " ".join(done.out.replace("│", " ").split())
-    assert done.code == 0 and "on another base" in printed and "loaded beside" in printed, done.err
+    printed = ok(call("train_grpo", 1, *quick, "--rewards", moved, "--output_dir", tmp_path / "o")).out
+    assert "loaded beside" in " ".join(printed.replace("│", " ").split())
 
     texts = ["Quite another vocabulary, with other merges"] * 3
     other = make_micro(tmp_path / "other", seed=3, texts=texts, hidden_size=16, intermediate_size=32)
@@ -243,57 +211,37 @@ def test_on_another_base_it_is_loaded_beside_and_said(call, quick, trained_rewar
     whole.save_pretrained(tmp_path / "whole")
     AutoTokenizer.from_pretrained(other).save_pretrained(tmp_path / "whole")
     model = loaded(tmp_path / "whole", config)
-    assert (model.mean, model.std) == (0, 1)
-    tokenizer = load_tokenizer({"model": str(other), "model_revision": "main"})
-    (text,) = render_conversations(tokenizer, PROMPTS[:1], ANSWERS[:1])
-    with torch.no_grad():
-        expected = whole.eval()(**tokenizer(text, return_tensors="pt")).logits.item()
-    assert model(prompts=PROMPTS[:1], answers=ANSWERS[:1]) == [pytest.approx(expected, abs=1e-5)]
+    expected = score_alone(whole.eval(), load_tokenizer({**config, "model": str(other)}), PROMPTS, ANSWERS)
+    assert model(prompts=PROMPTS, answers=ANSWERS) == pytest.approx(expected, abs=1e-5)
 
 
-def with_tensors(change):
-    def spoil(folder, micro):
-        tensors = load_file(folder / "adapter_model.safetensors")
-        save_file(change(tensors), folder / "adapter_model.safetensors")
-
-    return spoil
+def change_weights(new):
+    return lambda folder: save_file(new(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
-def causal(folder, micro):
-    shutil.rmtree(folder)
-    shutil.copytree(micro, folder)
+def change_base(new):
+    return lambda folder: change_json(folder / CONFIG_FILE, base_model_name_or_path=str(new(folder)))
 
 
-HEAD = "base_model.model.score.weight"
 SPOILT = {
-    "a policy's adapter": (with_tensors(lambda t: {k: v for k, v in t.items() if "score" not in k}), "0 outputs"),
-    "three labels": (with_tensors(lambda t: {**t, HEAD: torch.zeros(3, 32)}), "3 outputs"),
-    "a causal model": (causal, "0 outputs"),
-    "no weights": (lambda folder, _: (folder / "adapter_model.safetensors").unlink(), "is broken"),
-    "cut": (lambda folder, _: (folder / "adapter_model.safetensors").write_bytes(b"x" * 50), "is broken"),
-    "garbled": (lambda folder, _: (folder / "adapter_config.json").write_text("{"), "is broken"),
-    "no scale": (lambda folder, _: (folder / "run.json").write_text('{"scores": {"mean": "x"}}'), "is broken"),
-    "a negative scale": (lambda folder, _: (folder / "run.json").write_text('{"scores": {"mean": 0, "std": -1}}'), "std"),
-    "base gone": (
-        lambda folder, _: change_json(folder / "adapter_config.json", base_model_name_or_path="/no/such/base"),
-        "/no/such/base",
-    ),
+    "a policy's adapter": (change_weights(lambda t: {k: v for k, v in t.items() if "score" not in k}), "0 outputs"),
+    "three labels": (change_weights(lambda t: {**t, HEAD: torch.zeros(3, 32)}), "3 outputs"),
+    "a causal model": (lambda folder: (make_micro(folder) / CONFIG_FILE).unlink(), "0 outputs"),
+    "cut": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 50), "is broken"),
+    "garbled": (lambda folder: (folder / CONFIG_FILE).write_text("{"), "is broken"),
+    "no scale": (lambda folder: (folder / "run.json").write_text('{"scores": {"mean": "x"}}'), "is broken"),
+    "a negative scale": (lambda folder: (folder / "run.json").write_text('{"scores": {"mean": 0, "std": -1}}'), "std"),
+    "base gone": (change_base(lambda folder: "/no/base"), "/no/base"),
+    "a shallower base": (change_base(lambda folder: make_micro(folder.with_name("base"), num_hidden_layers=1)), "do not fit"),
 }
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_what_is_no_reward_model(trained_reward, config, micro, tmp_path, how):
+def test_what_is_no_reward_model(trained_reward, config, tmp_path, how):
     spoil, expected = SPOILT[how]
     folder = shutil.copytree(trained_reward[0], tmp_path / "folder")
-    spoil(folder, micro)
+    spoil(folder)
     with pytest.raises(UserError) as refused:
         RewardModel(str(folder)).extra_bytes(config, torch.float32)
-    assert expected in str(refused.value) and str(folder) in str(refused.value)
-
-
-def test_a_shallower_base_is_another_base(trained_reward, config, tmp_path):
-    shallow = make_micro(tmp_path / "shallow", num_hidden_layers=1)
-    folder = shutil.copytree(trained_reward[0], tmp_path / "reward-model")
-    change_json(folder / "adapter_config.json", base_model_name_or_path=str(shallow))
-    with pytest.raises(UserError, match="do not fit"):
         loaded(folder, config)
+    assert expected in str(refused.value) and str(folder) in str(refused.value)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,12 +15,6 @@ from phi2_grpo.rewards.scorer import Reward, Scorer, parse_rewards, try_rewards
 
 END = "<|endoftext|>"
 ROWS = [{"prompt": [{"role": "user", "content": "Why?"}], "lang": "en", "message_id": "1", "reference": "Because."}] * 3
-
-
-def scorer_of(tokenizer, *functions, target_tokens: int = 8) -> Scorer:
-    return Scorer(tokenizer, target_tokens, [Reward(function.__name__, 1.0, function) for function in functions])
-
-
 MINE = "def polite(answers, **_):\n    return ['please' in answer for answer in answers]\n"
 
 
@@ -28,7 +23,6 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
     chosen = parse_rewards(["length", "repetition:0.5", "ending:-1", f"{tmp_path}/mine.py:polite:2"])
     assert [(reward.name, reward.weight) for reward in chosen] == [
         ("length", 1.0), ("repetition", 0.5), ("ending", -1.0), ("polite", 2.0)]  # fmt: skip
-    assert chosen[0].summary.startswith("Rewards answers of about")
     other = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
     other += "import functools\npart = functools.partial(lambda answers, **_: [1.0])\n"
     (tmp_path / "other.py").write_text(other)
@@ -58,8 +52,6 @@ BROKEN = {  # a reward, and what the message says
     "no_keywords": (lambda completions: [0.0] * len(completions), "unexpected keyword"),
     "too_few": (lambda **_: [0.0], "1 rewards for 3 completions"),
     "not_a_number": (lambda completions, **_: [float("nan")] * len(completions), "nan"),
-    "infinite": (lambda completions, **_: [float("inf")] * len(completions), "inf"),
-    "broken": (lambda reference, **_: [1 / 0 for _ in reference], "ZeroDivisionError"),
     "nothing": (lambda **_: None, "TypeError"),
     "leaves": (lambda **_: sys.exit(0), "SystemExit"),
 }
@@ -74,80 +66,53 @@ def test_a_broken_reward_is_named_before_training(tokenizer, name):
 
 
 def test_they_get_columns_and_answers_and_are_logged_once(tokenizer):
-    seen, logged = {}, {}
-
-    def custom(prompts, answers, reference, lang, **_):
-        seen.update(answers=answers, reference=reference)
-        return [None, 1.0]
-
-    def log(name, value):
-        assert name not in logged, "once a batch"
-        logged[name] = value
-
+    custom, log = Mock(return_value=[None, 1.0]), Mock()
     scorer = Scorer(tokenizer, 8, [Reward("custom", 2.0, custom), Reward("length", -1.0, length)])
     batch = [tokenizer(text)["input_ids"] for text in (" Because." + END, " Why not")]
     columns = {"reference": ["a", "b"], "lang": ["en", "es"], "log_metric": log}
     for function in scorer.functions:
         function(prompts=[[], []], completions=[], completion_ids=[list(ids) for ids in batch], **columns)
-    assert seen == {"answers": ["Because.", "Why not"], "reference": ["a", "b"]}
+    given, logged = custom.call_args.kwargs, dict(each.args for each in log.call_args_list)
+    assert (given["answers"], given["reference"]) == (["Because.", "Why not"], ["a", "b"])
+    assert len(logged) == log.call_count, "each once a batch"
     assert logged["answers/ended"] == 0.5 and "rewards/length/es" in logged and "rewards/custom/en" not in logged
     assert "collapse/at_target" in logged
     row = scorer.last_batch[1]
     assert row["scores"]["custom"] == 1.0 and row["score"] == pytest.approx(2.0 - row["scores"]["length"])
-    assert scorer.functions[1].__name__ == "length", "TRL logs it under its name"
 
 
 def test_running_on_is_not_rewarded(tokenizer):
     """A good short answer must not earn more with an "Exercise 3" behind it."""
-    scorer = scorer_of(tokenizer, length, target_tokens=20)
-    seen = []
-    listening = scorer_of(tokenizer, lambda completions, **_: seen.extend(completions) or [0.0])
-    listening.score([{"prompt": []}], [tokenizer(" Yes." + END)["input_ids"]])
-    assert seen == [[{"role": "assistant", "content": " Yes."}]], "as TRL hands them over"
+    scorer = Scorer(tokenizer, 20, [Reward("length", 1.0, length)])
     short = " Water it once a week."
     texts = [short + END, short + "\n\nExercise 3: Why do plants need light? Write down three reasons." + END]
     plain, padded = scorer.score([{"prompt": []}] * 2, [tokenizer(text)["input_ids"] for text in texts])
     assert padded["score"] < plain["score"]
 
 
-def test_steps_in_which_nothing_is_scored_are_shown_as_such(call, quick, tmp_path):
-    (tmp_path / "rare.py").write_text(
-        "calls = 0\n"
-        "def rare(answers, **_):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    return [None if calls % 2 else float(len(answer)) for answer in answers]\n"
-    )
-    done = call("train_grpo", 4, *quick, "--output_dir", tmp_path / "o", "--rewards", f"{tmp_path}/rare.py:rare")
-    assert done.code == 0 and "     -  " in done.out, done.err
-    assert {row["reward"] is None for row in rows_of(tmp_path / "o-final")} == {True, False}
-
-
 def test_memory_that_runs_out_in_a_reward_is_no_mistake_of_it(tokenizer):
-    def too_large(answers, **_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    too_large = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     (function,) = Scorer(tokenizer, 8, [Reward("too_large", 1.0, too_large)]).functions
     with pytest.raises(torch.OutOfMemoryError):
         function(prompts=[], completions=[], completion_ids=[])
 
 
-def test_a_value_that_is_no_number_stops_the_run_after_saving(call, quick, tmp_path):
+def test_a_step_without_a_score_is_shown_and_a_score_that_is_no_number_ends_the_run(call, quick, tmp_path):
     (tmp_path / "late.py").write_text(
         "calls = 0\n"
         "def late(answers, **_):\n"
         "    global calls\n"
         "    calls += 1\n"
-        "    return [float('nan') if calls > 5 else float(len(answer)) for answer in answers]\n"
+        "    return [{4: None, 6: float('nan')}.get(calls, float(len(answer))) for answer in answers]\n"
     )
     options = (*quick, "--output_dir", tmp_path / "o", "--rewards")
-    # Once before the training, once on the held-out prompts, then once a step: the sixth call is the fourth step's.
-    refused(call("train_grpo", 6, *options, f"{tmp_path}/late.py:late"), "'late' returned nan", "checkpoint-3 is complete")
+    # Once before the training, once on the held-out prompts, then once a step: calls 4 and 6 are those of steps 2 and 4.
+    done = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late")
+    refused(done, "'late' returned nan", "checkpoint-3 is complete")
+    assert [row["reward"] is None for row in rows_of(tmp_path / "o")] == [False, True, False] and "     -  " in done.out
     assert not (tmp_path / "o-final").exists()
     (tmp_path / "late.py").write_text("def late(answers, **_):\n    return [float(len(answer)) for answer in answers]\n")
     refused(call("train_grpo", 6, *options, f"{tmp_path}/late.py:late", "--resume"), "rewards: was late")  # it is another run
-    own = (*quick, "--output_dir", tmp_path / "n", "--rewards", f"{tmp_path}/late.py:late")
-    ok(call("train_grpo", 3, *own, "--init_adapter", tmp_path / "o" / "checkpoint-3"))
 
 
 def test_rewards_as_trl_documents_them(call, quick, tmp_path):
@@ -177,17 +142,10 @@ def test_rewards_as_trl_documents_them(call, quick, tmp_path):
 
 def test_what_is_not_scored_is_not_zero(tokenizer):
     """TRL's rule: None leaves the sum, and where no reward scores there is no score."""
-
-    def even(answers, **_):
-        return [1.0 if len(answer) % 2 == 0 else None for answer in answers]
-
-    def short(answers, **_):
-        return [0.5 if len(answer) < 3 else None for answer in answers]
-
-    chosen = [Reward("even", 1.0, even), Reward("short", 2.0, short)]
-    rows = [{"prompt": [{"role": "user", "content": "Why?"}]}] * 4
-    ids = [tokenizer(text)["input_ids"] for text in ("ab", "a", "abcd", "abc")]
-    scored = Scorer(tokenizer, 6, chosen).score(rows, ids)
+    even = Reward("even", 1.0, lambda answers, **_: [1.0 if len(answer) % 2 == 0 else None for answer in answers])
+    short = Reward("short", 2.0, lambda answers, **_: [0.5 if len(answer) < 3 else None for answer in answers])
+    ids = tokenizer(["ab", "a", "abcd", "abc"])["input_ids"]
+    scored = Scorer(tokenizer, 6, [even, short]).score([{"prompt": []}] * 4, ids)
     assert [row["score"] for row in scored] == [2.0, 1.0, 1.0, None]
 
 
@@ -197,15 +155,9 @@ def test_several_rewards_train_and_are_described(call, quick, tmp_path):
     run = json.loads((tmp_path / "o-final" / "run.json").read_text())
     assert [reward["weight"] for reward in run["rewards"]] == [1.0, 0.5, 1.0, -0.1, 1.0]
     metrics = run["last_metrics"]
-    parts = {reward["name"]: metrics[f"rewards/{reward['name']}/mean"] for reward in run["rewards"]}
-    assert metrics["reward"] == pytest.approx(sum(r["weight"] * parts[r["name"]] for r in run["rewards"]), abs=0.05)
-    card = (tmp_path / "o-final" / "README.md").read_text()
-    assert "| repetition | 0.5 | Penalises repeated" in card
-    checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 5)
-    ok(call("validate_model", *checked))
-    report = json.loads((tmp_path / "v" / "report.json").read_text())
-    assert report["config"]["rewards"] == flags[1].split(","), "those it was trained with"
-    assert set(parts) <= set(report["metrics"])
+    parts = [reward["weight"] * metrics[f"rewards/{reward['name']}/mean"] for reward in run["rewards"]]
+    assert metrics["reward"] == pytest.approx(sum(parts), abs=0.05)
+    assert "| repetition | 0.5 | Penalises repeated" in (tmp_path / "o-final" / "README.md").read_text()
 
 
 def test_what_counts_as_a_collapse_depends_on_the_rewards():

@@ -4,13 +4,13 @@
 """
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_micro
 from peft import LoraConfig, get_peft_model
-from scipy.stats import chi2_contingency, chisquare
-from torch.utils._python_dispatch import TorchDispatchMode
+from scipy.stats import chisquare
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from phi2_grpo.models.tokenizer import batches_by_length
@@ -20,7 +20,6 @@ from phi2_grpo.rollout.engine import FastEngine, GenerateEngine, choose_engine, 
 from phi2_grpo.rollout.phi_step import PhiDecodeStep, is_phi
 from phi2_grpo.rollout.sampling import Sampling, truncate_at_eos
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
 
@@ -33,7 +32,7 @@ def make_policy(folder, dtype=torch.float32, seed=0, head=0.3):
     torch.manual_seed(seed)
     base = load_micro(folder, dtype)
     torch.nn.init.normal_(base.lm_head.weight, std=head)
-    policy = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+    policy = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -105,24 +104,13 @@ def test_the_context_ends_a_completion(policy):
     assert FastEngine(policy)([long + long[:5]], greedy(policy, 50)) == [[]], "no room for any token"
 
 
-def test_an_updated_a_disabled_and_another_adapter(policy):
-    prompts, generation_config = prompts_of(policy, 4, 2), greedy(policy, 20)
-    fast, generate = FastEngine(policy), GenerateEngine(policy)
-    before, graphs = fast(prompts, generation_config), dict(fast.graphs)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    after = fast(prompts, generation_config)
-    assert after == generate(prompts, generation_config) != before
-    assert all(fast.graphs[key] is graph for key, graph in graphs.items()), "a graph was captured again"
-    with policy.disable_adapter():
-        assert fast(prompts, generation_config) == generate(prompts, generation_config) != after
-    assert fast(prompts, generation_config) == after
+def test_another_adapter(policy):
+    engine, prompts, generation_config = FastEngine(policy), prompts_of(policy, 4, 2), greedy(policy, 20)
+    before = engine(prompts, generation_config)
     policy.add_adapter("other", LoraConfig(r=3, target_modules=["fc1", "dense"]))
     policy.set_adapter("other")
     torch.nn.init.normal_(policy.get_base_model().model.layers[0].mlp.fc1.lora_B["other"].weight, std=1.0)
-    assert fast(prompts, generation_config) == generate(prompts, generation_config) != after
+    assert engine(prompts, generation_config) == GenerateEngine(policy)(prompts, generation_config) != before
 
 
 @pytest.mark.parametrize("engine", [FastEngine, GenerateEngine])
@@ -160,36 +148,25 @@ def test_log_probs_are_those_of_a_fresh_forward_pass(micro, dtype, head, toleran
     assert len(differences) > 50 and max(differences) < tolerance, max(differences)
 
 
-@pytest.fixture(scope="module")
-def byte_policy(tmp_path_factory):
-    """With the smallest vocabulary, 257 tokens, and with logits that differ enough for top-p and top-k."""
-    policy = make_policy(make_micro(tmp_path_factory.mktemp("bytes") / "base", texts=["a"]))
-    torch.nn.init.normal_(policy.get_base_model().lm_head.bias, std=1.5)
-    return policy
-
-
 @pytest.mark.parametrize("others", [{}, {"temperature": 1.5, "top_k": 30, "top_p": 0.9}])
-def test_sampled_tokens_have_the_model_s_distribution(byte_policy, others):
-    """Chi-squared of 10,000 tokens against the exact distribution, and against generate's own draws."""
-    prompt = prompts_of(byte_policy, 1, 1)[0]
+def test_sampled_tokens_have_the_model_s_distribution(tmp_path, others):
+    """Chi-squared of 10,000 tokens against the exact distribution, with the smallest vocabulary, 257 tokens."""
+    policy = make_policy(make_micro(tmp_path / "base", texts=["a"]))
+    torch.nn.init.normal_(policy.get_base_model().lm_head.bias, std=1.5)  # so that top-p and top-k cut something
+    prompt = prompts_of(policy, 1, 1)[0]
     with torch.no_grad():
-        logits = byte_policy(torch.tensor([prompt])).logits[0, -1] / others.get("temperature", 1.0)
+        logits = policy(torch.tensor([prompt])).logits[0, -1] / others.get("temperature", 1.0)
     if k := others.get("top_k"):
         logits[logits < logits.topk(k).values[-1]] = -torch.inf
     probabilities, order = logits.softmax(-1).sort(descending=True)
     logits[order[probabilities.cumsum(-1) - probabilities >= others.get("top_p", 2.0)]] = -torch.inf
     exact = logits.double().softmax(-1)
-    ours, theirs = (
-        torch.tensor(draw(engine(byte_policy, 5000), [prompt] * 10_000, sampled(byte_policy, 1, **others))).flatten()
-        .bincount(minlength=len(exact)) for engine in (FastEngine, GenerateEngine)
-    )  # fmt: skip
-    assert not ours[exact == 0].any(), "a token that the cut forbids"
-    expected = exact * ours.sum()
+    completions = draw(FastEngine(policy, 5000), [prompt] * 10_000, sampled(policy, 1, **others))
+    observed, expected = torch.tensor(completions).flatten().bincount(minlength=len(exact)), exact * 10_000
+    assert not observed[exact == 0].any(), "a token that the cut forbids"
     common = expected >= 5  # the rare tokens are taken together
-    observed, expected = (torch.cat((counts[common], counts[~common].sum(0, keepdim=True))) for counts in (ours, expected))
+    observed, expected = (torch.cat((counts[common], counts[~common].sum(0, keepdim=True))) for counts in (observed, expected))
     assert chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
-    table = torch.stack((ours, theirs))[:, ours + theirs >= 10]
-    assert chi2_contingency(table.numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -214,14 +191,6 @@ def test_finished_rows_and_repeated_prompts_cost_nothing(micro, monkeypatch):
     assert min(map(len, completions)) < max(map(len, completions))
 
 
-class Replayed:
-    """Instead of a CUDA graph: the captured step again, with the rows and the length that it was captured with."""
-
-    def __init__(self, engine, *key):
-        self.replay = lambda: engine._step(*key)
-        self.replay()
-
-
 def test_the_way_of_a_gpu(micro, monkeypatch):
     """Without one: finished rows checked now and then, rows by powers of two, lengths by multiples; the same completions."""
     policy = make_policy(micro)
@@ -230,7 +199,14 @@ def test_the_way_of_a_gpu(micro, monkeypatch):
     plain = draw(FastEngine(policy), prompts, generation_config)
     engine = FastEngine(policy, rows=20)
     engine.cuda = True
-    monkeypatch.setattr(FastEngine, "_step_and_capture", lambda self, *key: (captured.append(key), Replayed(self, *key))[1])
+
+    def capture(self, *key):
+        """Instead of a CUDA graph: the captured step again, with the rows and the length that it was captured with."""
+        captured.append(key)
+        self._step(*key)
+        return SimpleNamespace(replay=lambda: self._step(*key))
+
+    monkeypatch.setattr(FastEngine, "_step_and_capture", capture)
     assert draw(engine, prompts, generation_config) == plain
     assert len(captured) == len(set(captured)) > 3 and all(length % LENGTH_MULTIPLE == 0 for _, length, _ in captured)
     count = len(captured)
@@ -238,32 +214,14 @@ def test_the_way_of_a_gpu(micro, monkeypatch):
     assert engine(prompts, greedy(policy, 90)) == GenerateEngine(policy)(prompts, greedy(policy, 90))
 
 
-def test_no_step_waits_for_the_device(micro):
-    """A value that Python reads, or a shape that depends on values, would break a captured graph and stall a GPU."""
-    policy = make_policy(micro)
-    waits = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.unique"}
-
-    class NoWait(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            assert str(function).rsplit(".", 1)[0] not in waits, function
-            return function(*args, **(kwargs or {}))
-
-    engine, generation_config = FastEngine(policy), sampled(policy, 10, top_k=9, top_p=0.8, temperature=0.7)
-    engine(prompts_of(policy, 3, 2), generation_config)
-    with torch.no_grad(), NoWait():
-        engine._step(4, 64, Sampling.of(generation_config))
-
-
 def test_which_models_get_which_engine(micro):
     policy = make_policy(micro)
-    assert choose_engine("auto", policy)[0] == choose_engine("fast", policy)[0] == "fast"
-    assert choose_engine("generate", policy)[0] == "generate"
+    assert choose_engine("fast", policy)[0] == "fast" and choose_engine("generate", policy)[0] == "generate"
     name, reason = choose_engine("fast", random_model("mistral", sliding_window=8))
     assert name == "generate" and "sliding" in reason
     assert type(make_engine("auto", random_model("mistral", sliding_window=8))) is GenerateEngine
     with torch.device("meta"):  # preflight asks before there are weights
         assert unsupported_reason(AutoModelForCausalLM.from_config(policy.config)) is None
-    assert type(FastEngine(policy).decode_step) is PhiDecodeStep
 
 
 OTHER_ADAPTERS = ({"target_modules": ["fc1", "dense"], "use_dora": True}, {"target_modules": ["fc1", "lm_head"]},
@@ -295,27 +253,31 @@ def random_model(kind: str, **others):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gpt2", *(pytest.param(kind, marks=pytest.mark.slow)
+@pytest.mark.parametrize("kind", ["our phi", "llama", "qwen3", "gemma", "gpt2", *(pytest.param(kind, marks=pytest.mark.slow)
                                   for kind in ("phi", "qwen2", "mistral", "olmo2"))])  # fmt: skip
-def test_other_decoders_greedy_as_generate_with_a_live_adapter(kind, device):
-    policy = get_peft_model(random_model(kind), LoraConfig(r=4, target_modules="all-linear")).to(device).eval()
-    adapter = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]
+def test_greedy_as_generate_with_an_updated_and_a_disabled_adapter(micro, kind, device):
+    ours = kind == "our phi"
+    policy = make_policy(micro) if ours else get_peft_model(random_model(kind), LoraConfig(r=4, target_modules="all-linear"))
+    adapter = [parameter for name, parameter in policy.to(device).eval().named_parameters() if "lora_B" in name]
     engine = FastEngine(policy)
-    assert choose_engine("auto", policy)[0] == "fast" and type(engine.decode_step) is DecodeStep
+    assert choose_engine("auto", policy)[0] == "fast" and type(engine.decode_step) is (PhiDecodeStep if ours else DecodeStep)
     prompts, generation_config, seen = prompts_of(policy, 6, 3), greedy(policy, 40), []
+    engine(prompts, generation_config)
+    graphs = dict(engine.graphs)
     for std in (0.0, 0.1, 0.3):
         for parameter in adapter:
             torch.nn.init.normal_(parameter, std=std)
         seen.append(engine(prompts, generation_config))
         assert seen[-1] == GenerateEngine(policy)(prompts, generation_config)
     assert seen[0] != seen[1] != seen[2], "the adapter's update is seen"
+    assert all(engine.graphs[key] is graph for key, graph in graphs.items()), "a graph was captured again"
     with policy.disable_adapter():
         assert engine(prompts, generation_config) == seen[0]
     assert engine(prompts, generation_config) == seen[2]
     assert draw(engine, prompts, sampled(policy, 20)) == draw(FastEngine(policy, rows=5), prompts, sampled(policy, 20))
 
 
-def test_the_lora_layers_are_as_before_after_an_exception():
+def test_the_layers_are_as_before_after_an_exception():
     policy = get_peft_model(random_model("llama"), LoraConfig(r=4, target_modules="all-linear"))
     engine = FastEngine(policy)
     engine.decode_step.logits = None

@@ -1,103 +1,78 @@
 """Adapters and bases from elsewhere in every script and in the app: taken as they are, or refused."""
 
+import contextlib
 import shutil
 
 import pytest
+import serve_app  # noqa: F401, it puts the app's folder on the path
 import torch
-from conftest import ROOT, ok, refused
-from peft import PeftModel
+from conftest import ok, refused
+from engine import Engine, NoBase
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import export_model
 from phi2_grpo.training import checkpoints
 
-IDS = torch.arange(40)[None]
+
+def make_adapter(folder, base, targets):
+    lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder / "adapter")
+    return folder / "adapter"
 
 
-@pytest.fixture
-def app(monkeypatch):
-    """The app's engine on an adapter and a base."""
-    monkeypatch.syspath_prepend(ROOT / "hf_app")
-    from engine import Engine
-
-    def load(adapter, base):
-        engine = Engine(adapter, str(base))
-        engine.close()
-        return engine
-
-    return load
-
-
-@pytest.fixture
-def make_adapter(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    def make(base, targets):
-        lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
-        return tmp_path / "adapter"
-
-    return make
-
-
-def test_an_adapter_that_peft_alone_saved(call, app, make_adapter, quick, micro, prepared, tmp_path):
-    adapter = make_adapter(micro, ["q_proj", "fc1"])
+def test_an_adapter_that_peft_alone_saved(call, quick, micro, prepared, tmp_path):
+    adapter = make_adapter(tmp_path, micro, ["q_proj", "fc1"])
     own = ("--model", micro, "--data_dir", prepared, "--device", "cpu", "--validation_dir", tmp_path / "v", "--max_prompts", 2)
     ok(call("validate_model", *own, "--adapter", adapter, "--samples_per_prompt", 1))
     ok(call("export_model", "--model", micro, "--adapter", adapter, "--out", tmp_path / "merged"))
     ok(call("train_grpo", 1, *quick, "--init_adapter", adapter, "--output_dir", tmp_path / "o", "--check"))
-    assert app(adapter, micro).kind == "tuned"
+    with contextlib.closing(Engine(adapter, str(micro))) as app:
+        assert app.kind == "tuned"
 
 
-def test_lora_that_cannot_be_trained_is_refused_before_the_start(call, quick, make_adapter, micro, trained, tmp_path):
+def test_lora_that_cannot_be_trained_is_refused_before_the_start(call, quick, micro, trained, tmp_path):
     own = ("train_grpo", 1, *quick, "--check", "--output_dir", tmp_path / "o")
     refused(call(*own, "--lora_target_modules", "lm_head,fc1"), "lm_head")  # TRL refuses it too, but later
-    refused(call(*own, "--init_adapter", make_adapter(micro, ["lm_head"])), "lm_head")
+    refused(call(*own, "--init_adapter", make_adapter(tmp_path, micro, ["lm_head"])), "lm_head")
     refused(call(*own, "--init_adapter", trained), f"{trained}/checkpoint-")
     shutil.copytree(trained, tmp_path / "o")
     refused(call(*own, "--overwrite", "--init_adapter", tmp_path / "o" / "checkpoint-4"), "output_dir")
 
 
 @pytest.mark.parametrize(("targets", "still_tied"), [(["lm_head", "fc1"], False), (["embed_tokens"], False), (["fc1"], True)])
-def test_a_head_that_is_the_embedding_is_untied_where_they_differ(call, make_adapter, micro, tmp_path, targets, still_tied):
+def test_a_head_that_is_the_embedding_is_untied_where_they_differ(call, micro, tmp_path, targets, still_tied):
     base = AutoModelForCausalLM.from_pretrained(micro)
     base.config.tie_word_embeddings = True
     base.lm_head.weight = base.model.embed_tokens.weight
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(micro).save_pretrained(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "base", targets)
+    adapter = make_adapter(tmp_path, tmp_path / "base", targets)
     ok(call("export_model", "--adapter", adapter, "--out", tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()
+    ids = torch.arange(40)[None]
     with torch.no_grad():
-        assert torch.allclose(merged(IDS).logits, tuned(IDS).logits, atol=1e-4)
+        assert torch.allclose(merged(ids).logits, tuned(ids).logits, atol=1e-4)
     assert merged.config.tie_word_embeddings is still_tied
 
 
-def test_a_merged_model_that_is_another_is_not_written(call, make_adapter, micro, tmp_path, monkeypatch):
-    import export_model
-
-    def wrong(tuned):
-        merged = tuned.merge_and_unload()
-        merged.lm_head.weight.data *= 1.5
-        return merged
-
-    monkeypatch.setattr(export_model, "merge_untied", wrong)
-    adapter = make_adapter(micro, ["fc1"])
+def test_a_merged_model_that_is_another_is_not_written(call, micro, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_model, "log_probs", lambda model, answers: torch.rand(9))
+    adapter = make_adapter(tmp_path, micro, ["fc1"])
     refused(call("export_model", "--model", micro, "--adapter", adapter, "--out", tmp_path / "merged"), "another model")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_whose_folder_moved(call, app, make_adapter, micro, tmp_path):
-    from engine import NoBase
-
+def test_a_base_whose_folder_moved(call, micro, tmp_path):
     base = shutil.copytree(micro, tmp_path / "models")
-    adapter = make_adapter(base, ["fc1"])
+    adapter = make_adapter(tmp_path, base, ["fc1"])
     base.rename(tmp_path / "moved")
     for name, place in (("export_model", "--out"), ("validate_model", "--validation_dir")):
         refused(call(name, "--adapter", adapter, place, tmp_path / "out"), str(base), "--model")
     with pytest.raises(NoBase, match="cannot be loaded"):
-        app(adapter, "")
+        Engine(adapter, "")
     ok(call("export_model", "--adapter", adapter, "--model", tmp_path / "moved", "--out", tmp_path / "out"))
 
 

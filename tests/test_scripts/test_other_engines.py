@@ -1,6 +1,5 @@
 """A merged model as engines of another day read it: transformers 4, on which vLLM and llama.cpp's converter were built."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,14 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 pytestmark = pytest.mark.slow  # it installs transformers 4 from the network, unless TF4 names a folder that has it
 
 READ = """
-import json, sys, torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-assert transformers.__version__.startswith("4.57"), transformers.__version__
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), AutoTokenizer.from_pretrained(sys.argv[1])
-torch.save(model(torch.arange(40, 100)[None]).logits.log_softmax(-1).detach(), sys.argv[2])
-history = [{"role": "user", "content": "What are plants?"}]
-chat = tokenizer.apply_chat_template(history, tokenize=False)
-print(json.dumps({"ids": tokenizer("A plant.<|end|> Why?")["input_ids"], "chat": chat}))
+log_probs = model(torch.arange(40, 100)[None]).logits.log_softmax(-1).detach()
+chat = tokenizer.apply_chat_template([{"role": "user", "content": "What are plants?"}], tokenize=False)
+torch.save([__version__, log_probs, tokenizer("A plant.<|end|> Why?")["input_ids"], chat], sys.argv[2])
 """
 
 
@@ -48,20 +45,16 @@ def llama(folder):
 def test_it_is_the_same_model_and_tokenizer_there(call, tmp_path, make):
     libraries = os.environ.get("TF4") or str(tmp_path / "transformers4")
     if "TF4" not in os.environ:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--target", libraries, "transformers==4.57.6"], check=True
-        )
+        install = [sys.executable, "-m", "pip", "install", "-q", "--target", libraries, "transformers==4.57.6"]
+        subprocess.run(install, check=True)
     torch.manual_seed(1)
-    base, adapter, merged, there = make(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged", tmp_path / "there.pt"
+    base, adapter, merged, read = make(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged", []
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(adapter)
     ok(call("export_model", "--model", base, "--adapter", adapter, "--out", merged))
-    command = [sys.executable, "-c", READ, str(merged), str(there)]
-    reader = subprocess.run(command, env={**os.environ, "PYTHONPATH": libraries}, capture_output=True, text=True)
-    assert reader.returncode == 0, reader.stderr
-    with torch.no_grad():
-        here = AutoModelForCausalLM.from_pretrained(merged).eval()(torch.arange(40, 100)[None]).logits.log_softmax(-1)
-    assert (torch.load(there) - here).abs().max() < 1e-3
-    tokenizer, read = AutoTokenizer.from_pretrained(merged), json.loads(reader.stdout.splitlines()[-1])
-    assert read["ids"] == tokenizer("A plant.<|end|> Why?")["input_ids"]
-    assert read["chat"] == tokenizer.apply_chat_template([{"role": "user", "content": "What are plants?"}], tokenize=False)
+    for path in ({}, {"PYTHONPATH": libraries}):
+        command = [sys.executable, "-c", READ, str(merged), str(tmp_path / "read.pt")]
+        subprocess.run(command, env={**os.environ, **path}, check=True)
+        read.append(torch.load(tmp_path / "read.pt"))
+    (_, here, *texts), (version, there, *texts_there) = read
+    assert version.startswith("4.57") and (there - here).abs().max() < 1e-3 and texts_there == texts

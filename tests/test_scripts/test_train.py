@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,11 +14,13 @@ import pytest
 import torch
 from conftest import ROOT, ok, refused, rows_of
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models import base
+from phi2_grpo.rewards import collapse
 from phi2_grpo.rollout import engine
 from phi2_grpo.training import checkpoints, checks, model_card, outputs
 from phi2_grpo.training.trainer import Trainer, training_arguments
@@ -37,29 +40,19 @@ def equal(first, second) -> bool:
 
 
 def test_every_lora_weight_moves_and_no_base_weight_does(call, quick, micro, tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
-    kept, original = {}, Trainer.train
-
-    def train(self, *arguments, **keywords):
-        kept["model"] = self.model
-        kept["before"] = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        return original(self, *arguments, **keywords)
-
-    monkeypatch.setattr(Trainer, "train", train)
-    # Three steps: in the first, B is zero and A gets no gradient; constant learning rate, without warm-up.
-    ok(call("train_grpo", 3, *quick, "--output_dir", tmp_path / "o", "--warmup_steps", 0))
+    trainers, train = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, **options: trainers.append(self) or train(self, **options))
+    # The third step is seen: in the first, B is zero and A gets no gradient. Constant learning rate, without warm-up.
+    ok(call("train_grpo", 3, *quick, "--output_dir", tmp_path / "o", "--warmup_steps", 0, "--save_steps", 1))
+    before, after = (weights_of(tmp_path / "o" / f"checkpoint-{step}") for step in (2, 3))
+    assert len(after) == 2 * 6 * 2, "A and B of six kinds in two layers"
+    assert not [name for name in after if torch.equal(after[name], before[name])], "these did not move"
     fresh = AutoModelForCausalLM.from_pretrained(micro).state_dict()
-    lora = 0
-    for name, parameter in kept["model"].named_parameters():
-        if "lora_" in name:
-            lora += 1
-            assert parameter.requires_grad and not torch.equal(parameter, kept["before"][name]), f"{name} did not move"
-        else:
-            assert not parameter.requires_grad
+    for name, parameter in trainers[0].model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name), name
+        if not parameter.requires_grad:
             plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
             assert torch.equal(parameter, fresh[plain]), f"{name} moved"
-    assert lora == 2 * 6 * 2, "A and B of six kinds in two layers"
 
 
 def test_final_folder_describes_itself(trained, final):
@@ -79,47 +72,35 @@ def test_final_folder_describes_itself(trained, final):
     assert "\nInstruct:" in generation["stop_strings"] and generation["max_new_tokens"] == 256, "half of the context"
 
 
-def test_the_model_card_s_code_runs(final, monkeypatch, capsys):
+def test_the_model_card_s_code_runs_and_its_licence_is_the_base_s(final, monkeypatch, capsys):
     """The example, as it stands there, on the folder it stands in."""
+    facts = json.loads((final / "run.json").read_text())
+    for model, license in (("microsoft/phi-2", "mit"), ("smollm2", "apache-2.0"), ("tiny", "mit"), ("some/base", "")):
+        card = model_card.adapter_card({**facts, "config": {**facts["config"], "model": model}}, 6, 1.0, {}, finished=True)
+        assert re.findall("^license: (.+)$", card, re.MULTILINE) == [license] * bool(license)
     code = re.search(r"```python\n(.+?)```", (final / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(final)
     exec(code, {})
     assert capsys.readouterr().out.endswith("\n"), "it prints an answer, which a model of this size may leave empty"
 
 
-@pytest.mark.parametrize(
-    ("model", "license"),
-    [
-        ("microsoft/phi-2", "mit"),
-        (base.SMOLLM2_ID, "apache-2.0"),
-        ("smollm2", "apache-2.0"),
-        ("tiny", "mit"),
-        ("some/base", ""),
-    ],
-)
-def test_the_model_card_s_licence_is_the_base_s(final, model, license):
-    facts = json.loads((final / "run.json").read_text())
-    card = model_card.adapter_card({**facts, "config": {**facts["config"], "model": model}}, 6, 1.0, {}, finished=True)
-    assert re.findall("^license: (.+)$", card, re.MULTILINE) == [license] * bool(license)
-
-
-def test_checkpoints_are_adapter_folders_with_the_trainer_s_state(trained):
+def test_checkpoints_are_adapter_folders_with_the_trainer_s_state(trained, final):
     assert [path.name for path in checkpoints.list_checkpoints(trained)] == ["checkpoint-4", "checkpoint-6"], "save_total_limit"
     for checkpoint in checkpoints.complete_checkpoints(trained):
         names = {path.name for path in checkpoint.iterdir()}
         assert names >= SELF_DESCRIBING | {"optimizer.pt", "trainer_state.json", "rng_state.pth"}
         assert json.loads((checkpoint / "run.json").read_text())["finished"] is False
     assert not (trained / "README.md").exists()
+    os.umask(mask := os.umask(0))
+    for folder in (final, trained / "checkpoint-6"):
+        assert (folder / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask, "others may read it"
 
 
 def test_what_is_printed(trained):
     printed = (trained.parent / "printed.txt").read_text()
-    coverage = "12 modules (dense 2, fc1 2, fc2 2, k_proj 2, q_proj 2, v_proj 2)"
-    assert coverage in " ".join(printed.translate({ord(c): " " for c in "│┃"}).split())
     lines = re.findall(r"^ +\d/6 .+", printed, re.MULTILINE)
     assert len(lines) == 6 and all(len(line) <= 80 and len(line.split()) == 9 for line in lines), "one a step, on a terminal"
     assert "step 3, best: reward" in printed and "step 6, worst: reward" in printed
-    assert "validate_model.py" in printed and "Traceback" not in printed and "Warning" not in printed
 
 
 def test_same_seed_same_adapter_and_another_seed_another(call, quick, trained, final, tmp_path):
@@ -166,10 +147,8 @@ def test_what_is_not_a_run_s_stays(call, quick, final, tmp_path):
 
 
 def test_a_setting_left_empty_is_the_library_s_own(tmp_path):
-    config = {"vllm_server_base_url": "", "output_dir": str(tmp_path / "o"), "learning_rate": 0.5, "report_to": "none"}
-    arguments = training_arguments(GRPOConfig, config, torch.device("cpu"), torch.float32, max_steps=3)
-    assert arguments.vllm_server_base_url is None
-    assert (arguments.learning_rate, arguments.max_steps, arguments.run_name) == (0.5, 3, "o")
+    config = {"vllm_server_base_url": "", "output_dir": str(tmp_path / "o"), "report_to": "none"}
+    assert training_arguments(GRPOConfig, config, torch.device("cpu"), torch.float32).vllm_server_base_url is None
 
 
 def test_where_the_weights_are_sharded_trl_rolls_out(call, quick, tmp_path, monkeypatch):
@@ -194,12 +173,13 @@ def test_a_finished_run_may_be_resumed_and_made_longer(call, quick, trained, fin
     assert files.read_run(trained / "checkpoint-6")["seconds"] < files.read_run(tmp_path / "o-final")["seconds"]
 
 
-def test_check_trains_nothing(call, quick, tmp_path):
-    done = call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "o")
-    text = " ".join(done.out.replace("│", " ").split())
-    assert done.code == 0 and list(tmp_path.iterdir()) == []
+def test_check_trains_nothing_and_prints_a_path_as_it_stands(call, quick, tmp_path):
+    """Square brackets are rich's markup, a word between colons is its emoji."""
+    done = ok(call("train_grpo", "--check", *quick, "--output_dir", tmp_path / "[bold]" / "[" / "a:heart:]"))
+    words = done.out.replace("│", " ").split()
+    assert list(tmp_path.iterdir()) == [] and "[bold]/[/a:heart:]" in "".join(words)
     parts = ("CPU", "12 modules", "8 completions an update = 2 prompts x 4", "length x 1 (0.", "weights", "for checkpoints")
-    assert all(part in text for part in parts), text
+    assert all(part in " ".join(words) for part in parts), words
 
 
 def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, tmp_path):
@@ -224,9 +204,9 @@ def test_interrupted(quick, tmp_path, number, code):
     flags = map(str, (500, *quick, "--output_dir", tmp_path / "o", "--save_steps", 2))
     # A shell's background job, as a CI may be, ignores SIGINT and hands that down.
     options = {"cwd": ROOT, "text": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-               "env": {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "a notebook's", "OMP_NUM_THREADS": "1"}}  # fmt: skip
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "train_grpo.py", *flags], **options, **pipes) as process:
+               "env": {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "a notebook's", "OMP_NUM_THREADS": "1"},
+               "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # fmt: skip
+    with subprocess.Popen([sys.executable, "train_grpo.py", *flags], **options) as process:
         waited = time.monotonic()
         while not checkpoints.newest_complete(tmp_path / "o") and time.monotonic() - waited < 120:
             time.sleep(0.1)
@@ -242,12 +222,11 @@ def test_the_curve_of_an_odd_run(tmp_path):
     config = {"target_tokens": 8, "rewards": ["length:1.0"]}
     odd = {"reward": 0.5, "reward_std": 0.1, "kl": float("nan"), "answers/tokens": 3.0, "step": 1}
     rows = outputs.log_rows([odd, {"loss": 1}], "reward")
-    assert rows == [{"reward": 0.5, "reward_std": 0.1, "kl": None, "answers/tokens": 3.0, "step": 1}]
-    evaluations = [{"step": 0, "eval_reward": None, "eval_low": None, "eval_high": None},
-                   {"step": 1, "eval_reward": 0.5, "eval_low": None, "eval_high": None}]  # fmt: skip
-    for part, measured in ((rows, evaluations), ([], [])):
-        outputs.draw_curve(part, config, tmp_path / "x.png", measured)
-        assert (tmp_path / "x.png").stat().st_size > 1000
+    assert rows == [{**odd, "kl": None}]
+    unknown = {"eval_low": None, "eval_high": None}
+    evaluations = [{"step": 0, "eval_reward": None, **unknown}, {"step": 1, "eval_reward": 0.5, **unknown}]
+    outputs.draw_curve(rows, config, tmp_path / "x.png", evaluations)
+    assert (tmp_path / "x.png").stat().st_size > 1000
     assert outputs.first_and_last(rows, "reward") == (0.5, 0.5) and outputs.first_and_last(rows, "kl") is None
 
 
@@ -267,37 +246,27 @@ def test_evaluated_on_held_out_prompts_while_it_trains(call, quick, tmp_path):
     assert equal(*runs.values())
 
 
-GAMED = "def commas(answers, **_):\n    return [answer.count(',') / 8 for answer in answers]\n"
-
-
 def test_a_collapse_stops_the_run_and_names_a_checkpoint_from_before(call, quick, tmp_path, monkeypatch):
-    from phi2_grpo.rewards import collapse
-
     # The mean of the last five steps' numbers: at step 9 it is 7.
     monkeypatch.setattr(collapse, "COLLAPSE", {"step": (0, 6.5, "made up for this test")})
-    (tmp_path / "mine.py").write_text(GAMED)
     flags = (20, *quick, "--eval_prompts", 0, "--save_steps", 4, "--save_total_limit", 2, "--output_dir", tmp_path / "o")
-    done = call("train_grpo", *flags, "--rewards", f"{tmp_path / 'mine.py'}:commas", "--stop_on_collapse")
+    done = call("train_grpo", *flags, "--stop_on_collapse")
     assert done.code == 2 and "Traceback" not in done.err and not (tmp_path / "o-final").exists(), done.err
     stopped = checkpoints.step_of(checkpoints.newest_complete(tmp_path / "o"))
     assert stopped == 9 and "step 9" in done.err and "checkpoint-4." in done.err and "--init_adapter" in done.err
     assert ["collapse", "step"] in rows_of(tmp_path / "o")[-1]["alerts"]
-    done = call("train_grpo", 12, *flags[1:], "--rewards", f"{tmp_path / 'mine.py'}:commas", "--resume")
+    done = call("train_grpo", 12, *flags[1:], "--resume")
     assert done.code == 0 and "made up" not in done.out, "gone on with, without --stop_on_collapse, and not said again"
     assert ["collapse", "step"] in rows_of(tmp_path / "o-final")[stopped - 1]["alerts"]
     names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")]
     assert names == ["checkpoint-9", "checkpoint-12"], "save_total_limit holds again"
 
 
-def test_the_private_methods_that_are_timed_and_replaced():
+def test_the_private_methods_that_are_replaced():
     """What the project rests on in TRL 1.16 and transformers 5; if this fails, read the new trainer."""
-    signatures = {name: list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:] for name in (
-        "_generate_single_turn", "_calculate_rewards", "_get_train_sampler", "_save_checkpoint")}  # fmt: skip
-    assert signatures == {
-        "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
-        "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
-        "_get_train_sampler": ["dataset"],
-        "_save_checkpoint": ["model", "trial"],
-    }
+    signatures = {"_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
+                  "_get_train_sampler": "dataset", "_save_checkpoint": "model trial"}  # fmt: skip
+    for name, parameters in signatures.items():
+        assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:] == parameters.split(), name
     assert "epoch" in inspect.signature(GRPOTrainer._run_epoch).parameters
     assert "logits_to_keep" in inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters

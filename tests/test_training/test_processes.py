@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from app_server import free_port
-from conftest import ROOT, rows_of
+from conftest import ROOT, ok, refused, rows_of, script
 from safetensors.torch import load_file
 
 from phi2_grpo.training import checkpoints
@@ -21,29 +22,27 @@ pytestmark = pytest.mark.slow
 FIXED = "tests/fixed_completions.py"
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT["OMP_NUM_THREADS"] = "1"  # the threads of several processes would compete for the same cores
+TORCHRUN = ("-m", "torch.distributed.run")
 HALF = ("--per_device_train_batch_size", 4)  # of the 8 completions of an update
-
-
-def torchrun(*command) -> list:
-    return [sys.executable, "-m", "torch.distributed.run", *command]
-
-
-def run(command: list, **options):
-    return subprocess.run([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, **options)
-
-
-def launch(processes: int, *command):
-    return run(torchrun("--nproc_per_node", processes, "--master_port", free_port(), *command))
 
 
 def start(*command) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*map(str, torchrun(*command))], cwd=ROOT, env=ENVIRONMENT, **pipes)
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, **pipes)
 
 
-def start_machines(*command, processes=(1, 1)) -> list[subprocess.Popen]:
+def end(process: subprocess.Popen, seconds: float | None = None) -> SimpleNamespace:
+    out, err = process.communicate(timeout=seconds)
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+def launch(processes: int, *command) -> subprocess.Popen:
+    return start(*TORCHRUN, "--nproc_per_node", processes, "--master_port", free_port(), *command)
+
+
+def launch_machines(*command, processes=(1, 1)) -> list[subprocess.Popen]:
     """Two machines, on loopback."""
-    where = ("--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", free_port())
+    where = (*TORCHRUN, "--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", free_port())
     return [start(*where, "--node_rank", rank, "--nproc_per_node", processes[rank], *command) for rank in range(2)]
 
 
@@ -57,19 +56,18 @@ def wait_for_a_checkpoint(output: Path) -> None:
 def test_several_processes_make_the_update_of_one(quick, tmp_path):
     """The same completions, in groups that lie across the processes; checkpoints, rows and lines once."""
     own = (2, *quick, "--num_generations", 8, "--warmup_steps", 0, "--eval_prompts", 0, "--save_steps", 1)
-    one = run([sys.executable, FIXED, *own, "--output_dir", tmp_path / "1"])
-    assert one.returncode == 0, one.stderr
+    ok(end(start(FIXED, *own, "--output_dir", tmp_path / "1")))
     expected = load_file(tmp_path / "1-final" / "adapter_model.safetensors")
     for processes in (2, 4):
         output, final = tmp_path / f"{processes}", tmp_path / f"{processes}-final"
-        done = launch(processes, FIXED, *own, "--per_device_train_batch_size", 8 // processes, "--output_dir", output)
-        assert done.returncode == 0, done.stderr
+        flags = ("--per_device_train_batch_size", 8 // processes, "--output_dir", output)
+        printed = ok(end(launch(processes, FIXED, *own, *flags))).out
         for a, b in zip(rows_of(tmp_path / "1-final"), rows_of(final), strict=True):
             for key in ("reward", "reward_std", "grad_norm", "completions/mean_length", "answers/tokens", "answers/ended"):
                 assert a[key] == pytest.approx(b[key], rel=1e-3), key
         for name, weight in load_file(final / "adapter_model.safetensors").items():
             assert (weight - expected[name]).abs().mean() < 2e-5, name
-        assert len(re.findall(r"^ +\d/2 ", done.stdout, re.MULTILINE)) == 2 and done.stdout.count("Preflight") == 1
+        assert len(re.findall(r"^ +\d/2 ", printed, re.MULTILINE)) == 2 and printed.count("Preflight") == 1
         complete = checkpoints.complete_checkpoints(output)
         assert [path.name for path in complete] == ["checkpoint-1", "checkpoint-2"]
         assert len([*complete[-1].glob("rng_state_*.pth")]) == processes
@@ -81,53 +79,48 @@ def test_a_run_by_two_processes_and_on_by_one(quick, tmp_path):
     (tmp_path / "same.py").write_text("def same(answers, **_):\n    return [1.0 for _ in answers]\n")
     own = (*quick, "--save_steps", 2, "--eval_steps", 2, "--eval_prompts", 4, "--report_to", "trackio")
     own = (*own, "--rewards", f"{tmp_path}/same.py:same", "--output_dir", tmp_path / "o")
-    done = launch(2, "train_grpo.py", 6, *own, *HALF)
-    assert done.returncode == 0 and done.stdout.count("held out: reward") == 4, done.stderr
-    assert done.stdout.count("warning: frac_reward_zero_std is 1") == 1
-    one = [sys.executable, "train_grpo.py", 7, *own, "--resume"]
-    refused = run([*one, "--check", *HALF])
-    assert refused.returncode == 2 and "was 8, is 4" in refused.stderr
-    resumed = run(one)
-    assert resumed.returncode == 0, resumed.stderr
+    printed = ok(end(launch(2, "train_grpo.py", 6, *own, *HALF))).out
+    assert printed.count("held out: reward") == 4 and printed.count("warning: frac_reward_zero_std is 1") == 1
+    resumed = ("train_grpo", 7, *own, "--resume")
+    refused(script(*resumed, "--check", *HALF), "was 8, is 4")
+    ok(script(*resumed))
     assert [row["step"] for row in rows_of(tmp_path / "o-final")] == list(range(1, 8))
 
 
 def test_a_refusal_is_printed_once(quick, tmp_path):
     """The first process is refused; the launcher ends the others with it."""
-    done = launch(2, "train_grpo.py", 1, *quick, *HALF, "--output_dir", tmp_path / "o", "--num_generations", 5)
-    assert done.returncode != 0 and done.stderr.count("not a multiple of num_generations 5") == 1
+    done = end(launch(2, "train_grpo.py", 1, *quick, *HALF, "--output_dir", tmp_path / "o", "--num_generations", 5))
+    assert done.code != 0 and done.err.count("not a multiple of num_generations 5") == 1
 
 
 def test_sigterm_to_the_launcher_saves_the_same_step_everywhere(quick, tmp_path):
     own = ("train_grpo.py", 500, *quick, *HALF, "--output_dir", tmp_path / "o", "--save_steps", 2)
-    with start("--nproc_per_node", 2, "--master_port", free_port(), *own) as process:
+    with launch(2, *own) as process:
         wait_for_a_checkpoint(tmp_path / "o")
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        error = end(process, 60).err
     assert "--resume" in error and error.count("interrupted.") == 1, error
 
 
 def test_a_machine_that_dies(quick, tmp_path):
     """It is killed in mid-step: the other ends in bounded time and says how to go on; then both go on."""
     own = (*quick, *HALF, "--output_dir", tmp_path / "o", "--save_steps", 2)
-    first, second = start_machines("train_grpo.py", 500, *own)
+    first, second = launch_machines("train_grpo.py", 500, *own)
     wait_for_a_checkpoint(tmp_path / "o")
     for process in [*psutil.Process(second.pid).children(recursive=True), second]:
         process.kill()
-    second.communicate()
-    _, error = first.communicate(timeout=120)
-    assert first.returncode != 0 and "another process of this run is gone" in error and "--resume" in error, error
+    end(second)
+    done = end(first, 120)
+    assert done.code != 0 and "another process of this run is gone" in done.err and "--resume" in done.err, done.err
     step = checkpoints.step_of(checkpoints.newest_complete(tmp_path / "o"))
-    for process in start_machines("train_grpo.py", step + 1, *own, "--resume"):
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+    for process in launch_machines("train_grpo.py", step + 1, *own, "--resume"):
+        ok(end(process, 120))
     assert [row["step"] for row in rows_of(tmp_path / "o-final")] == list(range(1, step + 2))
 
 
 def test_machines_with_unequal_numbers_of_processes(quick, tmp_path):
     own = (2, *quick, *HALF, "--output_dir", tmp_path / "o")
-    for process in start_machines("train_grpo.py", *own, processes=(1, 2)):
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+    for process in launch_machines("train_grpo.py", *own, processes=(1, 2)):
+        ok(end(process, 120))
     assert json.loads((tmp_path / "o-final" / "run.json").read_text())["processes"] == 3
     assert [row["step"] for row in rows_of(tmp_path / "o-final")] == [1, 2]

@@ -121,7 +121,7 @@ def test_a_save_that_fails_leaves_the_complete_checkpoints(call, quick, run, mon
     options = (*quick, "--output_dir", run, "--resume", "--save_steps", 2)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_rng_state", full)
-        refused(call("train_grpo", 8, *options), "no room is left on the disk", "checkpoint-6", "--resume")
+        refused(call("train_grpo", 8, *options), "no room is left on a disk", "checkpoint-6", "--resume")
     assert names(run) == ["checkpoint-4", "checkpoint-6"], "room is given back"
     assert call("train_grpo", 8, *options).code == 0 and names(run) == ["checkpoint-6", "checkpoint-8"]
 

@@ -89,7 +89,7 @@ class FromTheBase(FastEngine):
     """Samples from the base, as a trainer does that forgets the adapter."""
 
     def __call__(self, *arguments, **keywords):
-        with self.adapter_off():
+        with self.model.disable_adapter():
             return super().__call__(*arguments, **keywords)
 
 
@@ -111,7 +111,6 @@ def test_a_rollout_that_is_not_the_policy_s_raises_an_alert(micro, tmp_path, eng
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     trainer.engine = engine(policy)
-    trainer.engine.adapter_off = policy.disable_adapter
     trainer.train()
     rows = [row for row in trainer.state.log_history if "reward" in row]
     differences = [row.get("sampling/sampling_logp_difference/mean") for row in rows]
