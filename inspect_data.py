@@ -10,7 +10,7 @@ Samples are shown exactly as the model will see them: special and white-space ch
 from collections import Counter
 from pathlib import Path
 
-from phi2_grpo.common import cli, setup
+from phi2_grpo.common import cli, files, setup
 
 KEYS = ("model", "model_revision", "data_dir")
 
@@ -23,6 +23,9 @@ def main() -> None:
     config, arguments = cli.parse(parser)
     if not arguments.samples.isdecimal():
         raise cli.UserError(f"--samples is {arguments.samples!r}, but it takes a whole number, 0 or more.")
+    if arguments.model is None:  # the one that the data was prepared for
+        prepared = files.read_json(Path(config["data_dir"]) / "funnel.json").get("settings", {})
+        config |= {key: prepared[key] for key in ("model", "model_revision") if key in prepared}
     setup.prepare(config["model"])
     inspect(config, arguments.language, arguments.search, int(arguments.samples))
 
@@ -90,11 +93,14 @@ def show_samples(console, rows: list[dict], count: int) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
+    from phi2_grpo.data.prompts import UNKNOWN
+
     for row in rows[:: max(1, len(rows) // max(count, 1))][:count]:
         body = Text(visible(row["text"]))
         if row["reference"]:
             body.append(f"\n\nreference: {visible(row['reference'])}", style="dim")
-        title = Text(f"{row['split']}  {row['lang']}  {row['tokens']} tokens  {row['message_id']}")
+        language = [row["lang"]] * (row["lang"] != UNKNOWN)
+        title = Text("  ".join([row["split"], *language, f"{row['tokens']} tokens", row["message_id"]]))
         console.print(Panel(body, title=title, title_align="left"))
 
 

@@ -100,6 +100,7 @@ def prepare(config: dict, console) -> None:
 def show(console, data_dir: Path, funnel: dict, prompts: dict, pairs: dict) -> None:
     """The funnel and the languages as tables, and what lies where."""
     from phi2_grpo.common.console import make_table
+    from phi2_grpo.common.stats import FEW
     from phi2_grpo.data import store
 
     languages = {split: Counter(row["lang"] for row in rows) for split, rows in prompts.items()}
@@ -110,14 +111,18 @@ def show(console, data_dir: Path, funnel: dict, prompts: dict, pairs: dict) -> N
         console.print(make_table("", title, "train", "validation", rows=cells))
     references = sum(row["reference"] is not None for row in prompts["train"])
     folders = {kind: store.folder(data_dir, kind) for kind in (store.PROMPTS, store.PREFERENCES)}
-    console.print(
-        f"{len(prompts['train']):,} train prompts ({references:,} with a reference) and "
-        f"{len(prompts['validation']):,} validation prompts -> {folders[store.PROMPTS]}\n"
-        f"{len(pairs['train']):,} and {len(pairs['validation']):,} ranked pairs of replies -> {folders[store.PREFERENCES]}",
-        soft_wrap=True,
-    )
-    if not prompts["validation"]:
-        console.print("No validation prompt: validate_model.py will have nothing to measure.", style="yellow")
+    train, validation = len(prompts["train"]), len(prompts["validation"])
+    text = f"{train:,} train prompts ({references:,} with a reference) and {validation:,} validation prompts"
+    console.print(f"{text} -> {folders[store.PROMPTS]}", soft_wrap=True)
+    if any(pairs.values()):
+        text = f"{len(pairs['train']):,} and {len(pairs['validation']):,} ranked pairs of replies"
+        console.print(f"{text} -> {folders[store.PREFERENCES]}", soft_wrap=True)
+    if not references:
+        text = "No prompt has a reference, which the rewards correct and reference need: --reference_column COLUMN takes one."
+        console.print(text, style="yellow")
+    if validation < FEW:
+        text = f"Only {validation} validation prompts: validate_model.py shows little on fewer than {FEW}."
+        console.print(f"{text} Hold out more, before the training: a larger --validation_fraction.", style="yellow")
 
 
 if __name__ == "__main__":

@@ -174,6 +174,9 @@ def print_result(config: dict, preset: str, console, final: Path, history: list[
 
     first, last = first_and_last(history, "reward") or (math.nan, math.nan)
     keys = ["model", "model_revision", "data_dir", "device", "dtype"]
+    if cli.flags(config, preset, "output_dir"):  # or else its report would replace that of the preset's run
+        config = {**config, "validation_dir": f"{config['output_dir'].rstrip('/')}-validation"}
+        keys.append("validation_dir")
     if untrusted_rewards(config["rewards"]):
         keys.append("rewards")  # no adapter may name code to run
     console.print(

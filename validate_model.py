@@ -86,11 +86,13 @@ def validate(config: dict, arguments, trained: dict) -> None:
     device, dtype = choose_device(config)
     tokenizer, base = load_tokenizer(config), meta_model(config)
     check_vocabulary(tokenizer, base)
-    table, funnel = load_held_out(console, config, tokenizer, trained)
+    table, funnel, seen = load_held_out(config, tokenizer, trained)
+    if seen:
+        console.print(seen, style="yellow")
     prompts = select_rows(table, config["max_prompts"], config["seed"])
     chosen = add_built_in(parse_rewards(config["rewards"]))
     scorer = Scorer(tokenizer, config["target_tokens"], chosen, config["format_regex"])
-    try_rewards(scorer, prompts[:8])
+    try_rewards(scorer, prompts)
     context = context_length(base)
     generation = saved_generation_config(adapters[0], tokenizer, config, context)  # how to chat
     generation.max_new_tokens = min(generation.max_new_tokens or 256, context // 2)
@@ -115,23 +117,23 @@ def validate(config: dict, arguments, trained: dict) -> None:
         f"seed {config['seed']}, temperature {config['temperature']:g}, at most {config['max_completion_length']} tokens",
         f"rewards{' of the training' if trained and not arguments.rewards else ''}: {', '.join(config['rewards'])}; target "
         f"{config['target_tokens']} tokens",
+        *filter(None, [seen]),
     ]
     report.write(folder, numbers, samples, prompts, shown, facts, {**config, "against": arguments.against})
-    update_card(console, adapters[0], config, arguments, trained, numbers)
+    update_card(console, adapters[0], config, arguments, {} if seen else trained, numbers)
     console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", soft_wrap=True)
 
 
-def load_held_out(console, config: dict, tokenizer, trained: dict) -> tuple:
-    """The validation split and the funnel."""
+def load_held_out(config: dict, tokenizer, trained: dict) -> tuple:
+    """The validation split, the funnel, and a warning where the training may have seen these prompts, else ""."""
     from phi2_grpo.data.store import load_prompts
 
     tables, funnel = load_prompts(config, tokenizer)
     if not len(tables["validation"]):
         raise cli.UserError(f"{config['data_dir']} has no validation prompt. Prepare it with a larger --validation_fraction.")
-    if trained.get("data", {}).get("fingerprint", funnel["fingerprint"]) != funnel["fingerprint"]:
-        text = f"{config['adapter']} was trained on other data than {config['data_dir']}"
-        console.print(f"{text}: it may have seen what is held out here.", style="yellow")
-    return tables["validation"], funnel
+    same = trained.get("data", {}).get("fingerprint", funnel["fingerprint"]) == funnel["fingerprint"]
+    text = f"{config['adapter']} was trained on other data than {config['data_dir']}: it may have seen what is held out here."
+    return tables["validation"], funnel, "" if same else text
 
 
 def load_policy(config: dict, adapters: list[Path], scorer, device, dtype):
@@ -165,7 +167,7 @@ def update_card(console, adapter: Path, config: dict, arguments, trained: dict, 
     if not arguments.against and as_trained and numbers["prompts"] >= FEW:
         add_validation(adapter, numbers["line"], [*metric_table(numbers), "", levels(numbers)])
     else:
-        console.print(f"The model card was not changed: that takes the training's settings, the base, and {FEW} prompts.")
+        console.print(f"The model card was not changed: that takes the training's settings and data, the base, {FEW} prompts.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """A progress bar in place of what the trainers print, and trackio without its banner."""
 
 import io
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from transformers import PrinterCallback, TrainerCallback
@@ -62,6 +63,13 @@ def silence_printing(trainer) -> None:
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(TrackioCallback):
         trainer.add_callback(QuietTrackio())
+
+
+def finish_trackio() -> None:
+    """After a run that ended early. At exit trackio would print that it uploads logs, and means its local file."""
+    if trackio := sys.modules.get("trackio"):
+        with QUIET, suppress(RuntimeError):  # it raises where no run is open
+            trackio.finish()
 
 
 def alert(title: str, text: str, serious: bool) -> None:

@@ -34,6 +34,8 @@ def prepare(*hub_names: str) -> None:
         for option in (-1, -3):
             ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # the tests show them, when a pin moves
+    # PEFT looks for the base on the Hub at each save.
+    warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file")
     paths = [Path(name.rpartition(":")[0] or name).expanduser() for name in hub_names if "/" in name]  # without a weight
     if any(not path.exists() for path in paths) and "HF_HUB_OFFLINE" not in os.environ and not _reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"

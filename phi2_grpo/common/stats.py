@@ -50,9 +50,8 @@ def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple
     """
     values = numpy.asarray(differences, float)
     subsets, sizes = _subsets(len(values), seed)
-    means = numpy.round(
-        (subsets @ values) / numpy.maximum(sizes, 1), 12
-    )  # (FLIPS,); rounded, or what cancels out leaves a trace
+    # (FLIPS,); rounded, or what cancels out leaves a trace.
+    means = numpy.round((subsets @ values) / numpy.maximum(sizes, 1), 12)
     tail = (1 - level) / 2
     # Less one standard error, for the subsets are drawn: so the level is at least what it says.
     rank = int(tail * (FLIPS + 1) - (FLIPS * tail * (1 - tail)) ** 0.5) - 1

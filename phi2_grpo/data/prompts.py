@@ -36,10 +36,13 @@ class Form(NamedTuple):
     pairs: bool  # chosen and rejected are there
     lang: str
     id: str
+    others: tuple[str, ...]  # which rewards get by their names
 
     def __str__(self) -> str:
         used = {"prompt": self.prompt, "input": self.input, "reference": self.reference, "language": self.lang, "id": self.id}
-        used["pairs"] = "chosen, rejected" if self.pairs else ""
+        used["pairs"] = "chosen and rejected" if self.pairs else ""
+        used["for rewards"] = " and ".join(column for column in self.others if column not in TAKEN)
+        used["left out, a reserved name"] = " and ".join(column for column in self.others if column in TAKEN)
         return ", ".join(f"{what} = {column}" for what, column in used.items() if column)
 
 
@@ -61,8 +64,10 @@ def find_form(rows: list[dict], prompt_column: str, reference_column: str) -> Fo
             f"and --reference_column COLUMN for the right or best answer. Known: {', '.join(PROMPT_COLUMNS[:-1])}."
         )
     reference = reference_column or first(*(name for name in REFERENCE_COLUMNS if name != prompt))
-    return Form(prompt, first("input") if prompt == "instruction" else "", reference, pairs, first("lang"),
-                first("message_id", "id"))  # fmt: skip
+    follows = first("input") if prompt == "instruction" else ""
+    used = (prompt, follows, reference, pairs, first("lang"), first("message_id", "id"))
+    others = columns.keys() - {*used, *(("chosen", "rejected") if pairs else ())}
+    return Form(*used, tuple(sorted(others)))
 
 
 def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | None:

@@ -59,6 +59,8 @@ def _local_splits(path: Path) -> dict[str, Iterable]:
         saved = datasets.load_from_disk(str(path))
         tables = {"": saved} if isinstance(saved, datasets.Dataset) else saved
         return {split: _batch_rows(table.with_format("arrow").iter(1000)) for split, table in tables.items()}
+    if not path.exists():
+        raise UserError(f"--dataset {path}: there is no such file or folder.")
     by_format = (sorted(path.rglob(f"*{end}")) for end in FORMATS)
     paths = [path] if path.is_file() else next(filter(None, by_format), None)
     if not paths:
@@ -129,5 +131,8 @@ def _checked(rows: Iterable, name: str) -> Iterator:
     try:
         for number, row in enumerate(rows, 1):  # noqa: B007
             yield row
+    except UnicodeDecodeError as error:
+        advice = 'Save it anew (Excel: "CSV UTF-8"), or: iconv -f cp1252 -t utf-8 FILE > NEW_FILE'
+        raise UserError(f"{name} is not UTF-8: byte {error.object[error.start]:#x} past row {number}. {advice}") from None
     except (OSError, ValueError, EOFError) as error:  # pyarrow's errors are OSError and ValueError
         raise UserError(f"{name} cannot be read past row {number}: {first_line(error)}.") from None

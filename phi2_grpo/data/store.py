@@ -102,7 +102,8 @@ def load_prompts(config: dict, tokenizer, kind: str = PROMPTS) -> tuple[DatasetD
     if not path.exists() or "settings" not in funnel:
         again = prepare_command(config, overwrite=exists(data_dir))
         what = f"{path.name} or {FUNNEL}"
-        raise UserError(f"no prepared data in {data_dir}, or not all of it: {what} is missing. Prepare it: {again}")
+        text = f"no prepared data in {data_dir}, or not all of it: {what} is missing"
+        raise UserError(f"{text}. If it lies elsewhere: --data_dir FOLDER. Prepare it: {again}")
     own = {key: config[key] for key in ("model", "model_revision", "data_dir")}
     again = prepare_command({**config, **funnel["settings"], **own}, overwrite=True)  # as it was, but for this model
     try:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from statistics import pstdev
 
-import numpy
-
 from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, plot_interval, save_figure
 
 COLORS = {"base": GREY, "tuned": BLUE}
@@ -22,11 +20,13 @@ def draw(report: dict, samples: list[dict], path: Path) -> None:
         # In standard deviations over prompts, so that nats, tokens and shares stand on one axis.
         unit = pstdev(t - b for b, t in _pairs(report, name)) or 1.0
         _plot_difference(metrics, i, m, unit)
-        names.append(f"{name}   {m['base']:.2f} → {m['tuned']:.2f}")
+        names.append(f"{name}   {format_number(m['base'])} → {format_number(m['tuned'])}")
     _finish_differences(metrics, names, f"{tuned} less {base}, by metric: green better, red worse")
     metrics.set_xlabel("mean difference, in standard deviations over prompts, with its interval")
     tokens = {side: [s["answer"].tokens for s in samples if s["side"] == side] for side in COLORS}
-    edges = numpy.linspace(0, max(map(max, tokens.values())) + 1, 31)
+    longest = max(map(max, tokens.values()))
+    width = 1 + longest // 40  # whole tokens, or the bars would have gaps
+    edges = range(0, longest + 2 * width, width)
     for side, name in zip(COLORS, report["names"], strict=True):
         lengths.hist(tokens[side], edges, color=COLORS[side], alpha=0.6, label=name)
     lengths.legend(frameon=False)
@@ -51,7 +51,10 @@ def _finish_differences(axes, names: list[str], title: str) -> None:
     axes.set(title=title, ylim=(-0.6, len(names) - 0.4))
 
 
-def _pairs(report: dict, metric: str | None) -> list[tuple[float, float]]:
+def _pairs(report: dict, metric: str) -> list[tuple[float, float]]:
     """(base, tuned) of the prompts that have both."""
-    sides = report["values"].get(metric) or {"base": [], "tuned": []}
-    return [pair for pair in zip(sides["base"], sides["tuned"], strict=True) if None not in pair]
+    return [pair for pair in zip(*report["values"][metric].values(), strict=True) if None not in pair]
+
+
+def format_number(value: float | None, places: int = 2, sign: str = "") -> str:
+    return "?" if value is None else f"{round(value, places) + 0.0:{sign}.{places}f}"  # + 0.0: no -0.00

@@ -11,7 +11,7 @@ from phi2_grpo.common import files
 from phi2_grpo.common.console import make_table, markdown_table
 from phi2_grpo.common.stats import FEW, mean, paired, simultaneous, verdict
 from phi2_grpo.evaluation.accuracy import accuracy_rows, accuracy_sentence
-from phi2_grpo.evaluation.plots import DIRECTION, draw
+from phi2_grpo.evaluation.plots import DIRECTION, draw, format_number
 from phi2_grpo.rewards import collapse
 
 SIDES = ("base", "tuned")
@@ -40,6 +40,8 @@ def summarize(
     values = _values(samples, len(prompts), scorer, trained) | costs
     # A reward of negative weight is trained for less of it.
     direction = {**DIRECTION, **{reward.name: reward.weight >= 0 for reward in scorer.chosen}}
+    if "correct" in trained:  # right answers may be all alike, and worded otherwise than a bare result
+        direction |= {"distinct-2": None, "reference NLL": None}
     usable = [name for name, sides in values.items() if paired(sides["base"], sides["tuned"])]
     headline = next((name for name in ("total reward", *trained) if name in usable), None)
     languages = {}
@@ -112,10 +114,6 @@ def _alerts(base: dict[str, float], tuned: dict[str, float]) -> dict[str, str]:
         if outside:
             alerts[name] = f"{name} is {value:.2f}, base {format_number(before)}: {meaning.partition(':')[0]}"
     return alerts
-
-
-def format_number(value: float | None, places: int = 2, sign: str = "") -> str:
-    return "?" if value is None else f"{round(value, places) + 0.0:{sign}.{places}f}"  # + 0.0: no -0.00
 
 
 def summary_line(report: dict) -> str:
@@ -193,7 +191,7 @@ def remarks(report: dict) -> list[str]:
     lines = [levels(report)]
     if report["missing"]:
         lines.append(f"Left out, for they could not be computed on these prompts: {', '.join(report['missing'])}.")
-    return lines + [f"Fewer than {FEW} prompts: the intervals are weak."] * (report["prompts"] < FEW)
+    return lines + [f"Fewer than {FEW} prompts: the intervals are weak; ? where there is none."] * (report["prompts"] < FEW)
 
 
 def show(console, report: dict, samples_per_prompt: int) -> None:

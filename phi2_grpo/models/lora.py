@@ -104,8 +104,8 @@ def check_adapter(folder: str) -> Path:
     saved, weights = files.read_json(path / "adapter_config.json"), path / "adapter_model.safetensors"
     if not saved or not weights.is_file():
         raise UserError(
-            f"the adapter {folder} is incomplete: it needs adapter_config.json, as PEFT writes it, and {weights.name}. Copy it "
-            f"again; of a training's folder give a checkpoint, {folder}/checkpoint-N."
+            f"{folder} is no adapter: it needs adapter_config.json, as PEFT writes it, and {weights.name}. Copy it again; of a "
+            f"training's folder give its result, {path}-final, or {path}/checkpoint-N."
         )
     if (kind := saved.get("peft_type", "LORA")) != "LORA":
         raise UserError(f"{folder} is an adapter of the kind {kind}, and this project uses LoRA alone. Give a LoRA adapter.")

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,8 +83,13 @@ def _digest(function: Callable) -> str | None:
     if isinstance(function, RewardModel):
         weights = sorted(function.folder.glob("*.safetensors"))
         return " ".join([*map(files.digest, weights), f"{function.mean:g} {function.std:g}"])
-    source = inspect.getsourcefile(inspect.unwrap(function)) if inspect.isroutine(function) else None
+    source = _source(function)
     return source and files.digest(Path(source))
+
+
+def _source(function: Callable) -> str | None:
+    """The file of a function's code; None for what is no function of Python."""
+    return inspect.getsourcefile(inspect.unwrap(function)) if inspect.isroutine(function) else None
 
 
 def _find(name: str) -> Callable:
@@ -105,6 +111,8 @@ def _find(name: str) -> Callable:
 
 
 def _import_function(where: str, name: str) -> Callable:
+    if where.endswith(".py") and not Path(where).expanduser().is_file():
+        raise UserError(f"--rewards: there is no file {where}.")
     try:
         module = _import_file(Path(where).expanduser()) if where.endswith(".py") else _import_module(where)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
@@ -235,7 +243,13 @@ def _call(reward: Reward, arguments: dict, count: int) -> list[float | None]:
     except BaseException as error:  # the user's own code may raise anything
         if memory_ran_out(error) or isinstance(error, (KeyboardInterrupt, UserError)):
             raise
-        raise BadReward(f"the reward {reward.name!r} failed: {type(error).__name__}: {error}") from error
+        text = f"the reward {reward.name!r} failed: {type(error).__name__}: {error}"
+        source = _source(reward.function)
+        if lines := [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]:
+            text += f" ({source}, line {lines[-1]})"
+        elif isinstance(error, TypeError) and "argument" in str(error):  # of the call itself
+            text += f". A reward is given: {', '.join(arguments)}."
+        raise BadReward(text) from error
     if len(scores) != count:
         raise BadReward(f"the reward {reward.name!r} returned {len(scores)} rewards for {count} completions.")
     numbers = (int, float, numpy.integer, numpy.floating, numpy.bool_)
@@ -246,7 +260,19 @@ def _call(reward: Reward, arguments: dict, count: int) -> list[float | None]:
 
 
 def try_rewards(scorer: Scorer, rows: list[dict]) -> dict[str, list[float | None]]:
-    """Call each reward on real rows, their human replies taken as completions; scores by reward name. Raises BadReward."""
+    """Call each reward on some of the rows, their references taken as completions; scores by reward name.
+
+    Raises BadReward, and UserError where no reward that counts scores any of them.
+    """
+    rows = sorted(rows, key=lambda row: row["reference"] is None)[:8]
     texts = [row["reference"] or "I do not know." for row in rows]
     scored = scorer.score(rows, [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]])
-    return {name: [row["scores"][name] for row in scored] for name in (scored[0]["scores"] if scored else ())}
+    tried = {name: [row["scores"][name] for row in scored] for name in (scored[0]["scores"] if scored else ())}
+    counting = [tried.get(reward.name, [0.0]) for reward in scorer.chosen if reward.weight]  # one that is not loaded may
+    if all(value is None for values in counting for value in values):
+        names = ", ".join(reward.name for reward in scorer.chosen if reward.weight)
+        raise UserError(
+            f"none of {len(rows)} rows is scored by {names}, so nothing can be learnt or measured. The rewards correct and "
+            "reference need a reference in the data: prepare_data.py --reference_column COLUMN."
+        )
+    return tried

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -200,12 +199,12 @@ def rollout(config: dict, policy: PeftModel):
 
 def rewards(config: dict, tokenizer, prompts: DatasetDict):
     scorer = Scorer(tokenizer, config["target_tokens"], parse_rewards(config["rewards"]), config["format_regex"])
-    tried = try_rewards(scorer, list(islice(prompts["train"], 8)))
+    tried = try_rewards(scorer, store.select_rows(prompts["train"], 1000, seed=0))
     parts = []
     for reward in scorer.chosen:
         if reward.name in tried:
             values = [score for score in tried[reward.name] if score is not None]
-            text = f"{min(values):.2f} to {max(values):.2f} for human replies" if values else "scores none of the first rows"
+            text = f"{min(values):.2f} to {max(values):.2f} for references" if values else "scores none of the rows tried"
         else:
             text = reward.function.describe(config)
         parts.append(f"{reward.name} x {reward.weight:g} ({text})")

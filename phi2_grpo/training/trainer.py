@@ -75,10 +75,11 @@ class RunMixin:
                 self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except Exception as error:
             if text := self._end(error, output):
-                raise UserError(f"{text}\n  {checkpoints.resume_hint(output)}") from None
+                raise UserError(text) from None
             raise
         finally:
             log.progress.stop()  # or a failure leaves a terminal without its cursor
+            progress.finish_trackio()
         if self.state.global_step < steps:
             stop.raise_if_asked()
 
@@ -89,17 +90,21 @@ class RunMixin:
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _end(self, error: Exception, output: Path) -> str:
-        """Save, or make room, after what ended the training; and what it was, in words, "" for a bug."""
+        """Save, or make room, after what ended the training; what it was and how to go on, in words, "" for a bug."""
         if isinstance(error, BadReward) or memory_ran_out(error):
             self._save_now(output)
         elif disk_is_full(error):
             checkpoints.remove_incomplete(output)
+        newest = checkpoints.newest_complete(output)
         if isinstance(error, BadReward):
-            return f"{error}\n  With a corrected reward start another run: --init_adapter CHECKPOINT and another --output_dir."
+            start = f"start another run from there: --init_adapter {newest} --output_dir ANOTHER" if newest else "start again"
+            return f"{error}\n  Correct it, and {start}"
         # gloo raises a plain RuntimeError, NCCL a DistError.
         if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            return f"another process of this run is gone, or its machine: {first_line(error)[:200]}"
-        return explain(error)
+            text = f"another process of this run is gone, or its machine: {first_line(error)[:200]}"
+        else:
+            text = explain(error)
+        return text and f"{text}\n  {checkpoints.resume_hint(output)}"
 
     def _save_now(self, output: Path) -> None:
         """Save what the last complete step left, where no checkpoint has it yet."""

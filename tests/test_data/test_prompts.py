@@ -123,7 +123,7 @@ def test_prepared_under_the_source_s_name_with_all_columns(call, micro, tmp_path
     (tmp_path / "My sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--model", micro, "--data_dir", tmp_path / "d", "--validation_fraction", 0.3, "--max_prompt_tokens", 500)
     done = call("prepare_data", "--dataset", tmp_path / "My sums.jsonl", *flags, "--max_turns", 2)
-    assert done.code == 0 and "prompt = question, reference = answer" in done.out, done.err
+    assert done.code == 0 and "prompt = question, reference = answer, for rewards = level" in done.out, done.err
     assert "--max_turns and --max_toxicity are for oasst1's trees" in done.out
     tables = datasets.load_from_disk(str(tmp_path / "d" / "My-sums_prompts"))
     assert len(tables["train"]) == 7 and "pairs" not in tables["train"].features
@@ -141,6 +141,9 @@ def test_what_cannot_be_prepared(call, micro, tmp_path):
     refused(call("prepare_data", *flags, tmp_path / "c.jsonl"), "holds no rows")
     (tmp_path / "d.csv").write_text('question,answer\nWhy?,So.\n"Unclosed, and\n')
     refused(call("prepare_data", *flags, tmp_path / "d.csv"), "past row 1")
+    (tmp_path / "e.csv").write_bytes("question\nGrüße?\n".encode("cp1252"))
+    refused(call("prepare_data", *flags, tmp_path / "e.csv"), "e.csv is not UTF-8", "iconv")
+    refused(call("prepare_data", *flags, tmp_path / "f.csv"), "f.csv: there is no such file")
 
 
 def test_languages_are_guessed_where_some_are_wanted(call, micro, tmp_path):

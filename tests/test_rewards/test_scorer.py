@@ -35,7 +35,7 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("text", "expected"), [("{dir}/good.py:polite,{dir}/good.py:polite:2", "polite"),
     ("lenght", "Did you mean length?"), ("length:nan", "nan"), ("length:inf", "inf"),
-    ("length:0,ending:0", "no reward has a weight"), ("none.py:f", "FileNotFoundError"),
+    ("length:0,ending:0", "no reward has a weight"), ("none.py:f", "no file none.py"),
     ("no_such_package.x:f", "No module named 'no_such_package'"), ("{dir}/good.py:NUMBER", "no function 'NUMBER'"),
     ("{dir}/syntax.py:f", "syntax.py, line 2"), ("{dir}/leaves.py:f", "SystemExit"), ("{dir}/good.py", "file.py:FUNCTION"),
     ("{dir}", "is broken"), ("no/such-model", "Hub")])  # fmt: skip
@@ -54,6 +54,8 @@ BROKEN = {  # a reward, and what the message says
     "not_a_number": (lambda completions, **_: [float("nan")] * len(completions), "nan"),
     "nothing": (lambda **_: None, "TypeError"),
     "leaves": (lambda **_: sys.exit(0), "SystemExit"),
+    "raises": (lambda **_: 1 / 0, r"division by zero \(.*test_scorer\.py, line \d+\)"),
+    "no_column": (lambda thema, **_: [0.0], "'thema'.* is given: .*reference"),
 }
 
 
@@ -63,6 +65,14 @@ def test_a_broken_reward_is_named_before_training(tokenizer, name):
     with pytest.raises(UserError, match=expected) as caught:
         try_rewards(Scorer(tokenizer, 8, [Reward(name, 1.0, function)]), ROWS)
     assert name in str(caught.value)
+
+
+def test_rewards_that_score_nothing_are_refused(tokenizer):
+    scorer = Scorer(tokenizer, 8, parse_rewards(["correct"]))
+    without = [{**row, "reference": None} for row in ROWS] * 10
+    with pytest.raises(UserError, match="correct.*--reference_column"):
+        try_rewards(scorer, without)
+    assert try_rewards(scorer, [*without, *ROWS])["correct"][0] == 1.0, "a row with a reference is looked for"
 
 
 def test_they_get_columns_and_answers_and_are_logged_once(tokenizer):
@@ -108,7 +118,7 @@ def test_a_step_without_a_score_is_shown_and_a_score_that_is_no_number_ends_the_
     options = (*quick, "--output_dir", tmp_path / "o", "--rewards")
     # Once before the training, once on the held-out prompts, then once a step: calls 4 and 6 are those of steps 2 and 4.
     done = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late")
-    refused(done, "'late' returned nan", "checkpoint-3 is complete")
+    refused(done, "'late' returned nan", "--init_adapter", "checkpoint-3")
     assert [row["reward"] is None for row in rows_of(tmp_path / "o")] == [False, True, False] and "     -  " in done.out
     assert not (tmp_path / "o-final").exists()
     (tmp_path / "late.py").write_text("def late(answers, **_):\n    return [float(len(answer)) for answer in answers]\n")

@@ -35,8 +35,9 @@ def test_overwrite_is_needed_and_replaces(call, micro, tmp_path):
     assert left == {"oasst1_prompts", "oasst1_preferences", store.FUNNEL, "notes.txt"}
 
 
-def test_inspect_shows_what_the_model_sees(call, micro, prepared):
-    options = ("--preset", "tiny", "--model", micro, "--data_dir", prepared)
+def test_inspect_shows_what_the_model_sees(call, prepared):
+    """By the tokenizer of the model that the data was prepared for."""
+    options = ("--preset", "tiny", "--data_dir", prepared)
     done = ok(call("inspect_data", *options, "--language", "es", "--samples", 2, "--search", "cómo"))
     assert done.out.count("Instruct: ") == 2 and "Output:" in done.out and "⏎" in done.out and " tokens" in done.out
     assert (prepared / "inspect.png").read_bytes().startswith(b"\x89PNG")

@@ -46,6 +46,11 @@ def test_the_model_card(call, options, final, tmp_path):
     """It gets the numbers once, where there are prompts enough, measured as the adapter was trained."""
     adapter = shutil.copytree(final, tmp_path / "adapter")
     options, card = (*options, "--adapter", adapter, "--samples_per_prompt", 1), adapter / "README.md"
+    run = json.loads((adapter / "run.json").read_text())
+    (adapter / "run.json").write_text(json.dumps({**run, "data": {**run["data"], "fingerprint": "of other data"}}))
+    ok(call("validate_model", *options, "--max_prompts", 25))
+    assert model_card.VALIDATED not in card.read_text() and "may have seen" in (tmp_path / "v" / "report.md").read_text()
+    (adapter / "run.json").write_text(json.dumps(run))
     for prompts, flags, validated in ((12, (), 0), (25, ("--temperature", 0.5), 0), (25, (), 1), (25, (), 1)):
         ok(call("validate_model", *options, "--max_prompts", prompts, *flags))
         assert card.read_text().count(model_card.VALIDATED) == validated
