@@ -28,8 +28,7 @@ demo-real: .venv/ready
 demo-sums: .venv/ready
 	$(BIN)/python prepare_data.py --preset sums --overwrite
 	$(BIN)/python train_grpo.py --preset sums --overwrite
-	$(BIN)/python validate_model.py --preset sums --prompt "What is 7 + 8? Answer with the number only." \
-	  --prompt "Add 11 and 4. Only give the result." --prompt "12 + 7 = ? Reply with just the number."
+	$(BIN)/python validate_model.py --preset sums
 
 # The same with a reward model, learnt from people's rankings.
 demo-reward: .venv/ready

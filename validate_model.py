@@ -3,7 +3,7 @@
   python validate_model.py                                      # results/phi2-grpo-final on data/
   python validate_model.py --preset tiny
   python validate_model.py --against OTHER_ADAPTER              # two adapters on one base
-  python validate_model.py --prompt "Why is the sky blue?"      # other sample prompts
+  python validate_model.py --prompt "Why is the sky blue?"      # this question, as a chat
 
 Base answers come from the same model with the adapter off. Everything is measured on held-out prompts, prompt by prompt, with
 intervals over prompts: the rewards of the training at its temperature, the other built-in rewards, and what the tuning cost
@@ -102,7 +102,9 @@ def validate(config: dict, arguments, trained: dict) -> None:
         policy = load_policy(config, adapters, scorer, device, dtype)
     engine = make_engine(config["rollout"], policy, config["rollout_batch_size"], reserved_bytes(policy))
     names = side_names(adapters)
-    against, questions = bool(arguments.against), arguments.prompt or SAMPLE_PROMPTS
+    against, questions = bool(arguments.against), [row["prompt"] for row in prompts[:3]]
+    if arguments.prompt or funnel.get("name") == "oasst1":
+        questions = [[{"role": "user", "content": text}] for text in arguments.prompt or SAMPLE_PROMPTS]
     shown = show_samples(console, engine, tokenizer, names, generation, config["seed"], questions, against)
     samples, costs = measure(console, engine, tokenizer, scorer, prompts, config, against)
     numbers = report.summarize(samples, prompts, costs, scorer, names)

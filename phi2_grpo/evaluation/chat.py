@@ -10,10 +10,10 @@ from phi2_grpo.rollout.engine import complete
 
 
 def show_samples(
-    console, engine, tokenizer, names: tuple[str, str], generation, seed: int, questions: list[str], against: bool
+    console, engine, tokenizer, names: tuple[str, str], generation, seed: int, questions: list[list[dict]], against: bool
 ) -> list[dict]:
-    """The questions answered by both as a chat, as `generation` has it, side by side, trimmed."""
-    texts = render(tokenizer, [[{"role": "user", "content": question}] for question in questions])
+    """The questions, each a conversation, answered by both as a chat, as `generation` has it, side by side, trimmed."""
+    texts = render(tokenizer, questions)
     answers = {}
     for side, adapter in (("base", "against" if against else None), ("tuned", "default")):
         with use_adapter(engine.model, adapter), console.status(f"{side} answers"):
@@ -22,9 +22,9 @@ def show_samples(
     for question, *pair in zip(questions, answers["base"], answers["tuned"], strict=True):
         ends = [Text(f"{answer.tokens} tokens, {answer.finish_reason}", style="dim") for answer in pair]
         rows = [[answer.text for answer in pair], ends]
-        table = make_table(question, *names, rows=rows, words=(0, 1), expand=True, show_lines=True)
+        table = make_table(question[-1]["content"], *names, rows=rows, words=(0, 1), expand=True, show_lines=True)
         table.columns[0].ratio = table.columns[1].ratio = 1
         console.print(table)
         texts_of = [{"answer": a.text, "tokens": a.tokens, "finish_reason": a.finish_reason} for a in pair]
-        samples.append({"prompt": question, "base": texts_of[0], "tuned": texts_of[1]})
+        samples.append({"prompt": question[-1]["content"], "base": texts_of[0], "tuned": texts_of[1]})
     return samples

@@ -23,7 +23,7 @@ from phi2_grpo.rewards.scorer import Scorer, parse_rewards, try_rewards
 from phi2_grpo.rollout.cache import free_memory
 from phi2_grpo.rollout.engine import choose_engine
 from phi2_grpo.training import checkpoints, outputs
-from phi2_grpo.training.memory import estimate, largest_preset, peak, update_estimate
+from phi2_grpo.training.memory import estimate, peak, update_estimate
 
 GB = 1e9
 
@@ -170,11 +170,8 @@ def batch(config: dict, prompts: DatasetDict):
     sampled = size * steps * world
     product = f"per_device_train_batch_size {size} x gradient_accumulation_steps {steps} x {world} process(es) = {sampled}"
     if sampled % group:
-        fitting = [n for n in range(2, sampled + 1) if sampled % n == 0]
-        nearest = min(fitting, key=lambda n: abs(n - group), default=None)
         multiple = group // math.gcd(group, steps * world)
-        other = f"--per_device_train_batch_size {max(multiple, round(size / multiple) * multiple)}"
-        remedy = f"--num_generations {nearest}, or {other}" if nearest else other
+        remedy = f"--per_device_train_batch_size {max(multiple, round(size / multiple) * multiple)}"
         raise UserError(f"{product} completions, not a multiple of num_generations {group}. Give {remedy}.")
     if len(prompts["train"]) < sampled // group:
         raise UserError(
@@ -218,11 +215,7 @@ def memory(config: dict, policy: PeftModel, longest: int, device, dtype, scorer:
     def parts_of(config: dict) -> dict[str, int]:
         return estimate(config, policy, longest, device, dtype, free, reward_models)
 
-    text = _memory_text(config, parts_of, lambda parts: peak(parts, engine), free)
-    if device.type == "cuda":
-        preset = largest_preset(policy, longest, device, dtype, free, reward_models)
-        text += f". Largest preset that fits: {preset or 'none'}"
-    return parts_of(config), text
+    return parts_of(config), _memory_text(config, parts_of, lambda parts: peak(parts, engine), free)
 
 
 def pair_memory(config: dict, policy: PeftModel, longest: int, device, dtype):

@@ -1,13 +1,10 @@
-"""What a training will hold in memory, and the largest preset that fits: estimates, computed on a model without weights."""
+"""What a training will hold in memory: estimates, computed on a model without weights."""
 
 import torch
 from peft import PeftModel
 
-from config import CONFIG, PRESETS
 from phi2_grpo.models.lora import lora_counts
 from phi2_grpo.rollout.cache import cache_bytes_per_token, round_length, rows_within
-
-GPU_PRESETS = ("phi2", "phi2-24gb", "phi2-80gb")  # from small to large
 
 
 def estimate(
@@ -61,20 +58,3 @@ def reserved_bytes(parts: dict[str, int]) -> int:
 def peak(parts: dict[str, int], engine: str) -> int:
     """The most held at once. "fast" keeps its cache during the update; generate frees it before."""
     return sum(parts.values()) - (0 if engine == "fast" else min(parts["update"], parts["KV cache"]))
-
-
-def largest_preset(
-    model: PeftModel, longest: int, device: torch.device, dtype: torch.dtype, free: int, reward_models: int = 0
-) -> str | None:
-    """The last of GPU_PRESETS that fits into `free` bytes, with a cache for a group of completions at least.
-
-    `reward_models`: bytes of the reward models.
-    """
-    fitting = None
-    for name in GPU_PRESETS:
-        config = {**CONFIG, **PRESETS[name]}
-        parts = estimate(config, model, longest, device, dtype, free, reward_models)
-        bytes_per_row = round_length(longest + config["max_completion_length"]) * cache_bytes_per_token(model.config, dtype)
-        if peak(parts, "fast") <= free and parts["KV cache"] >= config["num_generations"] * bytes_per_row:
-            fitting = name
-    return fitting

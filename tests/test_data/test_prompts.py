@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 
@@ -182,5 +183,6 @@ def test_from_a_file_to_a_validated_adapter(call, quick, micro, tmp_path):
     measured = ("--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--samples_per_prompt", 2)
     done = call("validate_model", *quick[:4], *where, *measured)
     assert done.code == 0 and "pass@2" in done.out and "from wrong to right" in done.out, done.err
+    assert len(re.findall(r"What is (\d+) plus \1\?", done.out)) == 3, "held-out prompts are answered as a chat"
     accuracy = json.loads((tmp_path / "v" / "report.json").read_text())["accuracy"]
     assert set(accuracy["pass@k"]) == {"1", "2"} and "## Accuracy" in (tmp_path / "v" / "report.md").read_text()

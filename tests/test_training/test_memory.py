@@ -23,17 +23,14 @@ def phi2():
         return get_peft_model(base, lora_config(CONFIG, base))
 
 
-@pytest.mark.parametrize(("size", "preset"), [(12e9, "phi2"), (24e9, "phi2-24gb"), (80e9, "phi2-80gb"), (6e9, None)])
-def test_the_largest_preset_that_fits_a_gpu(phi2, size, preset):
-    free = 0.97 * size  # a desktop takes some
-    assert memory.largest_preset(phi2, LONGEST, GPU, BF16, free) == preset
-    if preset:
-        config = {**CONFIG, **PRESETS[preset]}
-        parts = memory.estimate(config, phi2, LONGEST, GPU, BF16, free)
-        assert parts["weights"] == 2_779_683_840 * 2 and parts["adapter, gradient, Adam"] == 23_592_960 * 16
-        assert memory.peak(parts, "generate") < memory.peak(parts, "fast") < free
-        bytes_per_row = (LONGEST + config["max_completion_length"]) * cache_bytes_per_token(phi2.config, BF16)
-        assert parts["KV cache"] / bytes_per_row >= config["num_generations"]
+@pytest.mark.parametrize(("size", "preset"), [(12e9, "phi2"), (24e9, "phi2-24gb"), (80e9, "phi2-80gb")])
+def test_each_preset_fits_its_gpu(phi2, size, preset):
+    free, config = 0.97 * size, {**CONFIG, **PRESETS[preset]}  # a desktop takes some
+    parts = memory.estimate(config, phi2, LONGEST, GPU, BF16, free)
+    assert parts["weights"] == 2_779_683_840 * 2 and parts["adapter, gradient, Adam"] == 23_592_960 * 16
+    assert memory.peak(parts, "generate") < memory.peak(parts, "fast") < free
+    bytes_per_row = (LONGEST + config["max_completion_length"]) * cache_bytes_per_token(phi2.config, BF16)
+    assert parts["KV cache"] / bytes_per_row >= config["num_generations"]
 
 
 def test_what_changes_the_estimate(phi2):
@@ -45,7 +42,6 @@ def test_what_changes_the_estimate(phi2):
     assert parts(activation_checkpointing=False)["update"] > 10 * usual["update"]
     assert parts(rollout_batch_size=3)["KV cache"] == 3 * 640 * 32 * 2 * 2560 * 2
     assert parts(reward_models=10**9)["reward model"] == 10**9
-    assert memory.largest_preset(phi2, LONGEST, GPU, BF16, 23.28e9, reward_models=int(11.64e9)) == "phi2", "not phi2-24gb"
 
 
 def test_an_update_in_parts_is_the_update_at_once(call, quick, tmp_path):
