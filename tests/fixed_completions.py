@@ -19,6 +19,8 @@ import train_grpo  # noqa: E402
 
 
 class FixedEngine:
+    log_probs = None  # not known, as of generate
+
     def __init__(self, _, model, *__):
         self.eos = model.config.eos_token_id
 
