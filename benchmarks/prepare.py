@@ -41,7 +41,7 @@ def make_trees(path: Path) -> None:
 
 def make_questions(path: Path) -> None:
     texts = {row["message_id"]: row["text"] for row in read_sample()}
-    pairs = [(texts[row["parent_id"]], row["text"]) for row in read_sample() if row["parent_id"]]
+    pairs = [(texts[row["parent_id"]], row["text"]) for row in read_sample() if row["parent_id"] in texts]
     with path.open("w", encoding="utf-8") as lines:
         for i in range(OWN_ROWS):
             question, answer = pairs[i % len(pairs)]
