@@ -168,14 +168,14 @@ def save_adapter(checkpoint: Path, final: Path, tokenizer, facts: dict, history:
 
 def print_result(config: dict, preset: str, console, final: Path, history: list[dict]) -> None:
     from phi2_grpo.common.console import format_duration
-    from phi2_grpo.common.files import read_run
+    from phi2_grpo.common.files import read_run, sibling
     from phi2_grpo.rewards.functions import untrusted_rewards
     from phi2_grpo.training.outputs import first_and_last
 
     first, last = first_and_last(history, "reward") or (math.nan, math.nan)
     keys = ["model", "model_revision", "data_dir", "device", "dtype"]
     if cli.flags(config, preset, "output_dir"):  # or else its report would replace that of the preset's run
-        config = {**config, "validation_dir": f"{config['output_dir'].rstrip('/')}-validation"}
+        config = {**config, "validation_dir": str(sibling(Path(config["output_dir"]), "{}-validation"))}
         keys.append("validation_dir")
     if untrusted_rewards(config["rewards"]):
         keys.append("rewards")  # no adapter may name code to run

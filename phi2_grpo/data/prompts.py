@@ -36,7 +36,7 @@ class Form(NamedTuple):
     pairs: bool  # chosen and rejected are there
     lang: str
     id: str
-    others: tuple[str, ...]  # which rewards get by their names
+    others: tuple[str, ...]  # all further columns: rewards get them by their names, but those of TAKEN
 
     def __str__(self) -> str:
         used = {"prompt": self.prompt, "input": self.input, "reference": self.reference, "language": self.lang, "id": self.id}

@@ -262,17 +262,16 @@ def _call(reward: Reward, arguments: dict, count: int) -> list[float | None]:
 def try_rewards(scorer: Scorer, rows: list[dict]) -> dict[str, list[float | None]]:
     """Call each reward on some of the rows, their references taken as completions; scores by reward name.
 
-    Raises BadReward, and UserError where no reward that counts scores any of them.
+    Raises BadReward, and UserError where all rewards that count read a reference, and no row has one.
     """
     rows = sorted(rows, key=lambda row: row["reference"] is None)[:8]
     texts = [row["reference"] or "I do not know." for row in rows]
     scored = scorer.score(rows, [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]])
-    tried = {name: [row["scores"][name] for row in scored] for name in (scored[0]["scores"] if scored else ())}
-    counting = [tried.get(reward.name, [0.0]) for reward in scorer.chosen if reward.weight]  # one that is not loaded may
-    if all(value is None for values in counting for value in values):
-        names = ", ".join(reward.name for reward in scorer.chosen if reward.weight)
+    counting = [reward for reward in scorer.chosen if reward.weight]
+    need = all("reference" in inspect.signature(reward.function).parameters for reward in counting)
+    if need and rows[0]["reference"] is None and all(row["score"] is None for row in scored):
         raise UserError(
-            f"none of {len(rows)} rows is scored by {names}, so nothing can be learnt or measured. The rewards correct and "
-            "reference need a reference in the data: prepare_data.py --reference_column COLUMN."
+            f"no prompt has a reference, so {', '.join(reward.name for reward in counting)} scores nothing, and nothing can be "
+            "learnt or measured. Prepare the data with references: prepare_data.py --reference_column COLUMN."
         )
-    return tried
+    return {name: [row["scores"][name] for row in scored] for name in (scored[0]["scores"] if scored else ())}

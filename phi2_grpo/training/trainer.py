@@ -36,10 +36,10 @@ def mixed_precision(device: torch.device, dtype: torch.dtype) -> str:
 def training_arguments(kind: type, config: dict, device: torch.device, dtype: torch.dtype, **own):
     """A `kind` (GRPOConfig, RewardConfig) of those keys of `config` that are its fields, and of `own`."""
     # Or else accelerate's config file decides, whose fp16 Phi-2 overflows in.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision(device, dtype)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision = mixed_precision(device, dtype)
     known = {field.name for field in fields(kind)}
     settings = {key: value for key, value in config.items() if key in known and value != ""} | {
-        "bf16": mixed_precision(device, dtype) == "bf16",
+        "bf16": precision == "bf16",
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
         "logging_steps": 1,

@@ -73,6 +73,8 @@ def test_rewards_that_score_nothing_are_refused(tokenizer):
     with pytest.raises(UserError, match="correct.*--reference_column"):
         try_rewards(scorer, without)
     assert try_rewards(scorer, [*without, *ROWS])["correct"][0] == 1.0, "a row with a reference is looked for"
+    rare = Reward("rare", 1.0, lambda answers, **_: [None] * len(answers))
+    assert try_rewards(Scorer(tokenizer, 8, [rare]), without), "it may score other rows"
 
 
 def test_they_get_columns_and_answers_and_are_logged_once(tokenizer):
