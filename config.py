@@ -2,7 +2,8 @@
 
 Each key is also a flag (`--learning_rate 2e-5`), its comment is the flag's help, its value the default. A key that sets
 a field of `GRPOConfig` or `LoraConfig` bears that field's name (LoRA's with `lora_` before it), so TRL's and PEFT's
-documentation applies as it stands. Order: CONFIG, then the preset laid over it, then the flags.
+documentation applies; only saving and evaluation are done by callbacks of our own. Order: CONFIG, then the preset laid over
+it, then the flags.
 """
 
 CONFIG = {
@@ -32,7 +33,7 @@ CONFIG = {
     "validation_fraction": 0.05,  # share of the conversation trees held out where the source has no validation split
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
-    "rollout": "auto",  # auto and fast (ours, where it can decode the model), generate (transformers' own)
+    "rollout": "auto",  # auto (fast where it supports the model), fast (ours), generate (transformers' own)
     "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With fast the training does not depend on it
     "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts (docs/rollout.md)
     "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
@@ -51,7 +52,7 @@ CONFIG = {
     "format_regex": "",  # what the format reward wants an answer to match, from end to end: "<think>.+</think>.+"
     # --- reward model (train_reward.py; what is not here is as in training below)
     "reward_dir": "./results/reward-model",  # folder of the finished reward model
-    "reward_learning_rate": 1e-4,  # TRL's for a LoRA reward model; the head and the adapter start from nothing
+    "reward_learning_rate": 1e-4,  # TRL's for a LoRA reward model; the head starts at random, the adapter at zero
     "reward_epochs": 1,  # passes over the ranked pairs; more than 2 overfit
     "reward_max_length": 1024,  # tokens of prompt and reply; pairs with a longer one are left out of the training
     # --- training (sources: TRL's LoRA and paper guides, Dr. GRPO arXiv 2503.20783, DeepSeekMath 2402.03300)

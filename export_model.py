@@ -105,10 +105,10 @@ def merge(console, config: dict, adapter: Path, out: Path) -> None:
 
 def greedy_answers(model, tokenizer) -> list[tuple]:
     """The likeliest answer to each sample prompt: token ids (1, T) of prompt and answer, and where the answer starts."""
-    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, eos_token_ids, render
+    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, render
 
     options = {"max_new_tokens": 64, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    ends = {"eos_token_id": eos_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    ends = {"eos_token_id": tokenizer.all_eos_ids, "pad_token_id": tokenizer.pad_token_id}
     answers = []
     for prompt in render(tokenizer, [[{"role": "user", "content": question}] for question in SAMPLE_PROMPTS]):
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)

@@ -9,7 +9,7 @@
 GRPO samples a group of completions for each prompt, scores them, and makes those above their group's mean likelier. What
 differs from the textbook (DeepSeekMath, arXiv 2402.03300): the loss divides by a constant instead of each answer's length,
 and the advantage is not divided by the group's std (Dr. GRPO, arXiv 2503.20783), so that neither long answers nor easy
-prompts weigh more. One update per batch, so nothing is ever clipped.
+prompts weigh more. One update per batch (TRL's num_iterations 1), so the ratio is 1 and nothing is ever clipped.
 """
 
 import math
@@ -128,10 +128,11 @@ def add_callbacks(config: dict, ready, trainer, facts: dict):
     from phi2_grpo.training.callbacks import GRPO_COLUMNS, CheckpointCallback, EvaluationCallback, LogCallback
     from phi2_grpo.training.outputs import write_adapter_files
 
+    log = LogCallback(GRPO_COLUMNS, config, ready.scorer)
+
     def write_files(folder: Path, history: list[dict]) -> None:
         write_adapter_files(folder, ready.tokenizer, facts, history, log.seconds(), finished=False)
 
-    log = LogCallback(GRPO_COLUMNS, config, ready.scorer)
     trainer.add_callback(log)
     trainer.add_callback(CheckpointCallback(write_files, config["save_total_limit"]))
     if rows := select_rows(ready.prompts["validation"], config["eval_prompts"], seed=0):

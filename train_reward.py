@@ -75,8 +75,9 @@ def train(config: dict, arguments, console, ready, run_folder: Path) -> None:
     trainer.run(log, checkpoints.newest_complete(run_folder) if arguments.resume else None)
 
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    chosen, rejected = score_held_out(console, model, ready)
-    accuracy = reward_accuracy.measure_accuracy(ready.pairs["validation"].to_list(), chosen, rejected)
+    pairs = ready.pairs["validation"].to_list()
+    chosen, rejected = reward_accuracy.score_pairs(console, model, ready.tokenizer, pairs)
+    accuracy = reward_accuracy.measure_accuracy(pairs, chosen, rejected)
     save(config, model, ready, facts, trainer.state.log_history, log.seconds(), accuracy, (chosen, rejected))
     checkpoints.remove_run(run_folder)
     with contextlib.suppress(OSError):  # not empty: the rest is somebody's
@@ -109,17 +110,6 @@ def make_trainer(config: dict, ready, run_folder: Path):
         processing_class=ready.tokenizer,
         peft_config=lora_config(config, base, "SEQ_CLS"),
     )
-
-
-def score_held_out(console, model, ready) -> tuple[list[float], list[float]]:
-    """Scores of the chosen and of the rejected replies of the validation pairs."""
-    from phi2_grpo.common.progress import progress_bar
-    from phi2_grpo.evaluation.reward_accuracy import score_pairs
-    from phi2_grpo.rewards.reward_model import score_answers
-
-    pairs = ready.pairs["validation"].to_list()
-    with progress_bar(console, "scoring held-out replies", 2 * len(pairs)) as advance:
-        return score_pairs(lambda prompts, replies: score_answers(model, ready.tokenizer, prompts, replies), pairs, advance)
 
 
 def save(config: dict, model, ready, facts: dict, history: list[dict], seconds: float, accuracy: dict, scores: tuple) -> None:

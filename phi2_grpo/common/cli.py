@@ -207,8 +207,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     if memory_ran_out(error):
-        advice = "Lower --per_device_train_batch_size, --rollout_batch_size, --max_completion_length or --reward_max_length."
-        return f"out of memory: {first_line(error)}\n  {advice}"
+        advice = "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much) or"
+        new_run = "--rollout_batch_size; in a new run also --max_completion_length or --reward_max_length."
+        return f"out of memory: {first_line(error)}\n  {advice} {new_run}"
     if disk_is_full(error):
         return f"no room is left on a disk: {first_line(error)}\n  Existing files were not changed. Make room and run it again."
     if isinstance(error, OSError) and error.errno in REFUSED:

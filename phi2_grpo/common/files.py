@@ -136,8 +136,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     lock = FileLock(sibling(folder.resolve(), ".{}.lock"), timeout=0)
     try:
         if process_index() == 0:  # of several processes of one run, the first holds the lock for all
-            folder.resolve().parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            lock.acquire()  # and makes the folder above
     except Timeout:
         raise UserError(f"another run is writing to {folder}. Wait until it ends, or choose another folder.") from None
     try:

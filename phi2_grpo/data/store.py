@@ -37,7 +37,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 def fingerprint(tables: DatasetDict) -> str:
     """Of what stands in which split, in which order."""
-    text = "".join(split + "".join(map(json.dumps, tables[split])) for split in sorted(tables))
+    text = "".join(split + "".join(map(json.dumps, tables[split].to_list())) for split in sorted(tables))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -72,8 +72,7 @@ def save(data_dir: Path, prompts: dict[str, list[dict]], pairs: dict[str, list[d
     for path in earlier:
         if not path.name.startswith(f"{funnel['name']}_"):
             shutil.rmtree(path, ignore_errors=True)
-    saved = fingerprint(load_from_disk(str(data_dir / f"{funnel['name']}_{PROMPTS}")))
-    files.write_json(data_dir / FUNNEL, {**funnel, "fingerprint": saved})
+    files.write_json(data_dir / FUNNEL, funnel)
 
 
 def _tables(rows: dict[str, list[dict]], features: Features, with_others: bool) -> DatasetDict:
@@ -93,7 +92,7 @@ def _tables(rows: dict[str, list[dict]], features: Features, with_others: bool) 
 
 
 def load_prompts(config: dict, tokenizer, kind: str = PROMPTS) -> tuple[DatasetDict, dict]:
-    """The prepared PROMPTS, or PREFERENCES, and the funnel, whose fingerprint is of what was read.
+    """The prepared PROMPTS, or PREFERENCES, and the funnel, with the fingerprint of what was read.
 
     Raises UserError where the data is missing or incomplete, of another schema, or for another tokenizer.
     """

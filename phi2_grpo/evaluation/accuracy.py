@@ -2,8 +2,9 @@
 
 from math import comb
 
+from trl.trainer.utils import use_adapter
+
 from phi2_grpo.common.stats import mean, paired, verdict
-from phi2_grpo.evaluation.measure import use_adapter
 from phi2_grpo.models.tokenizer import render
 from phi2_grpo.rollout.engine import complete
 from phi2_grpo.rollout.sampling import rollout_generation_config

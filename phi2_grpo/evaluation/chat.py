@@ -1,9 +1,9 @@
 """The sample prompts answered by both sides as a chat."""
 
 from rich.text import Text
+from trl.trainer.utils import use_adapter
 
 from phi2_grpo.common.console import make_table
-from phi2_grpo.evaluation.measure import use_adapter
 from phi2_grpo.models.answers import trim
 from phi2_grpo.models.tokenizer import render
 from phi2_grpo.rollout.engine import complete

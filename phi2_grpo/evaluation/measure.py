@@ -1,9 +1,9 @@
 """Held-out prompts answered by base and tuned, and measured: the samples, their scores, and what the tuning cost."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
+from trl.trainer.utils import use_adapter
 
 from phi2_grpo.common.progress import progress_bar
 from phi2_grpo.common.stats import mean
@@ -13,20 +13,6 @@ from phi2_grpo.rollout.engine import complete
 from phi2_grpo.rollout.sampling import rollout_generation_config
 
 Advance = Callable[[int], None]  # is told how many more are done
-
-
-@contextmanager
-def use_adapter(policy, name: str | None) -> Iterator[None]:
-    """Inside, `policy` runs with the adapter called `name`; None is the base alone."""
-    if name is None:
-        with policy.disable_adapter():
-            yield
-    else:
-        policy.set_adapter(name)
-        try:
-            yield
-        finally:
-            policy.set_adapter("default")
 
 
 def reserved_bytes(model) -> int:
@@ -108,11 +94,9 @@ def reference_nll(policy, tokenizer, rows: list[dict], advance: Advance) -> list
 def token_log_probs(model, tokenizer, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
     """For each text the log-probs of every token at the positions of its completion, (T, V) in float32."""
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    longest = max(map(len, texts))
     # Padded on the right, so that no position moves.
-    ids = torch.tensor([text + [tokenizer.pad_token_id] * (longest - len(text)) for text in texts], device=model.device)
-    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
+    inputs = tokenizer.pad({"input_ids": texts}, padding_side="right", return_tensors="pt").to(model.device)
+    logits = model(**inputs, use_cache=False).logits  # (B, T, V)
     return [
         logits[i, len(prompt) - 1 : len(prompt) + len(completion) - 1].float().log_softmax(-1)
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))

@@ -20,7 +20,7 @@ EXPLAINED = {
     "total reward": "all rewards of the training, by their weights",
     "distinct-2": "share of different token bigrams in the answers to one prompt",
     "answer tokens": "of the trimmed answer",
-    "KL to base": "nats per token of its own answers: how far it has moved",
+    "KL to base": "over the vocabulary, nats per token of its own completions: how far it has moved",
     "reference NLL": "negative log-likelihood of the best human replies, nats per token, mean over prompts: did it forget?",
 }
 METRIC_COLUMNS = ("difference, interval", "wins", "verdict")

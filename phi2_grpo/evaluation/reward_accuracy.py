@@ -1,18 +1,17 @@
 """How often a reward model agrees with people, with intervals, and beside what costs nothing: the longer reply wins."""
 
-from collections.abc import Callable
-
 import numpy
 from rich.table import Table
 from scipy import stats
 
 from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, make_table, markdown_table, plot_interval, save_figure
+from phi2_grpo.common.progress import progress_bar
+from phi2_grpo.rewards.reward_model import score_answers
 
 NEAR = 0.15  # two replies are of nearly equal length where they differ by at most this share of the longer
 FEW = 20  # pairs; a language with fewer, or from fewer prompts, is not shown by itself
 FEW_PROMPTS = 10  # and has no interval: too few to redraw
 LABELS = {"model": "reward model", "longer": "the longer reply wins"}
-ScoreFunction = Callable[[list[list[dict]], list[str]], list[float]]  # raw scores of replies to conversations
 
 
 def agreement(chosen: list[float], rejected: list[float]) -> numpy.ndarray:
@@ -43,7 +42,7 @@ def clustered_interval(values: numpy.ndarray, prompts: list, seed: int = 0) -> t
 
 
 def measure_accuracy(pairs: list[dict], chosen: list[float], rejected: list[float]) -> dict:
-    """The reward model's accuracy on `pairs` (rows of oasst1_preferences) beside that of "the longer reply wins".
+    """The reward model's accuracy on `pairs` (rows of NAME_preferences) beside that of "the longer reply wins".
 
     Returns `groups`, a list of {"group", "pairs", "model", "model_interval", "longer", "longer_interval", "difference",
     "difference_interval"} with all pairs first, then those of nearly equal length and of each language
@@ -152,12 +151,13 @@ def draw(accuracy: dict, chosen: list[float], rejected: list[float], path) -> No
     save_figure(figure, path)
 
 
-def score_pairs(score: ScoreFunction, pairs: list[dict], advance: Callable[[int], None]) -> tuple[list[float], list[float]]:
-    """Scores of the chosen and of the rejected replies of `pairs`; `advance` is told how many replies are done."""
+def score_pairs(console, model, tokenizer, pairs: list[dict]) -> tuple[list[float], list[float]]:
+    """Raw scores of the chosen and of the rejected replies of `pairs`."""
     prompts = [pair["prompt"] for pair in pairs] * 2
     replies = [pair[side][0]["content"] for side in ("chosen", "rejected") for pair in pairs]
     scores: list[float] = []
-    for start in range(0, len(replies), 64):
-        scores += score(prompts[start : start + 64], replies[start : start + 64])
-        advance(len(replies[start : start + 64]))
+    with progress_bar(console, "scoring held-out replies", len(replies)) as advance:
+        for start in range(0, len(replies), 64):
+            scores += score_answers(model, tokenizer, prompts[start : start + 64], replies[start : start + 64])
+            advance(len(replies[start : start + 64]))
     return scores[: len(pairs)], scores[len(pairs) :]

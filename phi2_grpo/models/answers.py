@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from phi2_grpo.common.cli import load_errors
-from phi2_grpo.models.tokenizer import CHAT_TEMPLATE, eos_token_ids
+from phi2_grpo.models.tokenizer import CHAT_TEMPLATE
 
 # How Phi-2 goes on (https://huggingface.co/microsoft/phi-2 shows the prompt format). Exercises carry their number, so that a
 # line like "Exercise helps" is no stop. Each adapter's generation_config.json has them.
@@ -42,7 +42,7 @@ def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:
     """Trim completions (lists of token ids, of any lengths) to what stands before the first stop string or end token."""
     if not completion_ids:
         return []
-    eos_ids, stops = set(eos_token_ids(tokenizer)), stop_strings(tokenizer)
+    eos_ids, stops = set(tokenizer.all_eos_ids), stop_strings(tokenizer)
     before_eos = [list(takewhile(lambda token: token not in eos_ids, ids)) for ids in completion_ids]
     texts, finished = tokenizer.batch_decode(before_eos, skip_special_tokens=True), []
     for i, text in enumerate(texts):
@@ -61,7 +61,7 @@ def chat_generation_config(tokenizer, config: dict, context: int) -> GenerationC
     A chat gets more tokens than a training's completions, within half of the `context`, so that answers can end by themselves.
     """
     return GenerationConfig(
-        eos_token_id=eos_token_ids(tokenizer),
+        eos_token_id=tokenizer.all_eos_ids,
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=min(max(256, 4 * config["max_completion_length"]), context // 2),
         do_sample=True,

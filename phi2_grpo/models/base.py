@@ -131,7 +131,7 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
 
 
 def _parameters(config: dict) -> float:
-    """How many the base has; without end where that cannot be read, which is said elsewhere."""
+    """How many the base has; infinity where that cannot be read: the check of the base model says why."""
     try:
         return meta_model(config).num_parameters()
     except UserError:
@@ -143,8 +143,8 @@ def load_base(config: dict, device: torch.device, dtype: torch.dtype):
     model, loaded = load_pretrained(AutoModelForCausalLM, config, output_loading_info=True, dtype=dtype, **LOADING)
     if missing := loaded["missing_keys"]:  # transformers would go on with random numbers in their place
         raise UserError(f"{config['model']} lacks {len(missing)} of its weights, like {min(missing)}. Copy it again.")
-    # Without the base's own ways to sample (repetition_penalty, min_p): `generate` would take them where we say nothing.
     model.name_or_path = base_name(config)[0]  # PEFT writes it to the adapter's config
+    # Without the base's own ways to sample (repetition_penalty, min_p): `generate` would take them where we say nothing.
     tokens = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens)
     return model if is_sharded() else model.to(device)

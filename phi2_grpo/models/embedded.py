@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from phi2_grpo.common import files, progress
+from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, load_errors
 from phi2_grpo.common.console import Console
 from phi2_grpo.models.base import EMBEDDED, ROOT, SMOLLM2_ID
@@ -92,6 +92,8 @@ def _fetch(folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the model of the GGUF file to `folder` in float32, with its tokenizer, and remove the file."""
+    from transformers import AutoModelForCausalLM
+
     with Console().status("converting it from 4 bits (about half a minute)"), load_errors(f"{gguf.name} cannot be read"):
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -115,7 +117,10 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def _build(dialogues: list[dict], folder: Path) -> None:
     """Train tokenizer and model into `folder`."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer  # seconds to import, and rarely needed
+    from transformers import PhiConfig, PhiForCausalLM  # rarely needed, and seconds to import, as the next two
+    from trl import SFTConfig, SFTTrainer
+
+    from phi2_grpo.common import progress
 
     tokenizer = train_tokenizer([text for dialogue in dialogues for text in dialogue.values()])
     prompts = render(tokenizer, [[{"role": "user", "content": dialogue["prompt"]}] for dialogue in dialogues])

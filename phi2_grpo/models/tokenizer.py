@@ -30,13 +30,17 @@ FORWARD_TOKENS = 2048  # in one forward pass over prompts or answers, padding in
 
 
 def load_tokenizer(config: dict):
-    """The base's tokenizer, ready for GRPO. Raises UserError where it cannot be loaded, or lacks tokens."""
+    """The base's tokenizer, ready for GRPO. Raises UserError where it cannot be loaded, or lacks tokens.
+
+    Its `all_eos_ids` are the tokens that end a turn: its own, then those that the base's generation config names beside it.
+    """
     tokenizer = load_pretrained(AutoTokenizer, config)
     prepare_tokenizer(tokenizer)
     with base_load_errors(config):  # a chat template is a program, and may raise anything
         length = count_tokens(tokenizer, [[{"role": "user", "content": "Why?"}]])[0]
     if tokenizer.eos_token_id is None or not length:  # transformers makes an empty one where the files are missing
         raise UserError(f"the tokenizer of {config['model']} has no end token (eos_token), or no tokens. Copy it again.")
+    # Not eos_token_ids, which transformers takes for the eos_token itself.
     tokenizer.all_eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *_config_eos_ids(config)]))
     return tokenizer
 
@@ -53,12 +57,6 @@ def prepare_tokenizer(tokenizer) -> None:
         tokenizer.chat_template = CHAT_TEMPLATE
 
 
-def eos_token_ids(tokenizer) -> list[int]:
-    """The tokens that end a turn: the tokenizer's own, then those that the base's generation config names beside it."""
-    # Not tokenizer.eos_token_ids: transformers takes that for the eos_token itself.
-    return getattr(tokenizer, "all_eos_ids", None) or [tokenizer.eos_token_id]
-
-
 def _config_eos_ids(config: dict) -> list[int]:
     """The end tokens that the base's generation_config.json names, or else its config.json."""
     name, revision = resolve_model(config)
@@ -72,7 +70,8 @@ def _config_eos_ids(config: dict) -> list[int]:
 
 def render(tokenizer, conversations: list[list[dict]]) -> list[str]:
     """Conversations as the model sees them, up to where its answer begins."""
-    return [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in conversations]
+    # An empty list is refused by transformers.
+    return tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True) if conversations else []
 
 
 def count_tokens(tokenizer, conversations: list[list[dict]]) -> list[int]:

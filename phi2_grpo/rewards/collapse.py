@@ -12,7 +12,8 @@ WINDOW = 5  # steps; alerts go by their mean, so that one noisy step raises none
 # Compared with the run's own start, because a base that answers all in English is no drift. A batch has few prompts in other
 # languages, hence the longer window.
 SINCE_START, SINCE_WINDOW = {"collapse/one_language"}, 10
-# metric: (lowest, highest, what it means outside). Healthy ranges of Axolotl's GRPO docs, "training stability".
+# metric: (lowest, highest, what it means outside). Healthy ranges of Axolotl's GRPO docs, "training stability"; those of the
+# sampling metrics are ours.
 HEALTHY = {
     "frac_reward_zero_std": (0, 0.8, "most groups are zero-std: all their completions have one reward, so they teach nothing. "
                              "The reward is too easy, too hard, or too coarse"),

@@ -7,7 +7,6 @@ Keyword arguments in, one float (or None: not scored) for each completion out
 --rewards (see docs/rewards.md). The first line of a docstring is what the model card says of it.
 """
 
-import functools
 from pathlib import Path
 
 from phi2_grpo.common.cli import split_weight
@@ -60,21 +59,15 @@ def reference(answers: list[str], reference: list[str | None], **_) -> list[floa
     Not scored where there is no reply. Gamed by common letters and words; and an answer may be good and far from the one
     reply that somebody happened to write.
     """
+    from sacrebleu import sentence_chrf
+
     return [
-        _chrf().sentence_score(answer, [best]).score / 100 if best else None
-        for answer, best in zip(answers, reference, strict=True)
+        sentence_chrf(answer, [best]).score / 100 if best else None for answer, best in zip(answers, reference, strict=True)
     ]
 
 
 ANY_ANSWER = {function.__name__: function for function in (length, ending, repetition, language, reference)}
 BUILT_IN = ANY_ANSWER | {"correct": tasks.correct, "format": tasks.format}
-
-
-@functools.cache
-def _chrf():
-    from sacrebleu.metrics import CHRF
-
-    return CHRF()
 
 
 def untrusted_rewards(items: list[str]) -> list[str]:

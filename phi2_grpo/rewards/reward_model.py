@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, load_errors
-from phi2_grpo.models.base import context_length, is_same_base, new_reward_head
+from phi2_grpo.models.base import LOADING, context_length, is_same_base, new_reward_head
 from phi2_grpo.models.lora import check_finite, check_keys
 from phi2_grpo.models.tokenizer import batches_by_length, prepare_tokenizer
 
@@ -54,14 +54,14 @@ class RewardModel:
     def _model_labels(self) -> int:
         """Outputs of a model without an adapter; sets `base`, (name, revision)."""
         config = AutoConfig.from_pretrained(self.folder)
-        self.base = (str(self.folder), None)
+        self.base = (str(self.folder), "main")
         kinds = config.architectures or []
         return config.num_labels if any(kind.endswith("ForSequenceClassification") for kind in kinds) else 0
 
     def _adapter_labels(self) -> int:
         """Outputs of an adapter's head; sets `base`, (name, revision) of the model under it."""
         config = PeftConfig.from_pretrained(self.folder)
-        self.base = (config.base_model_name_or_path or "", config.revision)
+        self.base = (config.base_model_name_or_path or "", config.revision or "main")
         weights = self.folder / "adapter_model.safetensors"
         check_finite(weights)
         with safe_open(weights, "pt") as tensors:
@@ -84,13 +84,9 @@ class RewardModel:
         if not self.adapter or self.shares_base_of(config):
             return own
         with load_errors(f"{self.base[0]}, the base of the reward model {self.name}, cannot be loaded"):
-            base = AutoConfig.from_pretrained(self.base[0], **self._revision())
+            base = AutoConfig.from_pretrained(self.base[0], revision=self.base[1])
             with torch.device("meta"):
                 return own + AutoModelForSequenceClassification.from_config(base).num_parameters() * dtype.itemsize
-
-    def _revision(self) -> dict:
-        name, revision = self.base
-        return {"revision": revision} if revision and not Path(name).exists() else {}
 
     def load(self, config: dict, policy_base, device: torch.device, dtype: torch.dtype) -> None:
         """Make it ready to score. Changes neither the random state nor `policy_base`, on which no LoRA has been put yet.
@@ -114,7 +110,7 @@ class RewardModel:
 
     def _load_tokenizer(self):
         own = (self.folder / "tokenizer.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(self.folder if own else self.base[0], **({} if own else self._revision()))
+        tokenizer = AutoTokenizer.from_pretrained(self.folder if own else self.base[0], revision=self.base[1])
         if tokenizer.chat_template is None:
             raise UserError(f"the tokenizer of the reward model {self.name} has no chat template, so its input is unknown.")
         prepare_tokenizer(tokenizer)
@@ -130,7 +126,7 @@ class RewardModel:
         return new_reward_head(model)
 
     def _on_own_base(self, device: torch.device, dtype: torch.dtype):
-        options = {"num_labels": 1, "dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, **self._revision()}
+        options = {"num_labels": 1, "dtype": dtype, "revision": self.base[1], **LOADING}
         model = AutoModelForSequenceClassification.from_pretrained(self.base[0], **options).to(device)
         return new_reward_head(model) if self.adapter else model
 

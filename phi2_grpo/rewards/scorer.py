@@ -36,11 +36,6 @@ class Reward:
     weight: float
     function: Callable
 
-    @property
-    def summary(self) -> str:
-        """The first line of its docstring, for the model card."""
-        return str(self.function.__doc__ or "").strip().partition("\n")[0]
-
 
 def parse_rewards(items: list[str]) -> list[Reward]:
     """The rewards that `--rewards length:1.0,my_rewards.py:polite,results/reward-model` names; a weight left out is 1.
@@ -71,9 +66,10 @@ def add_built_in(chosen: list[Reward]) -> list[Reward]:
 
 
 def describe_rewards(chosen: list[Reward]) -> list[dict]:
-    """Names, weights, summaries, and a digest of what is not the project's own, as run.json has them."""
-    return [{"name": reward.name, "weight": reward.weight, "summary": reward.summary, "digest": _digest(reward.function)}
-            for reward in chosen]  # fmt: skip
+    """Names, weights, docstrings' first lines, and a digest of what is not the project's own, as run.json has them."""
+    summaries = [(inspect.getdoc(reward.function) or "").partition("\n")[0] for reward in chosen]
+    return [{"name": reward.name, "weight": reward.weight, "summary": summary, "digest": _digest(reward.function)}
+            for reward, summary in zip(chosen, summaries, strict=True)]  # fmt: skip
 
 
 def _digest(function: Callable) -> str | None:
@@ -150,11 +146,20 @@ class Scorer:
         """The reward models among the rewards."""
         return [reward.function for reward in self.chosen if isinstance(reward.function, RewardModel)]
 
+    @property
+    def trained(self) -> list[Callable]:
+        """The rewards that are trained for."""
+        return [reward.function for reward in self.chosen if reward.weight]
+
+    @property
+    def has_target(self) -> bool:
+        """Whether one of them asks for `target_tokens`."""
+        return any("target_tokens" in inspect.signature(function).parameters for function in self.trained)
+
     def collapse_metrics(self, answers: list[Answer], languages: list[str]) -> dict[str, float]:
         """`collapse.measure`, of what says something under the rewards that are trained for."""
-        trained = [reward.function for reward in self.chosen if reward.weight]
-        asked = any("target_tokens" in inspect.signature(function).parameters for function in trained)
-        return collapse.measure(answers, languages, self.target_tokens if asked else None, BUILT_IN["correct"] in trained)
+        target = self.target_tokens if self.has_target else None
+        return collapse.measure(answers, languages, target, BUILT_IN["correct"] in self.trained)
 
     def score(self, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
         """Completions outside training, of `rows` of the data set, one each; returns `last_batch`.
@@ -231,14 +236,10 @@ def _ignore(*_) -> None:
 
 def _call(reward: Reward, arguments: dict, count: int) -> list[float | None]:
     """Call a reward, which may be async; `count` plain floats or None. Raises BadReward for what fails or is not a score."""
-
-    async def result_of(awaitable):
-        return await awaitable
-
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # a reward that switches it off does so for itself
             scores = reward.function(**arguments)
-        scores = asyncio.run(result_of(scores)) if inspect.isawaitable(scores) else scores
+        scores = asyncio.run(scores) if inspect.iscoroutine(scores) else scores
         scores = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in scores]
     except BaseException as error:  # the user's own code may raise anything
         if memory_ran_out(error) or isinstance(error, (KeyboardInterrupt, UserError)):

@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, set_seed
 
+from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.tokenizer import batches_by_length
 from phi2_grpo.rollout.cache import DecodeState, round_length, rows_that_fit
 from phi2_grpo.rollout.decode_step import DecodeStep, unsupported_reason
@@ -24,10 +25,15 @@ FINISHED_CHECK_STEPS = 16  # decode steps on a GPU between two checks for finish
 
 
 def choose_engine(name: str, model) -> tuple[str, str]:
-    """The engine ("fast" or "generate") for `model` under `--rollout name`, and the reason in words."""
+    """The engine ("fast" or "generate") for `model` under `--rollout name`, and the reason in words.
+
+    Raises UserError where "fast" is asked for, and does not support the model.
+    """
     if name == "generate":
         return "generate", "transformers' generate, as asked for"
     if reason := unsupported_reason(model):
+        if name == "fast":
+            raise UserError(f"--rollout fast does not support this model: {reason}. Give --rollout auto or generate.")
         return "generate", f"transformers' generate, because the fast engine does not support this model: {reason}"
     return "fast", "prompts prefilled once a group, finished rows dropped; on a GPU each decode step is one CUDA graph"
 

@@ -9,8 +9,6 @@ import numpy
 import torch
 from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
-from phi2_grpo.models.tokenizer import eos_token_ids
-
 # What of a GenerationConfig the fast engine can follow, or may ignore.
 SUPPORTED_FIELDS = {"do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "eos_token_id", "bos_token_id",
                     "pad_token_id", "stop_strings", "use_cache", "disable_compile", "transformers_version"}  # fmt: skip
@@ -22,7 +20,7 @@ def rollout_generation_config(config: dict, tokenizer) -> GenerationConfig:
         do_sample=True,
         **{key: config[key] for key in ("temperature", "top_p", "top_k")},
         max_new_tokens=config["max_completion_length"],
-        eos_token_id=eos_token_ids(tokenizer),
+        eos_token_id=tokenizer.all_eos_ids,
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -53,6 +51,7 @@ class Sampling:
     def of(cls, config: GenerationConfig) -> "Sampling | None":
         """None where another setting would change the completions, such as a repetition penalty."""
         others = [value for key, value in config.to_diff_dict().items() if key not in SUPPORTED_FIELDS]
+        # None, 0 and 1 switch a number's setting off (min_p 0, repetition_penalty 1); True switches another one on.
         if any(value is True or value not in (None, 0, 1) for value in others):
             return None
         top_k = 50 if config.top_k is None else config.top_k  # generate's own default

@@ -79,15 +79,9 @@ def same_run(config: dict, output: Path, funnel: dict, dtype: torch.dtype, steps
 
 
 def settings(config: dict):
-    target, room = config["target_tokens"], config["max_completion_length"]
-    if room < 2 * target:
-        raise UserError(
-            f"max_completion_length is {room} and target_tokens {target}: answers need room to end late, so give at least "
-            f"--max_completion_length {2 * target}, or at most --target_tokens {room // 2}."
-        )
     if config["learning_rate"] < 2e-6:
         return True, f"learning_rate {config['learning_rate']:g} is so low that {config['max_steps']} steps may change nothing"
-    return True, f"{config['max_steps']} steps at learning rate {config['learning_rate']:g}, target {target} tokens"
+    return True, f"{config['max_steps']} steps at learning rate {config['learning_rate']:g}"
 
 
 def _is_installed(package: str) -> bool:
@@ -196,6 +190,12 @@ def rollout(config: dict, policy: PeftModel):
 
 def rewards(config: dict, tokenizer, prompts: DatasetDict):
     scorer = Scorer(tokenizer, config["target_tokens"], parse_rewards(config["rewards"]), config["format_regex"])
+    target, room = config["target_tokens"], config["max_completion_length"]
+    if scorer.has_target and room < 2 * target:
+        raise UserError(
+            f"max_completion_length is {room} and target_tokens {target}: answers need room to end late, so give at least "
+            f"--max_completion_length {2 * target}, or at most --target_tokens {room // 2}."
+        )
     tried = try_rewards(scorer, store.select_rows(prompts["train"], 1000, seed=0))
     parts = []
     for reward in scorer.chosen:
@@ -205,7 +205,7 @@ def rewards(config: dict, tokenizer, prompts: DatasetDict):
         else:
             text = reward.function.describe(config)
         parts.append(f"{reward.name} x {reward.weight:g} ({text})")
-    return scorer, "; ".join(parts)
+    return scorer, "; ".join(parts) + f"; target {target} tokens" * scorer.has_target
 
 
 def memory(config: dict, policy: PeftModel, longest: int, device, dtype, scorer: Scorer, engine: str):

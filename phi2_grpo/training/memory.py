@@ -15,19 +15,19 @@ def estimate(
     The KV cache takes what the update leaves of `free`, up to all completions of a step or an evaluation. `reward_models`:
     bytes of the reward models.
     """
-    length, rows = longest + config["max_completion_length"], config["per_device_train_batch_size"]
+    rows = config["per_device_train_batch_size"]
     # A prompt is computed once for those of its completions that are in one pass; TRL scatters them over several passes.
     prompts = rows // config["num_generations"] if config["gradient_accumulation_steps"] == 1 else rows
-    completions = rows * config["max_completion_length"]
-    parts = update_estimate(config, model, completions + prompts * longest, device, dtype)
+    tokens = rows * config["max_completion_length"]  # of completions
+    parts = update_estimate(config, model, tokens + prompts * longest, device, dtype)
     if device.type != "cuda":  # log-probs without TRL's Triton kernel hold the logits, in float32, and their gradient
-        parts["update"] += 2 * 4 * completions * model.config.get_text_config().vocab_size
+        parts["update"] += 2 * 4 * tokens * model.config.get_text_config().vocab_size
     parts["reward model"] = reward_models
-    bytes_per_row = round_length(length) * cache_bytes_per_token(model.config, dtype)
+    bytes_per_row = round_length(longest + config["max_completion_length"]) * cache_bytes_per_token(model.config, dtype)
     available = free - parts["CUDA"] - parts["weights"] - reward_models
-    rows = config["rollout_batch_size"] or rows_within(available, bytes_per_row, reserved_bytes(parts), device)
-    completions = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
-    parts["KV cache"] = min(rows, max(completions, config["eval_prompts"])) * bytes_per_row
+    most_rows = config["rollout_batch_size"] or rows_within(available, bytes_per_row, reserved_bytes(parts), device)
+    wanted = max(config["per_device_train_batch_size"] * config["gradient_accumulation_steps"], config["eval_prompts"])
+    parts["KV cache"] = min(most_rows, wanted) * bytes_per_row
     return {name: int(size) for name, size in parts.items() if size}
 
 

@@ -24,7 +24,10 @@ from phi2_grpo.training.packing import Pass, pack
 
 
 def pass_tokens(model) -> int:
-    """Tokens in one pass of an update, at most: attention over 2 hidden sizes of tokens costs a third of the linear layers."""
+    """Tokens in one pass of an update, at most: twice the hidden size H.
+
+    Attention over L tokens takes 4 L H flops a token and layer, the linear layers 24 H^2: with L = 2 H that is a third.
+    """
     return 2 * model.config.get_text_config().hidden_size
 
 
@@ -130,8 +133,8 @@ class EpochSampler(RepeatSampler):
 
 
 class Trainer(RunMixin, GRPOTrainer):
-    """Rolls out with `engine` (rollout/engine.py), unless vLLM does. TRL has no hook for what is replaced here, hence the
-    private methods; a test holds their signatures."""
+    """Rolls out with `engine` (rollout/engine.py), unless vLLM does. TRL's hook for rollouts (rollout_func) is experimental,
+    and the rest has no hook, hence the private methods; a test holds their signatures."""
 
     engine = None
 
@@ -193,7 +196,7 @@ class Trainer(RunMixin, GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *arguments, **keywords):
         result = self._logps(*arguments, **keywords)
-        self.policy_logps = result[0].detach()  # read after the loss, whose pass is the last
+        self.policy_logps = result[0].detach()  # of the reference first; when `_compute_loss` reads it, of the policy
         return result
 
     def _compute_loss(self, model, inputs: dict) -> torch.Tensor:

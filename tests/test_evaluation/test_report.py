@@ -18,7 +18,8 @@ def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str, lang: 
     samples = []
     for side, answers in (("base", base), ("tuned", tuned)):
         for i, ids in enumerate(answers):
-            scores = {"length": max(0.0, 1 - abs(len(ids) - 8) / 8), "ending": 1.0, "repetition": -1.0 * (len(set(ids)) == 1)}
+            scores = {"length": max(0.0, 1 - abs(len(ids) - 8) / 8), "repetition": -1.0 * (len(set(ids)) == 1)}
+            scores |= {"ending": 1.0, "correct": 1.0}
             answer = Answer("x", tuple(ids), True, "ended by itself")
             samples.append({"side": side, "prompt": i, "answer": answer, "score": 0.0, "scores": scores})
     return report.summarize(samples, prompts, {}, scorer, ("base", "tuned"))
@@ -45,6 +46,12 @@ def test_the_line_names_gaming():
     gamed = summary(long, chanted)
     assert "repetition, distinct-2 worse" in gamed["line"] and "Gamed?" in gamed["line"] and "repetition" in gamed["alerts"]
     assert "Gamed?" not in summary(long, [list(range(i, i + 10)) for i in range(30)])["line"]
+
+
+def test_right_answers_may_be_alike():
+    answers = [list(range(i, i + 12)) for i in range(30)], [[7] * 8] * 30
+    verdicts = [summary(*answers, reward)["metrics"]["distinct-2"]["verdict"] for reward in ("length", "correct")]
+    assert verdicts == ["worse", "lower"]
 
 
 def test_two_languages_with_enough_prompts_have_their_own_rows():

@@ -85,12 +85,12 @@ def test_trimming_holds_back_what_may_become_a_stop(text, finished, expected):
     assert app_engine.trim(text, ["\nInstruct:", "\nExercise 3"], finished) == expected
 
 
-def test_trimmed_as_the_validation_trims(engine):
+def test_trimmed_as_the_validation_trims(engine, tokenizer):
     """The same text as phi2_grpo/models/answers.py gives the very same tokens."""
     for said in ("plain", "stop", "near", "code"):
         ids = engine.tokenizer(" " + SAYS[said][0], add_special_tokens=False)["input_ids"] + [engine.tokenizer.eos_token_id]
         text, _ = app_engine.trim(engine.tokenizer.decode(ids, skip_special_tokens=True), engine.defaults.stop_strings, True)
-        assert text == answers.trim([ids], engine.tokenizer)[0].text
+        assert text == answers.trim([ids], tokenizer)[0].text
 
 
 @pytest.mark.parametrize("model", ["tuned", "base"])

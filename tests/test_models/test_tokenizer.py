@@ -9,7 +9,7 @@ from config import CONFIG
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.answers import chat_generation_config, stop_strings, trim
 from phi2_grpo.models.base import load_base
-from phi2_grpo.models.tokenizer import check_context, count_tokens, eos_token_ids, load_tokenizer, render
+from phi2_grpo.models.tokenizer import check_context, count_tokens, load_tokenizer, render
 from phi2_grpo.rollout.engine import complete, make_engine
 from phi2_grpo.rollout.sampling import rollout_generation_config
 
@@ -54,7 +54,7 @@ def test_every_end_token_ends_an_answer(chat_model, tmp_path):
     config, end = chat_model
     tokenizer = load_tokenizer(config)
     eos_ids = [tokenizer.eos_token_id, end]
-    assert eos_token_ids(tokenizer) == eos_ids and tokenizer.eos_token == "<|endoftext|>"
+    assert tokenizer.all_eos_ids == eos_ids and tokenizer.eos_token == "<|endoftext|>"
     assert render(tokenizer, [[{"role": "user", "content": "Why?"}]]) == ["Why?"], "its own template stays"
     assert stop_strings(tokenizer) == [], "Phi-2's stop strings are for its own prompt format"
     word = tokenizer("a plant")["input_ids"]
@@ -72,6 +72,6 @@ def test_sampling_is_the_rollout_s_whatever_the_base_asks_for(chat_model, engine
     tokenizer = load_tokenizer(config)
     base = load_base(config, torch.device("cpu"), torch.float32)
     outputs = complete(make_engine(engine, base), tokenizer, ["Why?"] * 40, rollout_generation_config(config, tokenizer), 0)
-    eos_ids = set(eos_token_ids(tokenizer))
+    eos_ids = set(tokenizer.all_eos_ids)
     assert len({ids[0] for ids in outputs}) > 5
     assert any(end in ids for ids in outputs) and all(not eos_ids & set(ids[:-1]) for ids in outputs)

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.tokenizer import batches_by_length
 from phi2_grpo.rollout.cache import LENGTH_MULTIPLE
 from phi2_grpo.rollout.decode_step import DecodeStep, unsupported_reason
@@ -217,8 +218,10 @@ def test_the_way_of_a_gpu(micro, monkeypatch):
 def test_which_models_get_which_engine(micro):
     policy = make_policy(micro)
     assert choose_engine("fast", policy)[0] == "fast" and choose_engine("generate", policy)[0] == "generate"
-    name, reason = choose_engine("fast", random_model("mistral", sliding_window=8))
+    name, reason = choose_engine("auto", random_model("mistral", sliding_window=8))
     assert name == "generate" and "sliding" in reason
+    with pytest.raises(UserError, match="sliding"):
+        choose_engine("fast", random_model("mistral", sliding_window=8))
     assert type(make_engine("auto", random_model("mistral", sliding_window=8))) is GenerateEngine
     with torch.device("meta"):  # preflight asks before there are weights
         assert unsupported_reason(AutoModelForCausalLM.from_config(policy.config)) is None

@@ -279,7 +279,8 @@ def test_a_base_of_the_hub_and_secrets_in_the_environment(quick, micro, tmp_path
         printed += done.stdout + done.stderr
     facts = json.loads((tmp_path / "o-final" / "run.json").read_text())
     assert facts["model_commit"] == commit and facts["config"]["model_revision"] == "main"
-    assert "trackio project" not in printed.lower() and "upload" not in printed.lower()
+    for noise in ("trackio project", "upload", "unable to fetch", "could not find a config"):  # trackio's, and PEFT's
+        assert noise not in printed.lower()
     assert list((tmp_path / "tracks").glob("phi2-grpo*")), "its table stands in TRACKIO_DIR"
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 30
