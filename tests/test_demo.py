@@ -24,7 +24,7 @@ FLAGS = {"against", "preset", "check", "resume", "overwrite", "help", "language"
          "out", "push_to_hub", "merged", "host", "share", "port", "base", "update", "with_samples", "reward_model", "private",
          "hardware", "torch-backend", "extra-index-url", "outfile", "seed", "multi_gpu", "num_processes", "nproc_per_node",
          "nnodes", "node_rank", "master_addr", "master_port", "config_file", "rdzv-conf", "model", "mixed_precision",
-         "steps", "seeds", "build", "reports", "kills", "lora_"}  # fmt: skip
+         "steps", "seeds", "build", "reports", "kills", "turns", "lora_"}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_the_readme_s_reward_runs_as_it_stands_there(call, quick, tmp_path):
 def test_numbers_are_the_measured_ones():
     """Tables and sentences of README and docs are those that the benchmarks wrote."""
     pages = README + "".join(DOCS.values())
-    for title in ("The smollm2 run, over seeds", "The tiny reward model, over seeds", "A GRPO step, tiny"):
+    for title in ("The smollm2 run, over seeds", "The tiny reward model, over seeds", "A GRPO step, tiny", "Controls: sums"):
         section = RESULTS.split(f"## {title}\n")[1].split("\n## ")[0]
         rows = [line for line in section.splitlines() if line.startswith("|")]
         assert len(rows) >= 5 and all(line in pages for line in rows), title

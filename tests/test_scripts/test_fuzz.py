@@ -93,7 +93,7 @@ def test_own_prompts_of_any_kind(tokenizer, tmp_path_factory, rows, system_promp
         splits, _ = sources.read_rows(str(path), "main")
         first, splits = prompts.peek(splits)
         form = prompts.find_form(first, "", "")
-        items = prompts.read(splits, form, system_prompt.strip())[""]
+        items = prompts.read(splits, form, system_prompt.encode("utf-8", "ignore").decode().strip())[""]  # as cli.py takes it
         kept, funnel = prompts.filter_prompts(items, partial(count_tokens, tokenizer), {prompts.UNKNOWN, "en"}, 50)
         distinct, pairs, _ = prompts.deduplicate(kept, set())
         check_prepared(distinct, pairs)
