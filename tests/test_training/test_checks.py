@@ -44,6 +44,13 @@ def test_all_errors_at_once_and_what_depends_on_them_is_left_out(config):
         ready.raise_errors()
 
 
+def test_a_target_binds_only_where_a_reward_asks_for_it(config):
+    short = config | {"target_tokens": 50}
+    with pytest.raises(UserError, match="rewards: .*at least --max_completion_length 100"):
+        preflight(short, resume=False, overwrite=False).raise_errors()
+    preflight(short | {"rewards": ["ending"]}, resume=False, overwrite=False).raise_errors()
+
+
 @pytest.mark.parametrize(
     ("size", "steps", "group", "remedy"),
     [
