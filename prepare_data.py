@@ -10,6 +10,7 @@ validation rows; 9,780 of the train roots have distinct texts. In inspect_data.p
 tokens long, and 95 in 100 are under 125.
 """
 
+import gc
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ def main() -> None:
 
 def prepare(config: dict, console) -> None:
     """Read, split, filter, deduplicate, save."""
+    gc.disable()  # 100,000 rows would be walked again and again, in search of cycles that they do not have
     from phi2_grpo.data import oasst, prompts, sources, store
     from phi2_grpo.models import embedded
     from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer

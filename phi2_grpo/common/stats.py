@@ -4,7 +4,6 @@ import functools
 from dataclasses import asdict, dataclass
 
 import numpy
-from scipy import stats
 
 FLIPS = 9999  # random subsets; 1 / (FLIPS + 1) is the least p that they can show
 FEW = 20  # prompts; a result on fewer is called weak
@@ -34,6 +33,8 @@ class Paired:
 
 def interval(values) -> tuple[float, float] | None:
     """95 % interval of the mean of independent values, Student's t; None for fewer than two."""
+    from scipy import stats  # a second to import, which prepare_data.py has no need of
+
     if len(values) < 2:
         return None
     centre, margin = numpy.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)

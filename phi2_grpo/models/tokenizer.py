@@ -76,9 +76,11 @@ def render(tokenizer, conversations: list[list[dict]]) -> list[str]:
 
 def count_tokens(tokenizer, conversations: list[list[dict]]) -> list[int]:
     """Prompt lengths in tokens, chat template included."""
-    # Not `tokenizer(...)["input_ids"]`: lists of Python ints for 10,000 prompts cost more than the tokenizing.
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(render(tokenizer, conversations), add_special_tokens=False)
-    return list(map(len, encodings))
+    texts, lengths = render(tokenizer, conversations), []
+    # Not `tokenizer(...)["input_ids"]`, and not all at once: to hold so many results costs more than the tokenizing.
+    for i in range(0, len(texts), 1000):
+        lengths += map(len, tokenizer.backend_tokenizer.encode_batch_fast(texts[i : i + 1000], add_special_tokens=False))
+    return lengths
 
 
 def check_context(conversations: list[list[dict]], tokenizer, config: dict, context: int) -> int:
