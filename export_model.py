@@ -77,12 +77,12 @@ def merge(console, config: dict, adapter: Path, out: Path) -> None:
     with torch.no_grad(), files.atomic_folder(out) as folder:
         with console.status("merging in float32"):  # on the CPU: a GPU may be too small for float32
             tuned = load_adapter(load_base(config, torch.device("cpu"), torch.float32), str(adapter)).eval()
-            answers = greedy_answers(tuned, tokenizer)
-            expected = log_probs(tuned, answers)
+            prompts, answers = greedy_answers(tuned, tokenizer)
+            expected = log_probs(tuned, tokenizer, prompts, answers)
             merged = merge_untied(tuned)
-            refuse_if_other(log_probs(merged, answers) - expected, "merged in float32")
+            refuse_if_other(log_probs(merged, tokenizer, prompts, answers) - expected, "merged in float32")
             merged = merged.to(dtype)
-            rounded = log_probs(merged, answers)
+            rounded = log_probs(merged, tokenizer, prompts, answers)
         with console.status("writing"):
             merged.generation_config = generation
             merged.save_pretrained(folder, max_shard_size="5GB")
@@ -93,39 +93,38 @@ def merge(console, config: dict, adapter: Path, out: Path) -> None:
             del tuned, merged
         with console.status("reading it back"):
             written = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-            read_back = log_probs(written, answers)
+            read_back = log_probs(written, tokenizer, prompts, answers)
             refuse_if_other(read_back - rounded, "read back from the disk")
-            again = greedy_answers(written, tokenizer)
-    same = sum(torch.equal(old, new) for (old, _), (new, _) in zip(answers, again, strict=True))
+            again = greedy_answers(written, tokenizer)[1]
+    same = sum(old == new for old, new in zip(answers, again, strict=True))
     console.print(f"Greedy answers to the sample prompts: {same} of {len(answers)} are the adapter's, token for token.")
     console.print(f"Log-probs differ from the adapter's by {(read_back - expected).abs().max():.2g} nats at most.")
     size = sum(path.stat().st_size for path in out.iterdir())
     console.print(f"Merged model: {out}, {dtype}, {size / 1e9:.2f} GB")
 
 
-def greedy_answers(model, tokenizer) -> list[tuple]:
-    """The likeliest answer to each sample prompt: token ids (1, T) of prompt and answer, and where the answer starts."""
+def greedy_answers(model, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the sample prompts, and of the likeliest answer to each."""
+    from transformers import GenerationConfig
+
     from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, render
+    from phi2_grpo.rollout.engine import GenerateEngine
 
-    options = {"max_new_tokens": 64, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    texts = render(tokenizer, [[{"role": "user", "content": question}] for question in SAMPLE_PROMPTS])
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ends = {"eos_token_id": tokenizer.all_eos_ids, "pad_token_id": tokenizer.pad_token_id}
-    answers = []
-    for prompt in render(tokenizer, [[{"role": "user", "content": question}] for question in SAMPLE_PROMPTS]):
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        answers.append((model.generate(ids, attention_mask=mask, **options, **ends), ids.shape[1]))
-    return answers
+    generation = GenerationConfig(max_new_tokens=64, do_sample=False, **ends)
+    return prompts, GenerateEngine(model)(prompts, generation)
 
 
-def log_probs(model, answers: list[tuple]):
+def log_probs(model, tokenizer, prompts: list[list[int]], answers: list[list[int]]):
     """log p (nats) of the tokens of all answers, one after the other (N,)."""
     import torch
 
-    parts = []
-    for ids, start in answers:
-        logits = model(ids).logits[0, start - 1 : -1].float()  # (A, V)
-        parts.append(logits.log_softmax(-1).gather(1, ids[0, start:, None])[:, 0])
-    return torch.cat(parts)
+    from phi2_grpo.evaluation.measure import token_log_probs
+
+    of_all = token_log_probs(model, tokenizer, prompts, answers)
+    return torch.cat([of_one[range(len(ids)), ids] for of_one, ids in zip(of_all, answers, strict=True)])
 
 
 def refuse_if_other(differences, when: str) -> None:

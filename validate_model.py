@@ -166,10 +166,12 @@ def update_card(console, adapter: Path, config: dict, arguments, trained: dict, 
     from phi2_grpo.training.model_card import add_validation
 
     as_trained = all(config[key] == trained.get("config", {}).get(key) for key in TRAINED_WITH)
-    if not arguments.against and as_trained and numbers["prompts"] >= FEW:
-        add_validation(adapter, numbers["line"], [*metric_table(numbers), "", levels(numbers)])
+    needed = {"the base as the other side": not arguments.against, "the training's settings and data": as_trained,
+              f"{FEW} prompts": numbers["prompts"] >= FEW}  # fmt: skip
+    if missing := [what for what, there in needed.items() if not there]:
+        console.print(f"The model card was not changed. That takes {' and '.join(missing)}.")
     else:
-        console.print(f"The model card was not changed: that takes the training's settings and data, the base, {FEW} prompts.")
+        add_validation(adapter, numbers["line"], [*metric_table(numbers), "", levels(numbers)])
 
 
 if __name__ == "__main__":

@@ -25,17 +25,18 @@ SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "
 def read_rows(source: str, revision: str, subset: str = "") -> tuple[dict[str, Iterator], str | None]:
     """Rows by split, and the commit of a data set of the Hub, of which `subset` names one of several.
 
-    The splits are train and validation, or one without a name ("") where the source has one alone. A test split is taken
-    for the validation split where there is none. Raises UserError where the source cannot be found, reached or read.
+    The splits are train and validation, or all rows as one without a name ("") where the source does not have both. A split
+    is known by the beginning of its name: train_sft is train. A test split is taken for the validation split where there is
+    none; of a source with both, what is neither is not read. Raises UserError where the source cannot be found or read.
     """
     path, commit = Path(source), None
     if any(source == preset.get("dataset") for preset in config.PRESETS.values()) and not path.exists():
         path = Path(config.__file__).parent / source  # the script was called from another folder
     try:
         if path.exists() or source.startswith((".", "/")) or source.endswith(FORMATS):
-            splits = _local_splits(path)
+            parts = _local_parts(path)
         else:
-            splits, commit = _hub_splits(source, revision, subset)
+            parts, commit = _hub_parts(source, revision, subset)
     except UserError:
         raise
     except Exception as error:  # datasets, pyarrow and the network raise dozens of kinds
@@ -44,21 +45,25 @@ def read_rows(source: str, revision: str, subset: str = "") -> tuple[dict[str, I
             f"  On the Hub: check the name, the revision ({revision}) and the network, or give a copy: --dataset FOLDER\n"
             "  To try everything without the Hub: --preset tiny"
         ) from None
-    if len(splits) > 1 and "test" in splits:
-        splits.setdefault("validation", splits.pop("test"))
-    if "validation" not in splits or "train" not in splits:
-        splits = {"": chain.from_iterable(splits.values())}
-    return {split: _checked(rows, f"{source} {split}".strip()) for split, rows in splits.items()}, commit
+    splits = defaultdict(list)
+    for name, rows in parts:
+        named = re.match(rf"({'|'.join(SPLITS)})(?![a-z])", name)
+        splits[SPLITS[named[1]] if named else ""].append(rows)
+    held_out = "validation" if "validation" in splits else "test"
+    chosen = {"train": splits["train"], "validation": splits[held_out]}
+    if not all(chosen.values()):
+        chosen = {"": [rows for _, rows in parts]}
+    return {split: _checked(chain.from_iterable(rows), f"{source} {split}".strip()) for split, rows in chosen.items()}, commit
 
 
-def _local_splits(path: Path) -> dict[str, Iterable]:
+def _local_parts(path: Path) -> list[tuple[str, Iterable]]:
+    """Names and rows of the splits, or of the files, that are there."""
     import datasets
     from pyarrow.parquet import ParquetFile
 
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         saved = datasets.load_from_disk(str(path))
-        tables = {"": saved} if isinstance(saved, datasets.Dataset) else saved
-        return {split: _batch_rows(table.with_format("arrow").iter(1000)) for split, table in tables.items()}
+        return _table_parts({"": saved} if isinstance(saved, datasets.Dataset) else saved)
     if not path.exists():
         raise UserError(f"--dataset {path}: there is no such file or folder.")
     by_format = (sorted(path.rglob(f"*{end}")) for end in FORMATS)
@@ -66,15 +71,13 @@ def _local_splits(path: Path) -> dict[str, Iterable]:
     if not paths:
         raise UserError(f"--dataset {path} is no file, no save_to_disk folder, and no folder of {', '.join(FORMATS)} files.")
     files.check_no_pointer(*paths)
-    splits = defaultdict(list)
-    for each in paths:
-        rows = _batch_rows(ParquetFile(each).iter_batches(1000)) if each.suffix == ".parquet" else _text_rows(each)
-        named = re.match(rf"({'|'.join(SPLITS)})(?![a-z])", each.name) if len(paths) > 1 else None
-        splits[SPLITS[named[1]] if named else ""].append(rows)
-    return {split: chain.from_iterable(parts) for split, parts in splits.items()}
+    return [
+        (each.name, _batch_rows(ParquetFile(each).iter_batches(1000)) if each.suffix == ".parquet" else _text_rows(each))
+        for each in paths
+    ]
 
 
-def _hub_splits(source: str, revision: str, subset: str) -> tuple[dict[str, Iterable], str | None]:
+def _hub_parts(source: str, revision: str, subset: str) -> tuple[list[tuple[str, Iterable]], str | None]:
     import datasets
     from huggingface_hub import constants
 
@@ -86,7 +89,11 @@ def _hub_splits(source: str, revision: str, subset: str) -> tuple[dict[str, Iter
             f"--dataset_revision {revision} is not in the cache, and there is no network to fetch it: {source} is there at "
             f"commit {commit or 'unknown'}. Give that one, or fetch yours where there is a network."
         )
-    return {split: _batch_rows(table.with_format("arrow").iter(1000)) for split, table in tables.items()}, commit
+    return _table_parts(tables), commit
+
+
+def _table_parts(tables: dict) -> list[tuple[str, Iterable]]:
+    return [(name, _batch_rows(table.with_format("arrow").iter(1000))) for name, table in tables.items()]
 
 
 def _batch_rows(batches: Iterable) -> Iterator[dict]:

@@ -23,7 +23,7 @@ EXPLAINED = {
     "KL to base": "over the vocabulary, nats per token of its own completions: how far it has moved",
     "reference NLL": "negative log-likelihood of the best human replies, nats per token, mean over prompts: did it forget?",
 }
-METRIC_COLUMNS = ("difference, interval", "wins", "verdict")
+METRIC_COLUMNS = ("difference, interval", "higher on", "verdict")
 STYLES = {"better": "green", "worse": "red"}  # of a row, by its verdict
 
 
@@ -123,11 +123,10 @@ def summary_line(report: dict) -> str:
     if main is None:
         return "No reward could be computed on these prompts."
     verb = {"better": "beats", "worse": "is worse than"}.get(main["verdict"], "shows no difference from")
-    few = " (few: weak)" if main["prompts"] < FEW else ""
+    few = "" if main["prompts"] >= FEW else " (few: weak)" if main["low"] is not None else " (too few for an interval)"
     parts = [
         f"{tuned[:1].upper() + tuned[1:]} {verb} {base} on {report['headline']}: {main['tuned']:.2f} against "
-        f"{main['base']:.2f}, {main['difference']:+.2f} [{format_number(main['low'])}, {format_number(main['high'])}], "
-        f"{main['prompts']} prompts{few}"
+        f"{main['base']:.2f}, {_difference(main, 2)}, {main['prompts']} prompts{few}"
     ]
     rest = {name: m["verdict"] for name, m in metrics.items() if name not in (*DIRECTION, report["headline"])}
     for word, text in (("better", "{} better"), ("worse", "{} worse"), ("no difference shown", "no difference shown in {}")):
@@ -143,7 +142,7 @@ def summary_line(report: dict) -> str:
 
 
 def metric_rows(report: dict, most_places: int = 3) -> list[list[str]]:
-    """metric (* if trained for), base, tuned, difference with its interval, win rate, verdict; for terminal and Markdown."""
+    """metric (* if trained for), base, tuned, difference with its interval, share of prompts with a higher value, verdict."""
     rows = []
     for name, m in report["metrics"].items():
         small = m["low"] is not None and max(abs(m["low"]), abs(m["high"])) < 0.1  # [-0.01, -0.00] would say nothing
@@ -164,8 +163,14 @@ def language_rows(report: dict) -> list[list[str]]:
 
 def _compared(m: dict, places: int) -> list[str]:
     """base, tuned, difference [low, high]."""
-    low, high, difference = (format_number(m[key], places, "+") for key in ("low", "high", "difference"))
-    return [format_number(m["base"], places), format_number(m["tuned"], places), f"{difference} [{low}, {high}]"]
+    return [format_number(m["base"], places), format_number(m["tuned"], places), _difference(m, places, "+")]
+
+
+def _difference(m: dict, places: int, sign: str = "") -> str:
+    """The difference, and its interval where there is one."""
+    signs = {"difference": "+", "low": sign, "high": sign}
+    difference, low, high = (format_number(m[key], places, of) for key, of in signs.items())
+    return f"{difference} [{low}, {high}]" if m["low"] is not None else difference
 
 
 def more_tables(report: dict) -> Iterator[tuple[str, tuple[str, ...], list[list[str]], str]]:
@@ -188,19 +193,21 @@ def levels(report: dict) -> str:
 
 def remarks(report: dict) -> list[str]:
     """What stands beside the tables."""
-    lines = [levels(report)]
+    lines = [levels(report)] if any(m["low"] is not None for m in report["metrics"].values()) else []
     if report["missing"]:
-        lines.append(f"Left out, for they could not be computed on these prompts: {', '.join(report['missing'])}.")
-    return lines + [f"Fewer than {FEW} prompts: the intervals are weak; ? where there is none."] * (report["prompts"] < FEW)
+        what = ", ".join(report["missing"])
+        lines.append(f"Left out, for no prompt has what they take (a known language, a reference, a score): {what}.")
+    return lines + [f"Fewer than {FEW} prompts show little. Too few have no interval."] * (report["prompts"] < FEW)
 
 
 def show(console, report: dict, samples_per_prompt: int) -> None:
     """The numbers for the terminal."""
     title = f"{report['prompts']} held-out prompts x {samples_per_prompt}, at the training temperature"
     rows = metric_rows(report, most_places=2)
+    caption = "* trained for; higher on: share of prompts; -: no difference shown"
     options = {"rows": [[*row[:-1], row[-1].replace("no difference shown", "-")] for row in rows],
                "row_styles": [STYLES.get(row[-1], "none") for row in rows],
-               "caption": "* trained for; -: no difference shown", "caption_justify": "left"}  # fmt: skip
+               "caption": caption, "caption_justify": "left"}  # fmt: skip
     console.print(make_table(title, "mean of", *report["names"], *METRIC_COLUMNS, words=(0, 5), **options))
     for heading, columns, cells, sentence in more_tables(report):
         console.print(make_table(heading, *columns, rows=cells, words=(0, 5)))
@@ -214,7 +221,7 @@ def show(console, report: dict, samples_per_prompt: int) -> None:
 def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str], seed: int) -> str:
     """All of the report, complete by itself."""
     lines = ["# Evaluation", "", f"**{report['line']}**", "", *(f"- {fact}" for fact in facts), "", *metric_table(report)]
-    lines += ["", "\\*: trained for. Wins: share of prompts on which the second has more, ties half.", ""]
+    lines += ["", "\\*: trained for. Higher on: share of prompts on which the second is higher, ties half.", ""]
     lines += [f"- *{name}*: {text}" for name, text in EXPLAINED.items() if name in report["metrics"]]
     for line in remarks(report):
         lines += ["", line]

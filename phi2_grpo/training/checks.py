@@ -26,6 +26,7 @@ from phi2_grpo.training import checkpoints, outputs
 from phi2_grpo.training.memory import estimate, peak, update_estimate
 
 GB = 1e9
+MAY_NOT_FIT = "This may not fit"  # by the estimate; a run may still try
 
 
 def device(config: dict):
@@ -240,8 +241,8 @@ def _memory_text(config: dict, parts_of: Callable[[dict], dict], total: Callable
         smaller = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         if total(parts_of({**config, **smaller})) <= free:
             flags = " ".join(f"--{key} {value}" for key, value in smaller.items())
-            return f"{text}\nThis may not fit; this does: {flags}"
-    return f"{text}\nThis may not fit, nor a smaller batch: lower rollout_batch_size, or take a smaller base"
+            return f"{text}\n{MAY_NOT_FIT}; this does: {flags}"
+    return f"{text}\n{MAY_NOT_FIT}, nor a smaller batch: lower rollout_batch_size, or take a smaller base"
 
 
 def disk(config: dict, policy: PeftModel, output: Path):

@@ -57,7 +57,9 @@ class Preflight:
         return value
 
     def table(self) -> Table:
-        rows = [(name, Text("ok", "green") if ok else Text("no", "red"), text) for name, ok, text in self.results]
+        ok, unsure, no = Text("ok", "green"), Text("?", "yellow"), Text("no", "red")
+        rows = [(each.name, no if not each.ok else unsure if checks.MAY_NOT_FIT in each.text else ok, each.text)
+                for each in self.results]  # fmt: skip
         return make_table("Preflight", "check", "", "", rows=rows, words=(0, 1, 2))
 
     def raise_errors(self) -> None:

@@ -112,7 +112,7 @@ def test_files(name, tmp_path):
 
 
 def test_a_folder_keeps_its_splits(tmp_path):
-    for name in ("train-0.csv", "test-0.csv"):
+    for name in ("train-0.csv", "test-0.csv", "trains.csv", "more.csv"):  # the last two are neither
         (tmp_path / name).write_text(TABLE)
     splits, _ = sources.read_rows(str(tmp_path), "main")
     assert {split: len(list(rows)) for split, rows in splits.items()} == {"train": 10, "validation": 10}

@@ -33,6 +33,7 @@ def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str, lang: 
         (SHORT, SHORT, (), "Tuned shows no difference from base on length"),
         (RIGHT, SHORT, ("length:-1",), "Tuned beats base on length: 0.38 against 1.00"),  # less of it is better
         (SHORT[:6], RIGHT[:6], (), "Tuned beats base on length: 1.00 against 0.38, +0.62 [0.62, 0.62], 6 prompts (few: weak)"),
+        (SHORT[:3], RIGHT[:3], (), "Tuned shows no difference from base on length: 1.00 against 0.38, +0.62, 3 prompts (t"),
         (SHORT, RIGHT, ("language",), "No reward could be computed on these prompts."),
     ],
 )

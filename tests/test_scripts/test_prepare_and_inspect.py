@@ -13,7 +13,7 @@ from phi2_grpo.data import store
 
 
 def test_a_source_with_splits_keeps_them(call, micro, tmp_path):
-    parts = {"train": ["Why?", "How?"], "validation": ["why?", "Who?"]}
+    parts = {"train_sft": ["Why?", "How?"], "test_sft": ["why?", "Who?"]}
     tables = {split: datasets.Dataset.from_dict({"prompt": texts}) for split, texts in parts.items()}
     datasets.DatasetDict(tables).save_to_disk(tmp_path / "s")
     ok(call("prepare_data", "--model", micro, "--dataset", tmp_path / "s", "--data_dir", tmp_path / "out"))
