@@ -2,8 +2,8 @@
 
 Each key is also a flag (`--learning_rate 2e-5`), its comment is the flag's help, its value the default. A key that sets
 a field of `GRPOConfig` or `LoraConfig` bears that field's name (LoRA's with `lora_` before it), so TRL's and PEFT's
-documentation applies; only saving and evaluation are done by callbacks of our own. Order: CONFIG, then the preset laid over
-it, then the flags.
+documentation applies; only evaluation, and which checkpoints stay, are callbacks of our own. Order: CONFIG, then the preset
+laid over it, then the flags.
 """
 
 CONFIG = {

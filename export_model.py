@@ -137,7 +137,7 @@ def refuse_if_other(differences, when: str) -> None:
 
 
 def merge_untied(tuned):
-    """The adapter merged into its base. A head that is the embedding too gets a weight of its own, where they differ then."""
+    """The adapter merged into its base. A head that shares the embedding's weight gets its own where they differ then."""
     import torch
 
     base = tuned.get_base_model()

@@ -1,6 +1,6 @@
 """Fine-tune Phi-2 with GRPO and LoRA on oasst1 prompts.
 
-  python train_grpo.py                     # 100 steps on one 12-16 GB GPU
+  python train_grpo.py                     # 100 steps; one GPU of 12 GB or more, by the estimate
   python train_grpo.py 500 --learning_rate 1e-5    # longer: learning_rate x steps is what matters
   python train_grpo.py --check             # check everything, train nothing
   python train_grpo.py --resume            # go on from the newest complete checkpoint

@@ -5,6 +5,8 @@
   python benchmarks/seeds.py --preset smollm2 --dataset messages.jsonl    # on other prompts
   python benchmarks/seeds.py --reward_model      # train a reward model for each seed, then GRPO on it and `ending`
 
+Other flags go to the training (--per_device_train_batch_size 8 --gradient_accumulation_steps 2).
+
 Prepares the data, trains and validates for each seed; the numbers are those of validate_model.py's report.json.
 """
 
@@ -60,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of GRPO (default: the preset's)")
     parser.add_argument("--reward_model", action="store_true", help="GRPO on a reward model learnt from the sample's rankings")
     parser.add_argument("--no_grpo", action="store_true", help="train the reward models alone")
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()
     from benchmarks.results import write_section
     from config import CONFIG, PRESETS
     from phi2_grpo.common.console import markdown_table
@@ -80,12 +82,12 @@ def main() -> None:
         rewards, headline = [], "length"
         if arguments.reward_model:
             headline = f"{name}-reward-model"
-            accuracies.append(train_reward_model(seed, f"results/{headline}", common))
+            accuracies.append(train_reward_model(seed, f"results/{headline}", [*common, *flags]))
             rewards = ["--rewards", f"results/{headline},ending"]
             name += "-on-reward-model"
         if arguments.no_grpo:
             continue
-        metrics = train(seed, name, common, "--max_steps", str(steps), *rewards)
+        metrics = train(seed, name, common, "--max_steps", str(steps), *flags, *rewards)
         gains.append(gain(seed, metrics[headline], metrics["ending"]))
         spent = [difference(metrics[cost]) for cost in ("reference NLL", "distinct-2")]
         costs.append([seed, f"{metrics['KL to base']['tuned']:.3f}", *spent])

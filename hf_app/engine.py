@@ -110,7 +110,7 @@ class TokenQueue(BaseStreamer):
 
 
 class StopGeneration(StoppingCriteria):
-    """Stops `generate` at the next token once nobody listens any more, or when the time is up."""
+    """Stops `generate` at the next token once one of `stops` is set, or when the time is up."""
 
     def __init__(self, seconds: float, *stops: threading.Event):
         self.seconds, self.stops = seconds, stops
@@ -342,7 +342,7 @@ class Generation(threading.Thread):
                 self.criteria.started = time.perf_counter()
                 with engine.model.disable_adapter() if engine.tuned and self.base else nullcontext():
                     engine.model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
-        except Exception as error:  # raised in the thread of whoever listens
+        except Exception as error:  # raised again in the thread that reads the tokens
             self.error = error
         finally:
             self.tokens.queue.put(None)

@@ -1,1 +1,1 @@
-"""What every room uses: flags, files, tables, statistics, the Hub."""
+"""What all of the scripts use: flags, files, tables, statistics, the Hub."""

@@ -1,4 +1,4 @@
-"""Flags made from CONFIG, and one way to fail.
+"""Flags made from CONFIG, and how every script reports an error.
 
 Imports nothing heavy: `--help` of every script answers before torch could be loaded.
 """
@@ -197,7 +197,7 @@ def load_errors(what: str, advice: str = "") -> Iterator[None]:
 
 
 def print_error(text: str) -> None:
-    """To stderr, whether or not anybody reads it."""
+    """To stderr; a closed one is no error."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
@@ -219,7 +219,7 @@ def explain(error: Exception) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script. Exit codes without a traceback: 2 for a UserError and for what the machine refuses, 130 for Ctrl-C,
-    143 for SIGTERM. Anything else is a bug and keeps its traceback. Of several processes the first speaks for all."""
+    143 for SIGTERM. Anything else is a bug and keeps its traceback. Of several processes only the first prints them."""
 
     def terminate(*_):
         raise Terminated  # so that `finally` clauses run and temporary folders go

@@ -43,7 +43,7 @@ def prepare(*hub_names: str) -> None:
 
 def _reachable() -> bool:
     if PROXIES & os.environ.keys():
-        return True  # the proxy has to say
+        return True  # only the proxy knows
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=5).close()

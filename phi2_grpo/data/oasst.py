@@ -71,7 +71,7 @@ def parse_row(row: dict) -> list[Message]:
     if "prompt" not in row or "message_tree_id" not in row:
         return [_parse_message(row)]
     rows = [{**row["prompt"], "parent_id": None}]
-    for each in rows:  # which grows meanwhile
+    for each in rows:  # replies are appended in the loop, and read by it
         each["message_tree_id"] = row["message_tree_id"]
         rows += [{**reply, "parent_id": each["message_id"]} for reply in each.get("replies") or () if reply]
     return [_parse_message(each) for each in rows]

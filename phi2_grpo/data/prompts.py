@@ -21,10 +21,10 @@ ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"
 # Columns that hold a prompt, alone or with those beside it, in the order in which they are looked for.
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "question", "chosen")
 REFERENCE_COLUMNS = ("reference", "answer", "completion", "output", "response", "solution", "ground_truth")
-# What a reward gets under these names is something else.
+# Names under which rewards get something else than a column.
 TAKEN = {"pairs", "prompts", "completions", "completion", "completion_ids", "answers", "answer_ids", "answer_tokens", "ended",
          "target_tokens", "format_regex", "trainer_state", "log_metric", "log_extra", "image", "images", "tools"}  # fmt: skip
-UNKNOWN = "und"  # ISO 639's code of a language that nobody named
+UNKNOWN = "und"  # ISO 639's code for an undetermined language
 
 
 class Form(NamedTuple):

@@ -5,6 +5,7 @@ from math import comb
 from trl.trainer.utils import use_adapter
 
 from phi2_grpo.common.stats import mean, paired, verdict
+from phi2_grpo.evaluation.measure import adapter_of_side
 from phi2_grpo.models.tokenizer import render
 from phi2_grpo.rollout.engine import complete
 from phi2_grpo.rollout.sampling import rollout_generation_config
@@ -21,7 +22,7 @@ def measure_greedy(console, engine, tokenizer, scorer, prompts: list[dict], conf
     """1 or 0 a prompt for the greedy answer of each side; None where there is no reference."""
     texts, right = render(tokenizer, [row["prompt"] for row in prompts]), {}
     generation = rollout_generation_config(config | GREEDY, tokenizer)
-    for side, adapter in {"base": "against" if against else None, "tuned": "default"}.items():
+    for side, adapter in adapter_of_side(against).items():
         with use_adapter(engine.model, adapter), console.status(f"greedy answers, {side}"):
             ids = complete(engine, tokenizer, texts, generation, config["seed"])
         right[side] = [row["scores"]["correct"] for row in scorer.score(prompts, ids)]

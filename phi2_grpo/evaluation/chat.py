@@ -4,6 +4,7 @@ from rich.text import Text
 from trl.trainer.utils import use_adapter
 
 from phi2_grpo.common.console import make_table
+from phi2_grpo.evaluation.measure import adapter_of_side
 from phi2_grpo.models.answers import trim
 from phi2_grpo.models.tokenizer import render
 from phi2_grpo.rollout.engine import complete
@@ -15,7 +16,7 @@ def show_samples(
     """The questions, each a conversation, answered by both as a chat, as `generation` has it, side by side, trimmed."""
     texts = render(tokenizer, questions)
     answers = {}
-    for side, adapter in (("base", "against" if against else None), ("tuned", "default")):
+    for side, adapter in adapter_of_side(against).items():
         with use_adapter(engine.model, adapter), console.status(f"{side} answers"):
             answers[side] = trim(complete(engine, tokenizer, texts, generation, seed), tokenizer)
     samples = []

@@ -25,7 +25,7 @@ def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dic
     count = config["samples_per_prompt"]
     rows = [row for row in prompts for _ in range(count)]
     texts, generation = render(tokenizer, [row["prompt"] for row in rows]), rollout_generation_config(config, tokenizer)
-    sides = {"base": "against" if against else None, "tuned": "default"}
+    sides = adapter_of_side(against)
     completions, samples = {}, []
     costs: dict[str, dict[str, list]] = {"KL to base": {}, "reference NLL": {}}
     with progress_bar(console, "held-out prompts", 2 * len(rows)) as advance:
@@ -41,6 +41,11 @@ def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dic
                 costs["reference NLL"][side] = reference_nll(engine.model, tokenizer, prompts, advance)
             costs["KL to base"][side] = mean_per_prompt(kl, count)
     return samples, costs
+
+
+def adapter_of_side(against: bool) -> dict[str, str | None]:
+    """Which adapter answers as which side; None for the base itself."""
+    return {"base": "against" if against else None, "tuned": "default"}
 
 
 def mean_per_prompt(values: list[float | None], samples: int) -> list[float | None]:

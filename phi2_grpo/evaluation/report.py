@@ -1,4 +1,4 @@
-"""The evaluation report: one line to quote, tables, and the answers behind them."""
+"""The evaluation report: one line that sums it up, tables, and the answers behind them."""
 
 import random
 import re
@@ -117,7 +117,7 @@ def _alerts(base: dict[str, float], tuned: dict[str, float]) -> dict[str, str]:
 
 
 def summary_line(report: dict) -> str:
-    """One line that a person can quote; its words are fixed by the intervals and the alerts."""
+    """The report in one line; its words are fixed by the intervals and the alerts."""
     metrics, (base, tuned) = report["metrics"], report["names"]
     main = metrics.get(report["headline"])
     if main is None:
@@ -129,8 +129,8 @@ def summary_line(report: dict) -> str:
         f"{main['base']:.2f}, {_difference(main, 2)}, {main['prompts']} prompts{few}"
     ]
     rest = {name: m["verdict"] for name, m in metrics.items() if name not in (*DIRECTION, report["headline"])}
-    for word, text in (("better", "{} better"), ("worse", "{} worse"), ("no difference shown", "no difference shown in {}")):
-        if those := [name for name, of_metric in rest.items() if of_metric == word]:
+    for outcome, text in (("better", "{} better"), ("worse", "{} worse"), ("no difference shown", "no difference shown in {}")):
+        if those := [name for name, of_metric in rest.items() if of_metric == outcome]:
             parts.append(text.format(", ".join(those)))
     if "KL to base" in metrics:
         parts.append(f"KL {metrics['KL to base']['tuned']:.2f}")

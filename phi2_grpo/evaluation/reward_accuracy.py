@@ -1,4 +1,4 @@
-"""How often a reward model agrees with people, with intervals, and beside what costs nothing: the longer reply wins."""
+"""How often a reward model agrees with people, with intervals, beside the rule that the longer reply wins."""
 
 import numpy
 from rich.table import Table

@@ -157,7 +157,7 @@ def _build(dialogues: list[dict], folder: Path) -> None:
         disable_tqdm=True,
     )
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # sums depend on their number: so every machine and test gets the same base
+    torch.set_num_threads(2)  # float sums depend on how many there are: so every machine gets the same base
     torch.manual_seed(RECIPE["seed"])
     trainer = SFTTrainer(
         PhiForCausalLM(config),

@@ -143,9 +143,9 @@ def load_adapter(model, folder: str, name: str = "default") -> PeftModel:
 
 
 def check_keys(model: PeftModel, folder: Path, name: str = "default") -> None:
-    """Raise UserError unless each weight in `folder` has its place in `model`, and each place its weight, by name and shape.
+    """Raise UserError unless `folder` and the adapter in `model` have the same weights, by name and shape.
 
-    PEFT passes over what has no place, and leaves at zero what it has no weights for.
+    PEFT ignores those that the model lacks, and leaves at zero those that the folder lacks.
     """
     with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
         saved = {(key, tuple(weights.get_slice(key).get_shape())) for key in weights.keys()}  # noqa: SIM118, it is no dict

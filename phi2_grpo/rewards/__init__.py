@@ -1,1 +1,1 @@
-"""Reward functions and reward models, scored and watched for gaming."""
+"""Reward functions and reward models, and the collapse metrics that show gaming."""

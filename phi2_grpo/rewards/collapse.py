@@ -34,7 +34,7 @@ COLLAPSE = {
     "collapse/distinct_2": (0.2, 1, "all answers say the same: the reward rewards one phrase"),
     "collapse/one_language": (-1, 0.3, "answers drift to one language: add the reward language"),
     "collapse/at_target": (0, 0.6, "answers are padded or cut to the target length: give length a companion"),
-    "collapse/empty": (0, 0.5, "most answers say nothing: the reward rewards silence"),
+    "collapse/empty": (0, 0.5, "most answers are empty: the reward rewards that"),
 }
 
 

@@ -139,7 +139,7 @@ class Scorer:
         self.tokenizer, self.target_tokens, self.format_regex, self.chosen = tokenizer, target_tokens, format_regex, chosen
         self.functions = [self._wrap_for_trl(reward) for reward in chosen]
         self.last_batch: list[dict] = []
-        self.state = TrainerState(global_step=1, max_steps=1)  # what a reward sees outside training: the end of it
+        self.state = TrainerState(global_step=1, max_steps=1)  # outside of a training rewards are told that it has ended
 
     @property
     def models(self) -> list[RewardModel]:

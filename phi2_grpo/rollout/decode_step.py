@@ -99,7 +99,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def sync_adapter(self) -> bool:
-        """Copy the active adapter as it is now. True where captured graphs are void: it is another one, or of other shapes."""
+        """Copy the active adapter as it is now. True where it is another one, or of other shapes: graphs are then void."""
         new = list(self._matrices())
         adapters = [(list(layer.active_adapters), layer.disable_adapters) for layer in self.layers]
         same = adapters == self.adapters and [matrix.shape for matrix in new] == [matrix.shape for matrix in self.lora]

@@ -60,7 +60,7 @@ class Sampling:
     def sample(self, logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B,) for `logits` (B, V) and `uniforms` (B, 1) in [0, 1), by inversion of the cumulative distribution.
 
-        The same number picks the same token whatever else is in the batch. With the tokens come their log-probs (B,) at this
+        The same number gives the same token whatever else is in the batch. With the tokens come their log-probs (B,) at this
         temperature, before top-k and top-p: what the update computes for them.
         """
         logits = logits.float() / self.temperature

@@ -132,10 +132,10 @@ def _format(value: float | None, spec: str) -> str:
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates at step 0, every `eval_steps` and at the end: memorised prompts cannot raise it.
+    """Evaluates on held-out prompts at step 0, every `eval_steps` and at the end.
 
     Prompts and seeds are fixed, and nothing is drawn from the run's own random numbers: a run with it and one without end
-    with the same weights. The trainer's engine answers, which has memory for it already, and its trackers get the numbers; the
+    with the same weights. The trainer's engine answers, whose cache is there already, and its trackers get the numbers; the
     `scorer` is another one, for the trainer's keeps the last training batch.
     """
 
@@ -206,7 +206,7 @@ class CheckpointCallback(TrainerCallback):
         files.open_to_umask(folder)
         self.write_files(folder, state.log_history)
         if control.should_training_stop and state.global_step < state.max_steps:
-            return  # stopped early: after a collapse one from before it is wanted
+            return  # stopped early: after a collapse the checkpoints from before it are needed
         for old in checkpoints.complete_checkpoints(output)[: -self.save_total_limit]:
             checkpoints.remove(old)
 
@@ -246,6 +246,6 @@ class GracefulStop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def raise_if_asked(self) -> None:
-        """After the training: the interruption that it was ended by, if it was."""
+        """After the training: raise what the signal that ended it stands for, if one did."""
         if self.asked:
             raise KeyboardInterrupt if self.asked == signal.SIGINT else Terminated

@@ -1,4 +1,4 @@
-"""TRL's trainers with our rollouts, updates without padding, and clear endings of a run.
+"""TRL's trainers with our rollouts, updates without padding, and an exit that says why a run ended.
 
 All that overrides private methods of TRL or transformers is in this file.
 """
