@@ -216,7 +216,7 @@ def memory(config: dict, policy: PeftModel, longest: int, device, dtype, scorer:
     def parts_of(config: dict) -> dict[str, int]:
         return estimate(config, policy, longest, device, dtype, free, reward_models)
 
-    return parts_of(config), _memory_text(config, parts_of, lambda parts: peak(parts, engine), free)
+    return parts_of(config), _memory_text(config, parts_of, lambda parts: peak(parts, engine), free, "rollout_batch_size")
 
 
 def pair_memory(config: dict, policy: PeftModel, longest: int, device, dtype):
@@ -225,11 +225,14 @@ def pair_memory(config: dict, policy: PeftModel, longest: int, device, dtype):
     def parts_of(config: dict) -> dict[str, int]:
         return update_estimate(config, policy, 2 * config["per_device_train_batch_size"] * longest, device, dtype)
 
-    return parts_of(config), _memory_text(config, parts_of, lambda parts: sum(parts.values()), free_memory(device))
+    free = free_memory(device)
+    return parts_of(config), _memory_text(config, parts_of, lambda parts: sum(parts.values()), free, "reward_max_length")
 
 
-def _memory_text(config: dict, parts_of: Callable[[dict], dict], total: Callable[[dict], int], free: int) -> str:
-    """The estimate in words, and where it does not fit the largest batch, by halves, that does."""
+def _memory_text(
+    config: dict, parts_of: Callable[[dict], dict], total: Callable[[dict], int], free: int, last_resort: str
+) -> str:
+    """The estimate in words, and where it does not fit the largest batch, by halves, that does, or else the `last_resort`."""
     parts = parts_of(config)
     listing = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
     text = f"about {total(parts) / GB:.2f} GB ({listing}), of {free / GB:.1f} GB free"
@@ -242,7 +245,7 @@ def _memory_text(config: dict, parts_of: Callable[[dict], dict], total: Callable
         if total(parts_of({**config, **smaller})) <= free:
             flags = " ".join(f"--{key} {value}" for key, value in smaller.items())
             return f"{text}\n{MAY_NOT_FIT}; this does: {flags}"
-    return f"{text}\n{MAY_NOT_FIT}, nor a smaller batch: lower rollout_batch_size, or take a smaller base"
+    return f"{text}\n{MAY_NOT_FIT}, nor a smaller batch: lower --{last_resort}, or take a smaller base"
 
 
 def disk(config: dict, policy: PeftModel, output: Path):

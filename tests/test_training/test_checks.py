@@ -1,11 +1,14 @@
 """Each check before a start by itself, and what a preflight returns when some of them fail."""
 
 import os
+import re
 
 import pytest
 import torch
 from trl import RewardConfig
 
+import train_grpo
+import train_reward
 from config import CONFIG, PRESETS
 from phi2_grpo.common.cli import UserError, check_one_process
 from phi2_grpo.training import checks
@@ -14,6 +17,7 @@ from phi2_grpo.training.trainer import training_arguments
 
 TINY = {**CONFIG, **PRESETS["tiny"]}
 CPU = torch.device("cpu")
+PREFLIGHTS = {preflight: train_grpo, preflight_reward: train_reward}
 
 
 @pytest.fixture
@@ -104,6 +108,9 @@ def test_the_checks_of_a_reward_model(monkeypatch, config):
     ready = preflight_reward(config, resume=False, overwrite=False)
     (text,) = (check.text for check in ready.results if check.name == "memory")
     assert f"this does: --per_device_train_batch_size {batch // 2} " in text
+    monkeypatch.setattr(checks, "free_memory", lambda _: 0)
+    flags = {kind: re.search(r"lower --(\w+)", kind(config, False, True).results[-2].text)[1] for kind in PREFLIGHTS}
+    assert all(flag in PREFLIGHTS[kind].KEYS for kind, flag in flags.items()), flags
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="train_reward.py runs in one process"):
         check_one_process("train_reward.py")
