@@ -2,7 +2,7 @@
 
   python deploy_space.py USER/NAME --dry_run                    # list the files, and what would stop a deployment
   python deploy_space.py USER/NAME --adapter results/phi2-grpo-final
-  python deploy_space.py USER/NAME --update                     # replace the files of a Space that is there
+  python deploy_space.py USER/NAME --adapter DIR --update       # replace the files of a Space that is there
 
 Sent: the four files of hf_app/ and the adapter's own, no checkpoints. The base comes from the Hub when the Space starts.
 """
@@ -24,8 +24,8 @@ def main() -> None:
     parser = cli.make_parser(__doc__, KEYS)
     parser.add_argument("name", metavar="USER/NAME", help="the Space; the app will stand at its address")
     parser.add_argument("--private", action="store_true", help="only you see the Space")
-    parser.add_argument("--hardware", default="zero-a10g", help="of a new Space (default: zero-a10g, the free ZeroGPU)")
-    parser.add_argument("--update", action="store_true", help="the Space exists: replace its files, keep its settings")
+    parser.add_argument("--hardware", default="zero-a10g", help="of a new Space (default: zero-a10g, which is ZeroGPU)")
+    parser.add_argument("--update", action="store_true", help="the Space exists: replace all of its files, keep its settings")
     parser.add_argument("--with_samples", action="store_true", help="held-out prompts and their answers are sent, too")
     parser.add_argument("--dry_run", action="store_true", help="send nothing: list the files and what would stop a deployment")
     config, arguments = cli.parse(parser)
@@ -50,18 +50,15 @@ def main() -> None:
                 check(adapter, name, arguments.update)
             except cli.UserError as error:
                 problems.append(str(error))
-        if arguments.dry_run:
-            for problem in problems:
-                console.print(f"would stop a deployment: {problem}", style="yellow")
-            console.print("Nothing was sent." if problems else "Nothing was sent; nothing stands in the way.")
-            return
         if problems:
-            raise cli.UserError("\n".join(problems))
+            raise cli.UserError("\n".join([*problems, "Nothing was sent."]))
+        if arguments.dry_run:
+            return console.print("Nothing was sent; nothing stands in the way.")
         deploy(name, folder, arguments)
     console.print(
         f"\nhttps://huggingface.co/spaces/{name}\n"
-        f"It builds now, some minutes the first time. To follow it: hf spaces logs {name} --build\n"
-        f"After a change, send the files again: --update"
+        f"It builds now, some minutes the first time. To follow it: hf spaces logs {name} --build --follow\n"
+        "After a change, send all files again: the same command with --update"
     )
 
 

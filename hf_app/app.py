@@ -264,6 +264,9 @@ CSS = """
 .status a { margin-left: .9em; }
 .note { min-height: 1.4em; margin-top: .4em; white-space: normal; }
 #chat .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+#card { overflow-x: auto; }
+#card th, #card td { overflow-wrap: normal; word-break: normal; }
+footer .divider { display: none !important; }
 """
 
 
@@ -285,7 +288,7 @@ def make_page() -> gr.Blocks:
         parameters = gr.Accordion("Parameters", open=False, render=False)
         with parameters, gr.Row():
             with gr.Column(min_width=280):
-                length = gr.Slider(1, engine.longest_answer, own.max_new_tokens, step=1, label="Most tokens of an answer")
+                length = gr.Slider(1, engine.longest_answer, own.max_new_tokens, step=1, label="Longest answer, in tokens")
                 stop = gr.Checkbox(True, label="Stop at the first answer", info="off: see how the model runs on")
                 earlier = gr.Checkbox(True, label="Use earlier turns", info="Chat: the model sees the conversation so far")
             with gr.Column(min_width=280):
@@ -360,10 +363,10 @@ def about() -> None:
     prompt, _ = engine.prompt([{"role": "user", "content": EXAMPLES[2]}], engine.settings().max_new_tokens)
     gr.Textbox(prompt, label="A prompt, as the model sees it", lines=2, interactive=False)
     stops = ", ".join(json.dumps(stop.strip()) for stop in engine.defaults.stop_strings or [])
+    ends = "An answer ends at the model's end token" + f", or before the first of: {stops}" * bool(stops)
     gr.Markdown(
         f"""
-An answer ends at the model's end token, or before the first of: {stops or "(no stop strings)"}. A base model runs on into
-the next question or exercise; *Stop at the first answer*, switched off, shows how.
+{ends}. Switch *Stop at the first answer* off to see what a model writes after that.
 
 **Limits.** {MAX_CHARACTERS:,} characters of question; {engine.context:,} tokens of question and answer together, at most
 {engine.longest_answer:,} of them answer; {answer_seconds(Settings(engine.longest_answer)):.0f} seconds an answer;

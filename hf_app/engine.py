@@ -5,6 +5,7 @@ Imports nothing of the page or of the project: what the model needs stands in th
 
 import copy
 import queue
+import re
 import secrets
 import threading
 import time
@@ -163,7 +164,9 @@ class Engine:
         named = config.base_model_name_or_path if config else None
         self.base = base or named or PHI2
         self.revision = config.revision if config and self.base == named else None  # of a Hub base
-        self.base_name = Path(self.base).name if Path(self.base).exists() else self.base  # no path of this machine
+        # No path of this machine; a folder that stands for the Hub's model is called by its id.
+        is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", named or "")
+        self.base_name = self.base if not Path(self.base).exists() else named if is_id else Path(self.base).name
         self._load_base()
         if config:
             try:
@@ -229,7 +232,7 @@ class Engine:
         name = self.adapter.name
         self.kind = TUNED if self.tuned else "broken" if problem else BASE
         if self.tuned:
-            self.status = f"Tuned: {self.base_name} with adapter {name}, {self.layers} LoRA layers"
+            self.status = f"Tuned: {self.base_name} with the adapter {name}, LoRA on {self.layers} modules"
         else:
             reason = f"Adapter {name} not loaded: {problem}" if problem else f"No adapter in {name}/"
             self.status = f"Base model only: {self.base_name}. {reason}"

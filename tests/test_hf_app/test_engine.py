@@ -224,7 +224,7 @@ def command(capsys, monkeypatch):
 def test_check_answers_and_ends(command, final, micro):
     done = command("--adapter", final, "--base", micro, "--check")
     assert done.code == 0, done.err
-    assert "Tuned: base with adapter grpo-final, 12 LoRA layers" in done.out
+    assert "Tuned: base with the adapter grpo-final, LoRA on 12 modules" in done.out
     assert "tuned: " in done.out and "base: " in done.out and not done.err
 
 

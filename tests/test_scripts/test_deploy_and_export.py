@@ -72,7 +72,7 @@ def test_a_space_gets_exactly_its_files_and_is_replaced_only_by_update(run, hub,
     assert {"key": "GRADIO_SSR_MODE", "value": "false"} in created["variables"]
     sent["old.py"] = b"1"
     dry = run("deploy_space", "me/demo", "--adapter", adapter, "--dry_run", hub=hub)
-    assert dry.code == 0 and "would stop a deployment" in dry.out
+    refused(dry, "--update")
     refused(run("deploy_space", "me/demo", "--adapter", adapter, hub=hub), "--update")
     assert set(sent) == {*expected, "old.py"}
     ok(run("deploy_space", "me/demo", "--adapter", adapter, "--update", hub=hub))
