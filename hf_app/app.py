@@ -264,8 +264,7 @@ CSS = """
 .status a { margin-left: .9em; }
 .note { min-height: 1.4em; margin-top: .4em; white-space: normal; }
 #chat .md { white-space: pre-wrap; overflow-wrap: anywhere; }
-#card { overflow-x: auto; }
-#card th, #card td { overflow-wrap: normal; word-break: normal; }
+#card { overflow-x: auto; } #card th, #card td { overflow-wrap: normal; word-break: normal; }
 footer .divider { display: none !important; }
 """
 
@@ -363,18 +362,16 @@ def about() -> None:
     prompt, _ = engine.prompt([{"role": "user", "content": EXAMPLES[2]}], engine.settings().max_new_tokens)
     gr.Textbox(prompt, label="A prompt, as the model sees it", lines=2, interactive=False)
     stops = ", ".join(json.dumps(stop.strip()) for stop in engine.defaults.stop_strings or [])
-    ends = "An answer ends at the model's end token" + f", or before the first of: {stops}" * bool(stops)
     gr.Markdown(
         f"""
-{ends}. Switch *Stop at the first answer* off to see what a model writes after that.
+An answer ends at the model's end token{f", or before the first of: {stops}" if stops else ""}. Switch
+*Stop at the first answer* off to see what a model writes after that.
 
 **Limits.** {MAX_CHARACTERS:,} characters of question; {engine.context:,} tokens of question and answer together, at most
 {engine.longest_answer:,} of them answer; {answer_seconds(Settings(engine.longest_answer)):.0f} seconds an answer;
-one answer at a time, {MAX_WAITING} waiting. A small model states false things fluently. It was trained on what its reward
-rewards, and on nothing else.
+one answer at a time, {MAX_WAITING} waiting. A small model states false things fluently. It was trained for its reward alone.
 
-**Privacy.** Nothing you write is stored or sent on: there is no log and no analytics. On a Space it passes through Hugging
-Face's servers.
+**Privacy.** Nothing you write is stored or sent on: no log, no analytics. On a Space it passes through Hugging Face's servers.
 """
     )
 

@@ -5,7 +5,6 @@ Imports nothing of the page or of the project: what the model needs stands in th
 
 import copy
 import queue
-import re
 import secrets
 import threading
 import time
@@ -164,9 +163,8 @@ class Engine:
         named = config.base_model_name_or_path if config else None
         self.base = base or named or PHI2
         self.revision = config.revision if config and self.base == named else None  # of a Hub base
-        # No path of this machine; a folder that stands for the Hub's model is called by its id.
-        is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", named or "")
-        self.base_name = self.base if not Path(self.base).exists() else named if is_id else Path(self.base).name
+        on_hub = self.base if not Path(self.base).exists() else named if named and named.count("/") == 1 else ""
+        self.base_name = on_hub or Path(self.base).name  # no path of this machine
         self._load_base()
         if config:
             try:
@@ -229,12 +227,11 @@ class Engine:
 
     def _describe(self, problem: str) -> None:
         """Sets `kind` (tuned, base: no adapter, or broken: one that is not loaded), `status` and `device`, in words."""
-        name = self.adapter.name
         self.kind = TUNED if self.tuned else "broken" if problem else BASE
         if self.tuned:
-            self.status = f"Tuned: {self.base_name} with the adapter {name}, LoRA on {self.layers} modules"
+            self.status = f"Tuned: {self.base_name} with the adapter {self.adapter.name}, LoRA on {self.layers} modules"
         else:
-            reason = f"Adapter {name} not loaded: {problem}" if problem else f"No adapter in {name}/"
+            reason = f"Adapter {self.adapter.name} not loaded: {problem}" if problem else f"No adapter in {self.adapter.name}/"
             self.status = f"Base model only: {self.base_name}. {reason}"
         slow = self._device.type == "cpu" and self.model.num_parameters() > 1e9
         note = ", about 2 tokens/s on two cores: long answers take minutes" if slow else ""

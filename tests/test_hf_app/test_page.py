@@ -66,7 +66,7 @@ def ended(page, count: int = 1) -> None:
 
 
 def test_an_answer_grows_on_the_page_and_says_how_it_ended(page):
-    assert "Tuned: base with adapter grpo-final" in page.locator("#status").inner_text()
+    assert "Tuned: base with the adapter grpo-final" in page.locator("#status").inner_text()
     say(page, "say plain")
     parts = set()
     wait_for(page, lambda: parts.update(answers(page)) or page.locator("#chat .bot .note", has_text="seed").count())
