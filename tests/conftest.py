@@ -15,16 +15,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real rows and the real tokenizer, where a checkout has them beside it
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "hf_app")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach out
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads of two workers would fight for the same cores
 os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # as common/setup.py, which is too late here
+WEIGHTS = "adapter_model.safetensors"
+# What a finished adapter consists of.
+ADAPTER_FILES = {"adapter_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md",
+                 "generation_config.json", "run.json", "metrics.jsonl", "evaluation.jsonl", "reward.png"}  # fmt: skip
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def script(name: str, *arguments: str) -> SimpleNamespace:
-    """Run a script as the shell would, in a new process, from the repo's root."""
-    done = subprocess.run([sys.executable, f"{name}.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+def script(name: str, *arguments: str, **environment: str) -> SimpleNamespace:
+    """Run a script as the shell would, in a new process, from the repo's root; `environment` is laid over this one's."""
+    command, options = [sys.executable, f"{name}.py", *map(str, arguments)], {"capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, timeout=1800, **options)
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
@@ -46,8 +52,19 @@ def rows_of(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def change_json(path: Path, **values) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    path.write_text(json.dumps({**read_json(path), **values}))
+
+
+def change_weights(new):
+    """What changes an adapter's folder: its tensors, a dict, become `new` of them."""
+    from safetensors.torch import load_file, save_file
+
+    return lambda folder: save_file(new(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
 def run_main(name: str, *arguments) -> SimpleNamespace:
@@ -83,23 +100,27 @@ def make_micro(folder: Path, seed: int = 0, texts: list[str] | None = None, **sh
 
     torch.manual_seed(seed)
     tokenizer = embedded.train_tokenizer(texts or ["How do I keep a plant alive? Water it once a week. ¿Por qué? 为什么"])
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    end = tokenizer.eos_token_id
-    model = PhiForCausalLM(
-        PhiConfig(
-            vocab_size=len(tokenizer),
-            **{**sizes, "max_position_embeddings": 512, **shape},
-            resid_pdrop=0.1,
-            bos_token_id=end,
-            eos_token_id=end,
-        )
-    )
+    end, shape = tokenizer.eos_token_id, {**SHAPE, "max_position_embeddings": 512, **shape}
+    config = PhiConfig(vocab_size=len(tokenizer), **shape, resid_pdrop=0.1, bos_token_id=end, eos_token_id=end)
+    model = PhiForCausalLM(config)
     # It writes plain letters, and ends about one answer in eight at each token: so that rewards differ.
     bias = [0.0 if tokenizer.decode([i]).isascii() else -9.0 for i in range(len(tokenizer))]
     bias[end] = 3.0
     model.lm_head.bias.data = torch.tensor(bias)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(base: Path, folder: Path, **options) -> Path:
+    """An adapter as PEFT alone saves it, with an effect."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": ["q_proj", "fc1"], "task_type": "CAUSAL_LM", "init_lora_weights": False, **options}
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options)).save_pretrained(folder)
     return folder
 
 
@@ -149,23 +170,16 @@ def final(trained) -> Path:
 @pytest.fixture(scope="session")
 def loud(final, tmp_path_factory) -> Path:
     """That adapter with its effect made large: tuned and base answer differently, which six steps hardly reach."""
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("loud") / "grpo-final"
-    shutil.copytree(final, folder)
-    path = folder / "adapter_model.safetensors"
-    save_file({name: value * (60 if "lora_B" in name else 1) for name, value in load_file(path).items()}, path)
+    folder = shutil.copytree(final, tmp_path_factory.mktemp("loud") / "grpo-final")
+    change_weights(lambda t: {name: value * (60 if "lora_B" in name else 1) for name, value in t.items()})(folder)
     change_json(folder / "generation_config.json", max_new_tokens=512)
     return folder
 
 
 @pytest.fixture(scope="session")
-def roomy(micro, tmp_path_factory) -> Path:
+def roomy(tmp_path_factory) -> Path:
     """The micro base with Phi-2's context (its positions are computed, not learnt)."""
-    folder = tmp_path_factory.mktemp("roomy") / "base"
-    shutil.copytree(micro, folder)
-    change_json(folder / "config.json", max_position_embeddings=2048)
-    return folder
+    return make_micro(tmp_path_factory.mktemp("roomy") / "base", max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="session")

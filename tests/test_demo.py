@@ -1,6 +1,5 @@
 """The demo's commands, and what README and docs say: files, flags, numbers and commands are real."""
 
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ok, script
+from conftest import ROOT, ok, read_json, script
 
 README = (ROOT / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -37,7 +36,7 @@ def test_the_tiny_chain(call, tmp_path):
     trained = ok(script("train_grpo", "25", "--preset", "tiny", *where, *options))
     checked = ("--adapter", tmp_path / "grpo-final", "--validation_dir", tmp_path / "v", "--samples_per_prompt", "2")
     done = ok(call("validate_model", "--preset", "tiny", *where, *checked))
-    metrics = json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
+    metrics = read_json(tmp_path / "v" / "report.json")["metrics"]
     assert metrics["length"]["low"] > 0 and metrics["length"]["verdict"] == "better"
     assert metrics["ending"]["difference"] > 0
     assert "Warning" not in trained.err + done.err
@@ -108,8 +107,8 @@ def test_the_commands_of_two_pages_run_as_they_stand(tmp_path):
     for command in commands:
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=place, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
-    assert json.loads((tmp_path / "results" / "tiny-grpo-final" / "run.json").read_text())["steps"] == 120
-    assert json.loads((tmp_path / "results" / "two-final" / "run.json").read_text())["processes"] == 2
+    assert read_json(tmp_path / "results" / "tiny-grpo-final" / "run.json")["steps"] == 120
+    assert read_json(tmp_path / "results" / "two-final" / "run.json")["processes"] == 2
 
 
 def test_pins_are_exact():

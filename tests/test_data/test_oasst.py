@@ -31,7 +31,6 @@ def choose(rows: list[dict], held_out: set | None = None, **options):
 
 NOT_KEPT = {
     "deleted": row("b", "x", deleted=True),
-    "rejected": row("b", "spam", review_result=False),
     "rejected, by pandas": row("b", "spam", review_result=0.0),
     "empty": row("b", "   \n"),
     "too long": row("b", "word " * 51),

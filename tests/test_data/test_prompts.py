@@ -8,13 +8,14 @@ import sys
 
 import datasets
 import pytest
-from conftest import ROOT, ok, refused, rows_of
+from conftest import ROOT, ok, read_json, refused, rows_of
 
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import prompts, sources, store
 
 USER, BOT, SYSTEM = ({"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("system", "Be brief.")))  # fmt: skip
 MORE = {"role": "user", "content": "And?"}
+SHAREGPT = [{"from": who, "value": text} for who, text in (("system", "Be brief."), ("human", "Why?"), ("gpt", "So."))]
 GSM8K, SUMS = ROOT.parent / "shared" / "data" / "gsm8k", ROOT / "sample" / "sums"
 
 
@@ -24,19 +25,15 @@ def parse(row: dict, prompt_column="", reference_column="", system_prompt="") ->
 
 
 FORMS = [  # row, prompt, reference
-    ({"prompt": "Why?"}, [USER], None),
     ({"prompt": "  Why?\n", "answer": " So. "}, [USER], "So."),
     ({"prompt": [SYSTEM, USER], "completion": [BOT]}, [SYSTEM, USER], "So."),
     ({"prompt": [USER, BOT, MORE], "reference": "Hm."}, [USER, BOT, MORE], "Hm."),
-    ({"messages": [USER, BOT]}, [USER], "So."),
     ({"messages": [SYSTEM, USER, BOT, MORE, BOT]}, [SYSTEM, USER, BOT, MORE], "So."),
     ({"messages": [USER, BOT, MORE]}, [USER, BOT, MORE], None),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, BOT]}, [USER], "So."),
-    ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, [USER], "So."),
-    ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Why?"}]}, [SYSTEM, USER], None),
+    ({"conversations": SHAREGPT}, [SYSTEM, USER], "So."),
     ({"instruction": "Why?", "input": "", "output": "So."}, [USER], "So."),
     ({"instruction": "Why?", "input": "The sky.", "output": "So."}, [{"role": "user", "content": "Why?\n\nThe sky."}], "So."),
-    ({"question": "Why?", "answer": "So."}, [USER], "So."),
     ({"question": "Why?", "answer": 18}, [USER], "18"),
     # odd ones
     ({"prompt": None}, None, None),
@@ -184,5 +181,5 @@ def test_from_a_file_to_a_validated_adapter(call, quick, micro, tmp_path):
     done = call("validate_model", *quick[:4], *where, *measured)
     assert done.code == 0 and "pass@2" in done.out and "from wrong to right" in done.out, done.err
     assert len(re.findall(r"What is (\d+) plus \1\?", done.out)) == 3, "held-out prompts are answered as a chat"
-    accuracy = json.loads((tmp_path / "v" / "report.json").read_text())["accuracy"]
+    accuracy = read_json(tmp_path / "v" / "report.json")["accuracy"]
     assert set(accuracy["pass@k"]) == {"1", "2"} and "## Accuracy" in (tmp_path / "v" / "report.md").read_text()

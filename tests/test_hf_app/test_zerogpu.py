@@ -41,7 +41,6 @@ def test_the_adapter_is_loaded_and_an_answer_ends_in_time(final, micro):
 
 def test_a_visitor_whose_time_is_used_up_is_told_so_in_words(monkeypatch):
     """As spaces raises it, with HTML in it; the question stays, and the line below it says what to do."""
-    monkeypatch.syspath_prepend(ROOT / "hf_app")
     import app
     import gradio as gr
 
@@ -56,7 +55,6 @@ def test_a_visitor_whose_time_is_used_up_is_told_so_in_words(monkeypatch):
 
 def test_errors_of_the_gpu_process_are_readable(monkeypatch):
     """Only a gr.Error does: spaces makes a bare class name of any other."""
-    monkeypatch.syspath_prepend(ROOT / "hf_app")
     import app
     import gradio as gr
     import torch

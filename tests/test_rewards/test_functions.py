@@ -26,7 +26,6 @@ def test_repetition(ids, penalty):
 @pytest.mark.parametrize(
     ("answer", "lang", "low", "high"),
     [
-        ("The plants in the garden need a lot of water in the summer.", "en", 0.9, 1.0),
         ("Las plantas del jardín necesitan mucha agua en el verano.", "es", 0.9, 1.0),
         ("Las plantas del jardín necesitan mucha agua en el verano.", "en", 0.0, 0.1),
         ("As plantas do jardim não precisam de muita água no verão.", "pt-BR", 0.9, 1.0),

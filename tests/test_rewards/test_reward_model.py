@@ -1,6 +1,5 @@
 """A reward model: trained, measured, and scoring on the policy's own weights."""
 
-import json
 import re
 import shutil
 from unittest.mock import Mock
@@ -8,9 +7,9 @@ from unittest.mock import Mock
 import numpy
 import pytest
 import torch
-from conftest import change_json, make_micro, ok, refused, rows_of, run_main
+from conftest import ADAPTER_FILES, WEIGHTS, change_json, change_weights, make_micro, ok, read_json, refused, rows_of, run_main
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from config import CONFIG
@@ -22,7 +21,7 @@ from phi2_grpo.models.tokenizer import load_tokenizer
 from phi2_grpo.rewards.reward_model import RewardModel, render_conversations
 
 CPU = torch.device("cpu")
-WEIGHTS, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+CONFIG_FILE = "adapter_config.json"
 HEAD = "base_model.model.score.weight"
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Why?", "How do I keep a plant alive?", "A")]
 ANSWERS = ["Because it is so, and not otherwise.", "Water it.", ""]
@@ -64,11 +63,10 @@ def score_alone(model, tokenizer, prompts, answers) -> list[float]:
 
 def test_what_is_left_and_printed(trained_reward):
     folder, printed = trained_reward
-    assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "README.md", "run.json", "metrics.jsonl", "scores.png"}  # fmt: skip
+    expected = ADAPTER_FILES - {"generation_config.json", "evaluation.jsonl", "reward.png"} | {"scores.png"}
+    assert {path.name for path in folder.iterdir()} == expected
     assert not folder.with_name("reward-model-run").exists(), "its checkpoints have served"
-    run = json.loads((folder / "run.json").read_text())
+    run = read_json(folder / "run.json")
     everything = run["validation"]["groups"][0]
     assert run["finished"] and everything["group"] == "all" and f"{everything['model']:.1%}" in printed
     card = (folder / "README.md").read_text()
@@ -87,7 +85,7 @@ def test_scores_are_centred_and_scaled_by_validation(trained_reward, config, pre
     scores = [model(prompts=[pair["prompt"]] * 2, answers=[pair[side][0]["content"] for side in ("chosen", "rejected")])
               for pair in pairs]  # fmt: skip
     assert numpy.mean(scores) == pytest.approx(0, abs=1e-4) and numpy.std(scores) == pytest.approx(1, abs=1e-4)
-    run = json.loads((trained_reward[0] / "run.json").read_text())
+    run = read_json(trained_reward[0] / "run.json")
     agreed = reward_accuracy.agreement(*numpy.array(scores).T).mean()
     assert agreed == pytest.approx(run["validation"]["groups"][0]["model"], abs=1e-4), "the same scores as were measured"
 
@@ -184,14 +182,14 @@ def test_grpo_on_it(call, quick, trained_reward, tmp_path):
     flags = ("--rewards", f"{trained_reward[0]}:0.5,ending", "--output_dir", tmp_path / "o")
     printed = " ".join(ok(call("train_grpo", 3, *quick, *flags)).out.replace("│", " ").split())
     assert "on the policy's own weights" in printed and "reward model 0." in printed
-    run = json.loads((tmp_path / "o-final" / "run.json").read_text())
+    run = read_json(tmp_path / "o-final" / "run.json")
     assert [reward["name"] for reward in run["rewards"]] == ["reward-model", "ending"]
     assert "rewards/reward-model/mean" in run["last_metrics"]
     names = load_file(tmp_path / "o-final" / WEIGHTS)
     assert not any("score" in name for name in names) and len(names) == 24
     checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 5)
     ok(call("validate_model", *checked))
-    assert "reward-model" in json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
+    assert "reward-model" in read_json(tmp_path / "v" / "report.json")["metrics"]
 
 
 def test_on_another_base_it_is_loaded_beside(call, quick, trained_reward, config, micro, tmp_path):
@@ -213,10 +211,6 @@ def test_on_another_base_it_is_loaded_beside(call, quick, trained_reward, config
     model = loaded(tmp_path / "whole", config)
     expected = score_alone(whole.eval(), load_tokenizer({**config, "model": str(other)}), PROMPTS, ANSWERS)
     assert model(prompts=PROMPTS, answers=ANSWERS) == pytest.approx(expected, abs=1e-5)
-
-
-def change_weights(new):
-    return lambda folder: save_file(new(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
 def change_base(new):

@@ -1,12 +1,11 @@
 """Rewards as they are chosen, called, checked, logged and summed."""
 
-import json
 import sys
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ok, refused, rows_of
+from conftest import ok, read_json, refused, rows_of
 
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.answers import Answer
@@ -148,7 +147,7 @@ def test_rewards_as_trl_documents_them(call, quick, tmp_path):
     assert [row["eval_rewards/curriculum"] for row in held] == [0.0, 1.0]
     checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 3)
     ok(call("validate_model", *checked, "--rewards", own[-1]))
-    metrics = json.loads((tmp_path / "v" / "report.json").read_text())["metrics"]
+    metrics = read_json(tmp_path / "v" / "report.json")["metrics"]
     assert metrics["curriculum"]["base"] == 1.0, "after its end"
 
 
@@ -164,7 +163,7 @@ def test_what_is_not_scored_is_not_zero(tokenizer):
 def test_several_rewards_train_and_are_described(call, quick, tmp_path):
     flags = ("--rewards", "length,repetition:0.5,language,reference:-0.1,ending")
     ok(call("train_grpo", 2, *quick, "--output_dir", tmp_path / "o", *flags))
-    run = json.loads((tmp_path / "o-final" / "run.json").read_text())
+    run = read_json(tmp_path / "o-final" / "run.json")
     assert [reward["weight"] for reward in run["rewards"]] == [1.0, 0.5, 1.0, -0.1, 1.0]
     metrics = run["last_metrics"]
     parts = [reward["weight"] * metrics[f"rewards/{reward['name']}/mean"] for reward in run["rewards"]]

@@ -1,9 +1,7 @@
 """What needs a CUDA GPU: `pytest -m gpu`, beside the engine's own tests. Models are made on the spot, nothing is downloaded."""
 
-import json
-
 import torch
-from conftest import ok, script
+from conftest import ok, read_json, script
 from test_fast_engine import GPU, sampled
 
 from benchmarks import models
@@ -24,7 +22,7 @@ def test_the_main_job(quick, tmp_path):
                       ("validate_model", *quick[:10], "--device", "cuda", "--adapter", final, "--validation_dir",
                        tmp_path / "v")):  # fmt: skip
         ok(script(*arguments))
-    run = json.loads((final / "run.json").read_text())
+    run = read_json(final / "run.json")
     assert run["dtype"] == "bfloat16" and run["steps"] == 4
 
 

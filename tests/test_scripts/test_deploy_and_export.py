@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, change_json, ok, refused, rows_of
+from conftest import ADAPTER_FILES, ROOT, WEIGHTS, change_json, ok, refused, rows_of
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import RepoCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,8 +15,6 @@ from phi2_grpo.models.base import load_base
 from phi2_grpo.models.lora import load_adapter
 
 APP = {"README.md", "app.py", "engine.py", "requirements.txt"}
-OWN = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-       "generation_config.json", "README.md", "run.json", "metrics.jsonl", "evaluation.jsonl", "reward.png"}  # fmt: skip
 
 
 @pytest.fixture
@@ -62,10 +60,10 @@ def test_a_space_gets_exactly_its_files_and_is_replaced_only_by_update(run, hub,
     assert not any(request.startswith("POST") for request in hub.requests), "a dry run sends nothing"
     done = run("deploy_space", "me/demo", "--adapter", adapter, "--private", hub=hub)
     assert done.code == 0 and "spaces/me/demo" in done.out, done.err
-    sent, expected = hub.repos[("spaces", "me/demo")], APP | {f"model_adapters/{name}" for name in OWN}
+    sent, expected = hub.repos[("spaces", "me/demo")], APP | {f"model_adapters/{name}" for name in ADAPTER_FILES}
     assert set(sent) == expected
     assert all(sent[name] == (ROOT / "hf_app" / name).read_bytes() for name in APP - {"README.md"})
-    assert sent["model_adapters/adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
+    assert sent[f"model_adapters/{WEIGHTS}"] == (adapter / WEIGHTS).read_bytes()
     assert b"title: phi-2 GRPO" in sent["README.md"] and sent["README.md"].count(b"- microsoft/phi-2") == 2
     (created,) = hub.created
     assert (created["sdk"], created["hardware"], created["visibility"]) == ("gradio", "zero-a10g", "private")
@@ -157,7 +155,7 @@ def test_what_is_published_holds_no_path_and_no_held_out_prompt(run, hub, adapte
     push = ("--model", micro, "--adapter", final, "--push_to_hub", "me/adapter")
     done = run("export_model", *push, "--private", hub=hub)
     assert done.code == 0 and "left out: run.json" in done.out and "left out: evaluation.jsonl" in done.out, done.err
-    assert set(hub.repos[("models", "me/adapter")]) == OWN and hub.created[0]["visibility"] == "private"
+    assert set(hub.repos[("models", "me/adapter")]) == ADAPTER_FILES and hub.created[0]["visibility"] == "private"
     out = tmp_path / "merged"
     merged = ("--out", out, "--merged", "--push_to_hub", "me/merged")
     ok(run("export_model", "--model", micro, "--adapter", final, *merged, hub=hub))

@@ -12,7 +12,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import serve_app  # noqa: F401, it puts the app's folder on the path
 import torch
 from engine import BadInput, Engine
 from hypothesis import HealthCheck, given, settings

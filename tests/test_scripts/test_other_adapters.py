@@ -4,11 +4,10 @@ import contextlib
 import shutil
 
 import pytest
-import serve_app  # noqa: F401, it puts the app's folder on the path
 import torch
-from conftest import ok, refused
+from conftest import make_adapter, ok, refused
 from engine import Engine, NoBase
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,14 +15,8 @@ import export_model
 from phi2_grpo.training import checkpoints
 
 
-def make_adapter(folder, base, targets):
-    lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder / "adapter")
-    return folder / "adapter"
-
-
 def test_an_adapter_that_peft_alone_saved(call, quick, micro, prepared, tmp_path):
-    adapter = make_adapter(tmp_path, micro, ["q_proj", "fc1"])
+    adapter = make_adapter(micro, tmp_path / "adapter")
     own = ("--model", micro, "--data_dir", prepared, "--device", "cpu", "--validation_dir", tmp_path / "v", "--max_prompts", 2)
     ok(call("validate_model", *own, "--adapter", adapter, "--samples_per_prompt", 1))
     ok(call("export_model", "--model", micro, "--adapter", adapter, "--out", tmp_path / "merged"))
@@ -35,7 +28,7 @@ def test_an_adapter_that_peft_alone_saved(call, quick, micro, prepared, tmp_path
 def test_lora_that_cannot_be_trained_is_refused_before_the_start(call, quick, micro, trained, tmp_path):
     own = ("train_grpo", 1, *quick, "--check", "--output_dir", tmp_path / "o")
     refused(call(*own, "--lora_target_modules", "lm_head,fc1"), "lm_head")  # TRL refuses it too, but later
-    refused(call(*own, "--init_adapter", make_adapter(tmp_path, micro, ["lm_head"])), "lm_head")
+    refused(call(*own, "--init_adapter", make_adapter(micro, tmp_path / "adapter", target_modules=["lm_head"])), "lm_head")
     refused(call(*own, "--init_adapter", trained), f"{trained}/checkpoint-")
     shutil.copytree(trained, tmp_path / "o")
     refused(call(*own, "--overwrite", "--init_adapter", tmp_path / "o" / "checkpoint-4"), "output_dir")
@@ -48,7 +41,7 @@ def test_a_head_that_is_the_embedding_is_untied_where_they_differ(call, micro, t
     base.lm_head.weight = base.model.embed_tokens.weight
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(micro).save_pretrained(tmp_path / "base")
-    adapter = make_adapter(tmp_path, tmp_path / "base", targets)
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=targets)
     ok(call("export_model", "--adapter", adapter, "--out", tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()
@@ -60,14 +53,14 @@ def test_a_head_that_is_the_embedding_is_untied_where_they_differ(call, micro, t
 
 def test_a_merged_model_that_is_another_is_not_written(call, micro, tmp_path, monkeypatch):
     monkeypatch.setattr(export_model, "log_probs", lambda model, answers: torch.rand(9))
-    adapter = make_adapter(tmp_path, micro, ["fc1"])
+    adapter = make_adapter(micro, tmp_path / "adapter")
     refused(call("export_model", "--model", micro, "--adapter", adapter, "--out", tmp_path / "merged"), "another model")
     assert not (tmp_path / "merged").exists()
 
 
 def test_a_base_whose_folder_moved(call, micro, tmp_path):
     base = shutil.copytree(micro, tmp_path / "models")
-    adapter = make_adapter(tmp_path, base, ["fc1"])
+    adapter = make_adapter(base, tmp_path / "adapter")
     base.rename(tmp_path / "moved")
     for name, place in (("export_model", "--out"), ("validate_model", "--validation_dir")):
         refused(call(name, "--adapter", adapter, place, tmp_path / "out"), str(base), "--model")

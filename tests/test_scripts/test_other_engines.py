@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import make_micro, ok
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from conftest import SHAPE, make_adapter, make_micro, ok
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.slow  # it installs transformers 4 from the network, unless TF4 names a folder that has it
 
@@ -34,8 +33,7 @@ def llama(folder):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64}  # fmt: skip
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**shape, vocab_size=len(tokenizer), tie_word_embeddings=True, rope_parameters=rope)
+    config = LlamaConfig(**SHAPE, vocab_size=len(tokenizer), tie_word_embeddings=True, rope_parameters=rope)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -47,10 +45,8 @@ def test_it_is_the_same_model_and_tokenizer_there(call, tmp_path, make):
     if "TF4" not in os.environ:
         install = [sys.executable, "-m", "pip", "install", "-q", "--target", libraries, "transformers==4.57.6"]
         subprocess.run(install, check=True)
-    torch.manual_seed(1)
-    base, adapter, merged, read = make(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged", []
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(adapter)
+    base, merged, read = make(tmp_path / "base"), tmp_path / "merged", []
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
     ok(call("export_model", "--model", base, "--adapter", adapter, "--out", merged))
     for path in ({}, {"PYTHONPATH": libraries}):
         command = [sys.executable, "-c", READ, str(merged), str(tmp_path / "read.pt")]

@@ -1,12 +1,11 @@
 """prepare_data.py and inspect_data.py, from a source to what is shown, and the commands that scripts print."""
 
-import json
 import re
 import shlex
 
 import datasets
 import pytest
-from conftest import SHARED, make_micro, ok, refused
+from conftest import SHARED, make_micro, ok, read_json, refused
 
 import inspect_data
 from phi2_grpo.data import store
@@ -70,6 +69,6 @@ def test_every_printed_command_runs_as_printed(call, tmp_path):
 def test_real_rows_with_the_real_tokenizer(call, tmp_path):
     source, model = SHARED / "oasst1" / "messages.jsonl", SHARED / "phi2"
     ok(call("prepare_data", "--model", model, "--dataset", source, "--data_dir", tmp_path / "d", "--max_turns", 3))
-    funnel = json.loads((tmp_path / "d" / "funnel.json").read_text())["funnel"]
+    funnel = read_json(tmp_path / "d" / "funnel.json")["funnel"]
     assert funnel["train"]["rows"] + funnel["validation"]["rows"] == 1050
     assert funnel["train"]["kept"] > 100 and funnel["validation"]["kept"] > 2

@@ -1,7 +1,6 @@
 """The main job on a micro model: what moves, what is written, what can be repeated and resumed."""
 
 import inspect
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, ok, refused, rows_of
+from conftest import ADAPTER_FILES, ROOT, WEIGHTS, ok, read_json, refused, rows_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -25,13 +24,9 @@ from phi2_grpo.rollout import engine
 from phi2_grpo.training import checkpoints, checks, model_card, outputs
 from phi2_grpo.training.trainer import Trainer, training_arguments
 
-SELF_DESCRIBING = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                   "chat_template.jinja", "generation_config.json", "README.md", "run.json", "metrics.jsonl",
-                   "evaluation.jsonl", "reward.png"}  # fmt: skip
-
 
 def weights_of(folder):
-    return load_file(folder / "adapter_model.safetensors")
+    return load_file(folder / WEIGHTS)
 
 
 def equal(first, second) -> bool:
@@ -56,8 +51,8 @@ def test_every_lora_weight_moves_and_no_base_weight_does(call, quick, micro, tmp
 
 
 def test_final_folder_describes_itself(trained, final):
-    assert {path.name for path in final.iterdir()} == SELF_DESCRIBING, "no pickles, nothing missing"
-    run = json.loads((final / "run.json").read_text())
+    assert {path.name for path in final.iterdir()} == ADAPTER_FILES, "no pickles, nothing missing"
+    run = read_json(final / "run.json")
     assert run["finished"] and run["steps"] == 6 and run["config"]["max_steps"] == 6 and run["preset"] == "tiny"
     assert set(run["versions"]) >= {"torch", "trl", "peft"} and run["data"]["fingerprint"] and run["seconds"] > 0
     rows = rows_of(final)
@@ -68,13 +63,13 @@ def test_final_folder_describes_itself(trained, final):
     card = (final / "README.md").read_text()
     assert f"{sum(row['reward'] for row in rows[-3:]) / 3:.3g}" in card and "AutoPeftModelForCausalLM" in card
     assert (final / "reward.png").read_bytes().startswith(b"\x89PNG")
-    generation = json.loads((final / "generation_config.json").read_text())
+    generation = read_json(final / "generation_config.json")
     assert "\nInstruct:" in generation["stop_strings"] and generation["max_new_tokens"] == 256, "half of the context"
 
 
 def test_the_model_card_s_code_runs_and_its_licence_is_the_base_s(final, monkeypatch, capsys):
     """The example, as it stands there, on the folder it stands in."""
-    facts = json.loads((final / "run.json").read_text())
+    facts = read_json(final / "run.json")
     for model, license in (("microsoft/phi-2", "mit"), ("smollm2", "apache-2.0"), ("tiny", "mit"), ("some/base", "")):
         card = model_card.adapter_card({**facts, "config": {**facts["config"], "model": model}}, 6, 1.0, {}, finished=True)
         assert re.findall("^license: (.+)$", card, re.MULTILINE) == [license] * bool(license)
@@ -88,12 +83,12 @@ def test_checkpoints_are_adapter_folders_with_the_trainer_s_state(trained, final
     assert [path.name for path in checkpoints.list_checkpoints(trained)] == ["checkpoint-4", "checkpoint-6"], "save_total_limit"
     for checkpoint in checkpoints.complete_checkpoints(trained):
         names = {path.name for path in checkpoint.iterdir()}
-        assert names >= SELF_DESCRIBING | {"optimizer.pt", "trainer_state.json", "rng_state.pth"}
-        assert json.loads((checkpoint / "run.json").read_text())["finished"] is False
+        assert names >= ADAPTER_FILES | {"optimizer.pt", "trainer_state.json", "rng_state.pth"}
+        assert read_json(checkpoint / "run.json")["finished"] is False
     assert not (trained / "README.md").exists()
     os.umask(mask := os.umask(0))
     for folder in (final, trained / "checkpoint-6"):
-        assert (folder / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask, "others may read it"
+        assert (folder / WEIGHTS).stat().st_mode & 0o777 == 0o666 & ~mask, "others may read it"
 
 
 def test_what_is_printed(trained):
@@ -167,7 +162,7 @@ def test_a_finished_run_may_be_resumed_and_made_longer(call, quick, trained, fin
     (tmp_path / "o-final" / "README.md").write_text("validated")
     ok(call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume"))
     assert (tmp_path / "o-final" / "README.md").read_text() == "validated", "the result stays as it is"
-    shutil.copy(final / "adapter_model.safetensors", tmp_path / "o-final")
+    shutil.copy(final / WEIGHTS, tmp_path / "o-final")
     ok(call("train_grpo", 7, *quick, "--output_dir", tmp_path / "o", "--resume"))
     assert (tmp_path / "o-final" / "README.md").read_text() != "validated", "another run's result is replaced"
     assert files.read_run(trained / "checkpoint-6")["seconds"] < files.read_run(tmp_path / "o-final")["seconds"]
@@ -187,7 +182,7 @@ def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, 
     start, end = tmp_path / "a-final", tmp_path / "o-final"
     options = (*quick, "--init_adapter", start, "--learning_rate", "1e-9", "--eval_prompts", 0, "--output_dir", tmp_path / "o")
     ok(call("train_grpo", 1, *options))
-    config = json.loads((end / "run.json").read_text())["config"]
+    config = read_json(end / "run.json")["config"]
     assert (config["lora_r"], config["lora_alpha"]) == (3, 5), "the adapter's, not the flags'"
     assert "LoRA: r 3, alpha 5" in (end / "README.md").read_text()
     assert rows_of(end)[0]["kl"] > 0, "the KL is to the base, not to the adapter it started from"

@@ -1,11 +1,10 @@
 """validate_model.py on the micro model: its files, its settings, and adapters that it refuses."""
 
-import json
 import shutil
 
 import numpy
 import pytest
-from conftest import ok, refused, rows_of
+from conftest import change_json, ok, read_json, refused, rows_of
 
 from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS
 from phi2_grpo.training import model_card
@@ -16,14 +15,10 @@ def options(quick, final, tmp_path) -> tuple:
     return (*quick[:10], "--adapter", final, "--validation_dir", tmp_path / "v", "--max_prompts", 12, "--samples_per_prompt", 2)
 
 
-def report_of(folder) -> dict:
-    return json.loads((folder / "v" / "report.json").read_text())
-
-
 def test_report(call, options, tmp_path):
     done = ok(call("validate_model", *options))
     assert {path.name for path in (tmp_path / "v").iterdir()} == {"report.json", "report.md", "validation.png", "samples.jsonl"}
-    numbers = report_of(tmp_path)
+    numbers = read_json(tmp_path / "v" / "report.json")
     assert numbers["prompts"] == 12 and numbers["headline"] == "length"
     assert set(numbers["metrics"]) == {"length", "ending", "repetition", "language", "reference", "answer tokens", "distinct-2",
                                        "KL to base", "reference NLL"}  # fmt: skip
@@ -39,31 +34,32 @@ def test_report(call, options, tmp_path):
     for part in (numbers["line"], "## Most improved", "## Most harmed", "## At random", "validation.png", *SAMPLE_PROMPTS):
         assert part in text
     ok(call("validate_model", *options))
-    assert report_of(tmp_path)["metrics"] == numbers["metrics"], "the same seed, the same numbers"
+    assert read_json(tmp_path / "v" / "report.json")["metrics"] == numbers["metrics"], "the same seed, the same numbers"
 
 
 def test_the_model_card(call, options, final, tmp_path):
     """It gets the numbers once, where there are prompts enough, measured as the adapter was trained."""
     adapter = shutil.copytree(final, tmp_path / "adapter")
     options, card = (*options, "--adapter", adapter, "--samples_per_prompt", 1), adapter / "README.md"
-    run = json.loads((adapter / "run.json").read_text())
-    (adapter / "run.json").write_text(json.dumps({**run, "data": {**run["data"], "fingerprint": "of other data"}}))
+    data = read_json(adapter / "run.json")["data"]
+    change_json(adapter / "run.json", data={**data, "fingerprint": "of other data"})
     ok(call("validate_model", *options, "--max_prompts", 25))
     assert model_card.VALIDATED not in card.read_text() and "may have seen" in (tmp_path / "v" / "report.md").read_text()
-    (adapter / "run.json").write_text(json.dumps(run))
+    change_json(adapter / "run.json", data=data)
     for prompts, flags, validated in ((12, (), 0), (25, ("--temperature", 0.5), 0), (25, (), 1), (25, (), 1)):
         ok(call("validate_model", *options, "--max_prompts", prompts, *flags))
         assert card.read_text().count(model_card.VALIDATED) == validated
-        assert (report_of(tmp_path)["line"] in card.read_text()) == bool(validated)
+        assert (read_json(tmp_path / "v" / "report.json")["line"] in card.read_text()) == bool(validated)
 
 
 def test_another_adapter_instead_of_the_base(call, options, loud, final, tmp_path):
     ok(call("validate_model", *options, "--against", loud))
-    numbers = report_of(tmp_path)
+    numbers = read_json(tmp_path / "v" / "report.json")
     assert numbers["names"] == [str(loud), str(final)], "the same name: the paths tell them apart"
     assert numbers["metrics"]["KL to base"]["base"] > 0
     ok(call("validate_model", *options, "--against", shutil.copytree(final, tmp_path / "twin")))
-    assert all(m["difference"] == 0 for m in report_of(tmp_path)["metrics"].values()), "the same, sampled alike"
+    metrics = read_json(tmp_path / "v" / "report.json")["metrics"]
+    assert all(metric["difference"] == 0 for metric in metrics.values()), "the same, sampled alike"
 
 
 def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path, monkeypatch):
@@ -72,7 +68,7 @@ def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path, monkeypa
     monkeypatch.setattr("phi2_grpo.models.embedded.prepare", lambda *_: None)  # the tiny base takes minutes to build
     refused(call("validate_model", "--preset", "tiny", *own), "another base")
     ok(call("validate_model", "--device", "cpu", *own, "--temperature", 0.5))
-    config = report_of(tmp_path)["config"]
+    config = read_json(tmp_path / "v" / "report.json")["config"]
     assert (config["target_tokens"], config["max_completion_length"], config["temperature"]) == (6, 12, 0.5)
     refused(call("validate_model", "--device", "cpu", *own, "--max_completion_length", 500), "context of 512")
 

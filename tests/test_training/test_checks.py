@@ -58,7 +58,6 @@ def test_a_target_binds_only_where_a_reward_asks_for_it(config):
 @pytest.mark.parametrize(
     ("size", "steps", "group", "remedy"),
     [
-        (8, 1, 3, "--per_device_train_batch_size 9"),
         (1, 1, 4, "--per_device_train_batch_size 4"),
         (3, 4, 8, "--per_device_train_batch_size 4"),
         (16, 1, 2, "num_generations"),  # there are 5 prompts

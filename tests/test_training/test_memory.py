@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ok, rows_of
+from conftest import SHAPE, WEIGHTS, ok, rows_of
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -54,7 +54,7 @@ def test_an_update_in_parts_is_the_update_at_once(call, quick, tmp_path):
     for a, b in zip(*map(rows_of, folders), strict=True):
         assert a["reward"] == pytest.approx(b["reward"]) and a["completions/mean_length"] == b["completions/mean_length"]
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    once, parts = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    once, parts = (load_file(folder / WEIGHTS) for folder in folders)
     for name, weight in once.items():
         # Adam divides by the gradient's size: where that is rounding alone, so is the step (at most the learning rate each).
         assert (weight - parts[name]).abs().mean() < 2e-5, name
@@ -62,9 +62,8 @@ def test_an_update_in_parts_is_the_update_at_once(call, quick, tmp_path):
 
 def test_another_architecture_trains(call, quick, micro, tmp_path):
     tokenizer, folder = AutoTokenizer.from_pretrained(micro), tmp_path / "llama"
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), tokenizer.eos_token_id)
-    LlamaForCausalLM(LlamaConfig(**shape, **ids, vocab_size=len(tokenizer))).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**SHAPE, **ids, vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     flags = ("--model", folder, "--lora_target_modules", "all-linear", "--output_dir", tmp_path / "o", "--eval_prompts", 4)
     done = call("train_grpo", 2, *quick, *flags)

@@ -1,6 +1,5 @@
 """Several processes: the update of one, one prints and writes, and what happens when one is gone. On the CPU, by gloo."""
 
-import json
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from app_server import free_port
-from conftest import ROOT, ok, refused, rows_of, script
+from conftest import ROOT, WEIGHTS, ok, read_json, refused, rows_of, script
 from safetensors.torch import load_file
 
 from phi2_grpo.training import checkpoints
@@ -57,7 +56,7 @@ def test_several_processes_make_the_update_of_one(quick, tmp_path):
     """The same completions, in groups that lie across the processes; checkpoints, rows and lines once."""
     own = (2, *quick, "--num_generations", 8, "--warmup_steps", 0, "--eval_prompts", 0, "--save_steps", 1)
     ok(end(start(FIXED, *own, "--output_dir", tmp_path / "1")))
-    expected = load_file(tmp_path / "1-final" / "adapter_model.safetensors")
+    expected = load_file(tmp_path / "1-final" / WEIGHTS)
     for processes in (2, 4):
         output, final = tmp_path / f"{processes}", tmp_path / f"{processes}-final"
         flags = ("--per_device_train_batch_size", 8 // processes, "--output_dir", output)
@@ -65,13 +64,13 @@ def test_several_processes_make_the_update_of_one(quick, tmp_path):
         for a, b in zip(rows_of(tmp_path / "1-final"), rows_of(final), strict=True):
             for key in ("reward", "reward_std", "grad_norm", "completions/mean_length", "answers/tokens", "answers/ended"):
                 assert a[key] == pytest.approx(b[key], rel=1e-3), key
-        for name, weight in load_file(final / "adapter_model.safetensors").items():
+        for name, weight in load_file(final / WEIGHTS).items():
             assert (weight - expected[name]).abs().mean() < 2e-5, name
         assert len(re.findall(r"^ +\d/2 ", printed, re.MULTILINE)) == 2 and printed.count("Preflight") == 1
         complete = checkpoints.complete_checkpoints(output)
         assert [path.name for path in complete] == ["checkpoint-1", "checkpoint-2"]
         assert len([*complete[-1].glob("rng_state_*.pth")]) == processes
-        assert json.loads((final / "run.json").read_text())["processes"] == processes
+        assert read_json(final / "run.json")["processes"] == processes
 
 
 def test_a_run_by_two_processes_and_on_by_one(quick, tmp_path):
@@ -122,5 +121,5 @@ def test_machines_with_unequal_numbers_of_processes(quick, tmp_path):
     own = (2, *quick, *HALF, "--output_dir", tmp_path / "o")
     for process in launch_machines("train_grpo.py", *own, processes=(1, 2)):
         ok(end(process, 120))
-    assert json.loads((tmp_path / "o-final" / "run.json").read_text())["processes"] == 3
+    assert read_json(tmp_path / "o-final" / "run.json")["processes"] == 3
     assert [row["step"] for row in rows_of(tmp_path / "o-final")] == [1, 2]

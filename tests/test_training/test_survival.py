@@ -6,14 +6,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, ok, refused, rows_of
+from conftest import ROOT, WEIGHTS, ok, read_json, refused, rows_of, script
 from safetensors.torch import load_file
 
 from benchmarks import kills
@@ -104,7 +102,7 @@ def test_killed_inside_a_save_the_last_complete_checkpoint_stays(call, quick, ru
     assert done.code == 0 and "resuming at checkpoint-6" in done.out, done.err
     assert names(run) == ["checkpoint-7", "checkpoint-8"]
     ok(call("train_grpo", 8, *quick, "--output_dir", tmp_path / "straight", "--save_steps", 2))
-    ends = [(tmp_path / f"{name}-final" / "adapter_model.safetensors").read_bytes() for name in ("o", "straight")]
+    ends = [(tmp_path / f"{name}-final" / WEIGHTS).read_bytes() for name in ("o", "straight")]
     assert ends[0] == ends[1]
 
 
@@ -189,32 +187,22 @@ def test_what_may_change_and_what_may_not(call, quick, micro, run, tmp_path):
     refused(call(*resume, "--overwrite"), "--resume", "--overwrite")
 
 
-def config(**values) -> dict:
-    return {"config": values}
-
-
-def rewards(name: str, weight: float, digest: str) -> dict:
-    return {"rewards": [{"name": name, "weight": weight, "digest": digest}]}
+def mine(weight: float, digest: str) -> dict:
+    return {"rewards": [{"name": "mine", "weight": weight, "digest": digest}]}
 
 
 @pytest.mark.parametrize(
     ("then", "now", "facts", "changed"),
     [
-        (config(seed=1), {"seed": 1}, {}, []),
-        (config(seed=1), {"seed": 2}, {}, ["seed: was 1, is 2"]),
-        (config(max_steps=10, lr_scheduler_type="constant"), {"max_steps": 20}, {}, []),
-        (config(max_steps=10, lr_scheduler_type="linear"), {"max_steps": 20}, {}, ["max_steps: was 10, is 20"]),
-        (config(lora_r=3), {"lora_r": 16, "init_adapter": "a"}, {}, []),  # the adapter's
+        ({"config": {"seed": 1}}, {"seed": 2}, {}, ["seed: was 1, is 2"]),
+        ({"config": {"max_steps": 10, "lr_scheduler_type": "constant"}}, {"max_steps": 20}, {}, []),
+        ({"config": {"max_steps": 10, "lr_scheduler_type": "linear"}}, {"max_steps": 20}, {}, ["max_steps: was 10, is 20"]),
+        ({"config": {"lora_r": 3}}, {"lora_r": 16, "init_adapter": "a"}, {}, []),  # the adapter's
         ({"dtype": "float32"}, {}, {"dtype": "bfloat16"}, ["dtype: was float32, is bfloat16"]),
         ({"model_commit": None}, {}, {"model_commit": "b"}, []),
-        (
-            rewards("mine", 1, "aa") | config(rewards=["old.py:mine"]),
-            {"rewards": ["new.py:mine"]},
-            rewards("mine", 1, "aa"),
-            [],
-        ),
-        (rewards("mine", 1, "aa"), {}, rewards("mine", 1, "bb"), ["rewards: was mine x 1 aa, is mine x 1 bb"]),
-        (rewards("mine", 1, "aa"), {}, rewards("mine", 2, "aa"), ["rewards: was mine x 1 aa, is mine x 2 aa"]),
+        ({**mine(1, "aa"), "config": {"rewards": ["old.py:mine"]}}, {"rewards": ["new.py:mine"]}, mine(1, "aa"), []),
+        (mine(1, "aa"), {}, mine(1, "bb"), ["rewards: was mine x 1 aa, is mine x 1 bb"]),
+        (mine(1, "aa"), {}, mine(2, "aa"), ["rewards: was mine x 1 aa, is mine x 2 aa"]),
     ],
 )
 def test_settings_that_a_resumed_run_may_not_change(then, now, facts, changed):
@@ -269,15 +257,12 @@ def test_a_base_of_the_hub_and_secrets_in_the_environment(quick, micro, tmp_path
     tracked = [flag for flag in quick[6:] if flag not in ("--report_to", "none")]
     printed = ""
     for command in (
-        ["train_grpo.py", 1, *base, *tracked, "--output_dir", tmp_path / "o"],
-        ["validate_model.py", *base, "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 2],
+        ["train_grpo", 1, *base, *tracked, "--output_dir", tmp_path / "o"],
+        ["validate_model", *base, "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 2],
     ):
-        environment = {**os.environ, **SECRETS, **place}
-        command = [sys.executable, *map(str, command)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        printed += done.stdout + done.stderr
-    facts = json.loads((tmp_path / "o-final" / "run.json").read_text())
+        done = ok(script(*command, **SECRETS, **place))
+        printed += done.out + done.err
+    facts = read_json(tmp_path / "o-final" / "run.json")
     assert facts["model_commit"] == commit and facts["config"]["model_revision"] == "main"
     for noise in ("trackio project", "upload", "unable to fetch", "could not find a config"):  # trackio's, and PEFT's
         assert noise not in printed.lower()
