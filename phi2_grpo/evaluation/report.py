@@ -13,6 +13,7 @@ from phi2_grpo.common.stats import FEW, mean, paired, simultaneous, verdict
 from phi2_grpo.evaluation.accuracy import accuracy_rows, accuracy_sentence
 from phi2_grpo.evaluation.plots import DIRECTION, draw, format_number
 from phi2_grpo.rewards import collapse
+from phi2_grpo.rewards.scorer import summary_of
 
 SIDES = ("base", "tuned")
 FILES = {"report.md", "report.json", "validation.png", "samples.jsonl"}  # the last has every completion with its scores
@@ -76,6 +77,7 @@ def summarize(
         "collapse": measured,
         "alerts": _alerts(**measured),
         "missing": [name for name in values if name not in metrics],
+        "explained": {reward.name: summary_of(reward) for reward in scorer.chosen} | EXPLAINED,
     }
     return {"line": summary_line(report), **report, "values": values}
 
@@ -222,7 +224,7 @@ def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list
     """All of the report, complete by itself."""
     lines = ["# Evaluation", "", f"**{report['line']}**", "", *(f"- {fact}" for fact in facts), "", *metric_table(report)]
     lines += ["", "\\*: trained for. Higher on: share of prompts on which the second is higher, ties half.", ""]
-    lines += [f"- *{name}*: {text}" for name, text in EXPLAINED.items() if name in report["metrics"]]
+    lines += [f"- *{name}*: {text}" for name, text in report["explained"].items() if text and name in report["metrics"]]
     for line in remarks(report):
         lines += ["", line]
     for heading, columns, rows, sentence in more_tables(report):

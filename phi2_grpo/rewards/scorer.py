@@ -67,9 +67,13 @@ def add_built_in(chosen: list[Reward]) -> list[Reward]:
 
 def describe_rewards(chosen: list[Reward]) -> list[dict]:
     """Names, weights, docstrings' first lines, and a digest of what is not the project's own, as run.json has them."""
-    summaries = [(inspect.getdoc(reward.function) or "").partition("\n")[0] for reward in chosen]
-    return [{"name": reward.name, "weight": reward.weight, "summary": summary, "digest": _digest(reward.function)}
-            for reward, summary in zip(chosen, summaries, strict=True)]  # fmt: skip
+    return [{"name": reward.name, "weight": reward.weight, "summary": summary_of(reward), "digest": _digest(reward.function)}
+            for reward in chosen]  # fmt: skip
+
+
+def summary_of(reward: Reward) -> str:
+    """The first line of its docstring, or ""."""
+    return (inspect.getdoc(reward.function) or "").partition("\n")[0]
 
 
 def _digest(function: Callable) -> str | None:

@@ -52,7 +52,7 @@ def test_a_head_that_is_the_embedding_is_untied_where_they_differ(call, micro, t
 
 
 def test_a_merged_model_that_is_another_is_not_written(call, micro, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_model, "log_probs", lambda model, answers: torch.rand(9))
+    monkeypatch.setattr(export_model, "log_probs", lambda *_: torch.rand(9))
     adapter = make_adapter(micro, tmp_path / "adapter")
     refused(call("export_model", "--model", micro, "--adapter", adapter, "--out", tmp_path / "merged"), "another model")
     assert not (tmp_path / "merged").exists()

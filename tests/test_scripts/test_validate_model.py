@@ -1,5 +1,6 @@
 """validate_model.py on the micro model: its files, its settings, and adapters that it refuses."""
 
+import re
 import shutil
 
 import numpy
@@ -33,6 +34,8 @@ def test_report(call, options, tmp_path):
     text = (tmp_path / "v" / "report.md").read_text()
     for part in (numbers["line"], "## Most improved", "## Most harmed", "## At random", "validation.png", *SAMPLE_PROMPTS):
         assert part in text
+    explained = set(re.findall(r"^- \*(.+?)\*: \w", text, re.MULTILINE))
+    assert explained == set(numbers["metrics"]), "every metric is explained"
     ok(call("validate_model", *options))
     assert read_json(tmp_path / "v" / "report.json")["metrics"] == numbers["metrics"], "the same seed, the same numbers"
 
