@@ -44,7 +44,7 @@ def main() -> None:
 
 def prepare(config: dict, console) -> None:
     """Read, split, filter, deduplicate, save."""
-    gc.disable()  # 100,000 rows would be walked again and again, in search of cycles that they do not have
+    gc.set_threshold(1_000_000)  # by default 100,000 rows are walked again and again, in search of cycles that they lack
     from phi2_grpo.data import oasst, prompts, sources, store
     from phi2_grpo.models import embedded
     from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer
