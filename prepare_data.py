@@ -79,8 +79,8 @@ def prepare(config: dict, console) -> None:
     for split in ("validation", "train"):  # validation first: what stands there leaves train
         with console.status(f"choosing {split} prompts"):
             counter = partial(count_tokens, tokenizer)
-            candidates, steps = kind.filter_prompts(items.get(split, []), counter, languages, **limits)
-            rows[split], pairs[split], distinct = prompts.deduplicate(candidates, held_out)
+            filtered, steps = kind.filter_prompts(items.get(split, []), counter, languages, **limits)
+            rows[split], pairs[split], distinct = prompts.deduplicate(filtered, held_out)
         funnel[split] = {**steps, "distinct": len(distinct), "kept": len(rows[split])}
         held_out = distinct
     if not rows["train"]:
