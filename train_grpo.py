@@ -171,6 +171,7 @@ def print_result(config: dict, preset: str, console, final: Path, history: list[
     from phi2_grpo.common.console import format_duration
     from phi2_grpo.common.files import read_run, sibling
     from phi2_grpo.rewards.functions import untrusted_rewards
+    from phi2_grpo.training.model_card import FIRST_TO_LAST
     from phi2_grpo.training.outputs import first_and_last
 
     first, last = first_and_last(history, "reward") or (math.nan, math.nan)
@@ -181,10 +182,11 @@ def print_result(config: dict, preset: str, console, final: Path, history: list[
     if untrusted_rewards(config["rewards"]):
         keys.append("rewards")  # no adapter may name code to run
     console.print(
-        f"Mean reward, first to last steps: {first:.3f} -> {last:.3f}, in {format_duration(read_run(final)['seconds'])}.\n"
+        f"Mean reward, {FIRST_TO_LAST}: {first:.3f} -> {last:.3f}; {format_duration(read_run(final)['seconds'])} in all.\n"
         f"Adapter: {final}   curve: {final / 'reward.png'}\n"
         "Is it better on prompts it has not seen?\n"
-        f"  python validate_model.py --preset {preset} --adapter {shlex.quote(str(final))}{cli.flags(config, preset, *keys)}",
+        f"  {cli.python_command()} validate_model.py --preset {preset} --adapter {shlex.quote(str(final))}"
+        f"{cli.flags(config, preset, *keys)}",
         soft_wrap=True,  # a command stays one line, to be copied
     )
 

@@ -145,7 +145,8 @@ def print_result(config: dict, preset: str, console, accuracy: dict, seconds: fl
         f"{accuracy['ties']} ties, counted half. Rank correlation of score and length: {accuracy['rank_correlation']:.2f}.\n"
         f"Reward model: {reward_dir}, in {format_duration(seconds)}   scores: {reward_dir / 'scores.png'}\n"
         "To train on it:\n"
-        f"  python train_grpo.py --preset {preset} --rewards {rewards} --output_dir results/on-reward-model{shared}",
+        f"  {cli.python_command()} train_grpo.py --preset {preset} --rewards {rewards} --output_dir results/on-reward-model"
+        f"{shared}",
         soft_wrap=True,
     )
 

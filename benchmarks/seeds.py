@@ -41,17 +41,13 @@ def gain(seed: str, metric: dict, ended: dict) -> list[str]:
     return [seed, base, tuned, difference(metric), f"{ended['base']:.2f}", f"{ended['tuned']:.2f}"]
 
 
-def train_reward_model(seed: str, folder: str, common: list[str]) -> list[str]:
-    """A reward model's accuracy on held-out pairs."""
+def train_reward_model(seed: str, folder: str, common: list[str]) -> list[list[str]]:
+    """A reward model's accuracy on all held-out pairs, and on those of nearly equal length."""
+    from phi2_grpo.evaluation.reward_accuracy import rows
+
     run("train_reward.py", *common, "--seed", seed, "--reward_dir", folder, "--overwrite")
-    validation = json.loads((ROOT / folder / "run.json").read_text())["validation"]
-    everything = validation["groups"][0]
-
-    def accuracy(of: str) -> str:
-        low, high = everything[f"{of}_interval"]
-        return f"{everything[of]:.1%} [{low:.0%}, {high:.0%}]"
-
-    return [seed, str(everything["pairs"]), accuracy("model"), accuracy("longer"), f"{validation['rank_correlation']:.2f}"]
+    accuracy = json.loads((ROOT / folder / "run.json").read_text())["validation"]
+    return [[seed, *row] for row in rows(accuracy)[:2]]
 
 
 def main() -> None:
@@ -66,6 +62,7 @@ def main() -> None:
     from benchmarks.results import write_section
     from config import CONFIG, PRESETS
     from phi2_grpo.common.console import markdown_table
+    from phi2_grpo.evaluation.reward_accuracy import COLUMNS
 
     preset, where = arguments.preset, ""
     common = ["--preset", preset]
@@ -82,7 +79,7 @@ def main() -> None:
         rewards, headline = [], "length"
         if arguments.reward_model:
             headline = f"{name}-reward-model"
-            accuracies.append(train_reward_model(seed, f"results/{headline}", [*common, *flags]))
+            accuracies += train_reward_model(seed, f"results/{headline}", [*common, *flags])
             rewards = ["--rewards", f"results/{headline},ending"]
             name += "-on-reward-model"
         if arguments.no_grpo:
@@ -101,12 +98,11 @@ def main() -> None:
     on = f" on {Path(arguments.dataset).name}" if arguments.dataset else ""
     title = f"The {preset} run{on}, over seeds"
     if arguments.reward_model:
-        columns = ("seed", "held-out pairs", "reward model right", "the longer reply wins", "correlation of score and length")
-        lines = [*markdown_table(columns, accuracies), "", *lines]
-        note = f"Preset {preset}."
+        lines = [*markdown_table(("seed", *COLUMNS), accuracies), "", *lines]
+        note = f"Preset {preset}. Agreement with people in %, with its 95 % interval."
         if gains:
-            note = f"Preset {preset}, {steps} steps. The reward model's score is 0 for the mean human reply and 1 a standard "
-            note += "deviation above; GRPO on it and on ending."
+            note += f" GRPO: {steps} steps, on the reward model and on ending; its score is 0 for the mean human reply, 1 a "
+            note += "standard deviation above."
         title = f"The {preset} reward model{on}, over seeds"
     command = " ".join(["python benchmarks/seeds.py", *sys.argv[1:]])
     write_section(title, command, "\n".join([*lines, "", note]), "torch", "transformers", "trl", "peft")

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -66,7 +67,7 @@ def parse_value(key: str, text: str):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """argparse's own messages, without the usage block in front."""
-        raise UserError(f"{message}. See: python {self.prog} --help")
+        raise UserError(f"{message}. See: {python_command()} {self.prog} --help")
 
 
 def _comments() -> dict[str, str]:
@@ -102,7 +103,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tup
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
         nearest = difflib.get_close_matches(name, vars(arguments), n=1, cutoff=0.5)
-        hint = f"did you mean --{nearest[0]}?" if nearest else f"see: python {parser.prog} --help"
+        hint = f"did you mean --{nearest[0]}?" if nearest else f"see: {python_command()} {parser.prog} --help"
         if name in settings.CONFIG:
             hint = f"it is a setting, but {parser.prog} does not read it"
         raise UserError(f"unknown argument {unknown[0]!r}: {hint}")
@@ -123,6 +124,14 @@ def flags(config: dict, preset: str, *keys: str) -> str:
     return "".join(f" --{key} {shlex.quote(text)}" for key, text in texts.items() if config[key] != usual[key])
 
 
+def python_command() -> str:
+    """What a shell starts this Python by: `python` in an active environment, otherwise its path."""
+    own, named = Path(sys.executable), shutil.which("python")
+    if named and Path(named).parent == own.parent:
+        return "python"
+    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
+
+
 # The settings that prepare_data.py reads.
 PREPARE_KEYS = ("model", "model_revision", "dataset", "dataset_config", "dataset_revision", "data_dir", "prompt_column",
                 "reference_column", "system_prompt", "languages", "max_prompt_tokens", "max_turns", "max_toxicity",
@@ -133,7 +142,8 @@ def prepare_command(config: dict, overwrite: bool = False) -> str:
     """The command that prepares data as `config` has it, for a shell."""
     preset = next((name for name, its in settings.PRESETS.items() if its.get("dataset") == config["dataset"]), "phi2")
     named = "" if preset == "phi2" else f" --preset {preset}"
-    return f"python prepare_data.py{named}{flags(config, preset, *PREPARE_KEYS)}{' --overwrite' if overwrite else ''}"
+    command = f"{python_command()} prepare_data.py{named}{flags(config, preset, *PREPARE_KEYS)}"
+    return f"{command}{' --overwrite' if overwrite else ''}"
 
 
 def split_weight(item: str) -> tuple[str, float]:

@@ -21,8 +21,8 @@ def draw(report: dict, samples: list[dict], path: Path) -> None:
         unit = pstdev(t - b for b, t in _pairs(report, name)) or 1.0
         _plot_difference(metrics, i, m, unit)
         names.append(f"{name}   {format_number(m['base'])} → {format_number(m['tuned'])}")
-    _finish_differences(metrics, names, f"{tuned} less {base}, by metric: green better, red worse")
-    metrics.set_xlabel("mean difference, in standard deviations over prompts, with its interval")
+    _finish_differences(metrics, names, f"{tuned} minus {base}, by metric: green better, red worse")
+    metrics.set_xlabel("mean and interval, in standard deviations over prompts")
     tokens = {side: [s["answer"].tokens for s in samples if s["side"] == side] for side in COLORS}
     longest = max(map(max, tokens.values()))
     width = 1 + longest // 40  # whole tokens, or the bars would have gaps
@@ -36,7 +36,7 @@ def draw(report: dict, samples: list[dict], path: Path) -> None:
         for i, (code, m) in enumerate(reversed(languages.items())):
             _plot_difference(each, i, m, 1.0)
             names.append(f"{code} ({m['prompts']})")
-        _finish_differences(each, names, f"{report['headline']}: {tuned} less {base}, by language (prompts)")
+        _finish_differences(each, names, f"{report['headline']}: {tuned} minus {base}, by language (prompts)")
     save_figure(figure, path)
 
 

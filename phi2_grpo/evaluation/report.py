@@ -125,9 +125,10 @@ def summary_line(report: dict) -> str:
     if main is None:
         return "No reward could be computed on these prompts."
     verb = {"better": "beats", "worse": "is worse than"}.get(main["verdict"], "shows no difference from")
+    what = "the reward " * (report["headline"] != "total reward") + report["headline"]
     few = "" if main["prompts"] >= FEW else " (few: weak)" if main["low"] is not None else " (too few for an interval)"
     parts = [
-        f"{tuned[:1].upper() + tuned[1:]} {verb} {base} on {report['headline']}: {main['tuned']:.2f} against "
+        f"{tuned[:1].upper() + tuned[1:]} {verb} {base} on {what}: {main['tuned']:.2f} against "
         f"{main['base']:.2f}, {_difference(main, 2)}, {main['prompts']} prompts{few}"
     ]
     rest = {name: m["verdict"] for name, m in metrics.items() if name not in (*DIRECTION, report["headline"])}
@@ -189,8 +190,8 @@ def more_tables(report: dict) -> Iterator[tuple[str, tuple[str, ...], list[list[
 def levels(report: dict) -> str:
     """What the intervals of the tables are, in one sentence."""
     rows = len(report["metrics"]) - 1 + len(report["languages"])
-    others = f"; the other {rows} rows together at 95 %, so each at {100 * report['level']:.2f} %" if rows > 0 else ""
-    return f"Intervals, by sign flips over prompts: {report['headline']} at 95 %{others}."
+    others = f"; all of the other {rows} at once with 95 % ({100 * report['level']:.2f} % each)" if rows > 0 else ""
+    return f"Intervals, by sign flips over prompts: that of {report['headline']} holds with 95 %{others}."
 
 
 def remarks(report: dict) -> list[str]:
@@ -206,7 +207,7 @@ def show(console, report: dict, samples_per_prompt: int) -> None:
     """The numbers for the terminal."""
     title = f"{report['prompts']} held-out prompts x {samples_per_prompt}, at the training temperature"
     rows = metric_rows(report, most_places=2)
-    caption = "* trained for; higher on: share of prompts; -: no difference shown"
+    caption = f"* reward trained for; higher on: prompts on which {report['names'][1]} is higher; -: no difference shown"
     options = {"rows": [[*row[:-1], row[-1].replace("no difference shown", "-")] for row in rows],
                "row_styles": [STYLES.get(row[-1], "none") for row in rows],
                "caption": caption, "caption_justify": "left"}  # fmt: skip
@@ -223,7 +224,7 @@ def show(console, report: dict, samples_per_prompt: int) -> None:
 def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str], seed: int) -> str:
     """All of the report, complete by itself."""
     lines = ["# Evaluation", "", f"**{report['line']}**", "", *(f"- {fact}" for fact in facts), "", *metric_table(report)]
-    lines += ["", "\\*: trained for. Higher on: share of prompts on which the second is higher, ties half.", ""]
+    lines += ["", f"\\*: reward trained for. Higher on: prompts on which {report['names'][1]} is higher, ties half.", ""]
     lines += [f"- *{name}*: {text}" for name, text in report["explained"].items() if text and name in report["metrics"]]
     for line in remarks(report):
         lines += ["", line]
@@ -256,8 +257,8 @@ def _examples(report: dict, seed: int) -> dict[str, list[int]]:
              if None not in (base, tuned)}  # fmt: skip
     order = sorted(gains, key=gains.get)
     return {
-        "Most improved": [i for i in order[::-1] if gains[i] > 0][:5],
-        "Most harmed": [i for i in order if gains[i] < 0][:5],
+        f"Most improved, by {report['headline']}": [i for i in order[::-1] if gains[i] > 0][:5],
+        f"Most harmed, by {report['headline']}": [i for i in order if gains[i] < 0][:5],
         "At random": random.Random(seed).sample(order, min(5, len(order))),
     }
 

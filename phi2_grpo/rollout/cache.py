@@ -6,7 +6,7 @@ import torch
 from phi2_grpo.rollout.sampling import Sampling
 
 LENGTH_MULTIPLE = 128  # cache lengths are multiples of it, so that a rollout needs few CUDA graphs
-MAX_ROWS = {"cuda": 256, "mps": 64, "cpu": 64}  # on a CPU 64 rows were no faster than 32 (benchmarks/RESULTS.md)
+MAX_ROWS = {"cuda": 256, "mps": 64, "cpu": 64}
 
 
 def free_memory(device: torch.device) -> int:

@@ -24,14 +24,14 @@ BATCH = 64  # prompts with a seed of their own in `complete`; fixed, for what is
 FINISHED_CHECK_STEPS = 16  # decode steps on a GPU between two checks for finished rows, each of which waits for the device
 
 
-def choose_engine(name: str, model) -> tuple[str, str]:
-    """The engine ("fast" or "generate") for `model` under `--rollout name`, and the reason in words.
+def choose_engine(name: str, model, device: torch.device) -> tuple[str, str]:
+    """The engine ("fast" or "generate") for `model` on `device` under `--rollout name`, and the reason in words.
 
     Raises UserError where "fast" is asked for, and does not support the model.
     """
     if name == "generate":
         return "generate", "transformers' generate, as asked for"
-    if reason := unsupported_reason(model):
+    if reason := unsupported_reason(model, device):
         if name == "fast":
             raise UserError(f"--rollout fast does not support this model: {reason}. Give --rollout auto or generate.")
         return "generate", f"transformers' generate, because the fast engine does not support this model: {reason}"
@@ -40,7 +40,7 @@ def choose_engine(name: str, model) -> tuple[str, str]:
 
 def make_engine(name: str, model, rows: int = 0, reserve: int = 0) -> "GenerateEngine":
     """The engine that `choose_engine` names."""
-    return (FastEngine if choose_engine(name, model)[0] == "fast" else GenerateEngine)(model, rows, reserve)
+    return (FastEngine if choose_engine(name, model, model.device)[0] == "fast" else GenerateEngine)(model, rows, reserve)
 
 
 class GenerateEngine:
@@ -83,9 +83,9 @@ class GenerateEngine:
 class FastEngine(GenerateEngine):
     """Our engine. It keeps its cache and its CUDA graphs between calls.
 
-    Each completion and token has its own random number, drawn by torch's CPU generator: what is sampled does not depend on
-    batches, dropped rows or the device. Stop strings are left to `trim`; the model's context ends a completion. Settings that
-    it does not support go to generate.
+    Each completion and token has its own random number, drawn by torch's CPU generator: what is sampled depends on batches,
+    dropped rows and the device by rounding alone. Stop strings are left to `trim`; the model's context ends a completion.
+    Settings that it does not support go to generate.
     """
 
     def __init__(self, model, rows: int = 0, reserve: int = 0):

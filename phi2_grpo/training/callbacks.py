@@ -116,14 +116,14 @@ class LogCallback(ProgressBar):
                 control.should_save = control.should_training_stop = True
 
     def show_samples(self, step: int) -> None:
-        """The best and the worst completion of the last batch, prompt and tokens as the model sees them."""
+        """The completions of highest and lowest reward in the last batch, prompt and tokens as the model sees them."""
         rows = sorted(self.scorer.last_batch, key=lambda row: -math.inf if row["score"] is None else row["score"])
-        for name, row, color in (("best", rows[-1], "green"), ("worst", rows[0], "red")):
+        for name, row, color in (("highest", rows[-1], "green"), ("lowest", rows[0], "red")):
             prompt, completion = render(self.scorer.tokenizer, [row["prompt"]])[0], row["completion_ids"]
             body = Text.assemble((prompt, "dim"), self.scorer.tokenizer.decode(completion))
-            answer, scores = row["answer"], {"reward": row["score"], **row["scores"]}
-            parts = [f"{key} {_format(value, '.3f')}" for key, value in scores.items()]
-            title = f"step {step}, {name}: {', '.join(parts)}; {answer.tokens} tokens, {answer.finish_reason}"
+            answer, scores = row["answer"], row["scores"] if len(row["scores"]) > 1 else {}
+            parts = [f"{key} {_format(value, '.3f')}" for key, value in {f"{name} reward": row["score"], **scores}.items()]
+            title = f"step {step}, {', '.join(parts)}; {answer.tokens} tokens, {answer.finish_reason} "
             self.console.print(Panel(body, border_style=color, title=Text(title), title_align="left"))
 
 
@@ -166,7 +166,7 @@ class EvaluationCallback(TrainerCallback):
         files.write_rows(Path(args.output_dir) / "evaluation.jsonl", outputs.log_rows(state.log_history, "eval_reward"))
         known = {key: value for key, value in means.items() if value is not None}
         mean, low, high = (_format(means[key], ".3f") for key in ("eval_reward", "eval_low", "eval_high"))
-        text = f"{state.global_step:>9}  held out: reward {mean} [{low}, {high}] on {len(scored)} prompts"
+        text = f"{state.global_step:>9}  held out: reward {mean}, 95 % interval [{low}, {high}], {len(scored)} prompts"
         self.console.print(text, style="cyan")
         # To every tracker of --report_to; `trainer.log` would take the training's metrics with it.
         self.trainer.callback_handler.on_log(args, state, TrainerControl(), known)

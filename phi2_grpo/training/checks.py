@@ -26,6 +26,7 @@ from phi2_grpo.training import checkpoints, outputs
 from phi2_grpo.training.memory import estimate, peak, update_estimate
 
 GB = 1e9
+PIP = f"{cli.python_command()} -m pip"
 MAY_NOT_FIT = "This may not fit"  # by the estimate; a run may still try
 
 
@@ -93,7 +94,7 @@ def _is_installed(package: str) -> bool:
 def tracker(config: dict):
     package = config["report_to"]
     if package != "none" and not _is_installed(package):
-        raise UserError(f"--report_to {package} needs a package that is not installed: pip install {package}. Or: none.")
+        raise UserError(f"--report_to {package} needs a package that is not installed: {PIP} install {package}. Or: none.")
     return True, package
 
 
@@ -176,16 +177,16 @@ def batch(config: dict, prompts: DatasetDict):
     return True, f"{sampled} completions an update = {sampled / group:g} prompts x {group}"
 
 
-def rollout(config: dict, policy: PeftModel):
+def rollout(config: dict, policy: PeftModel, device: torch.device):
     if config["use_vllm"]:
         if not _is_installed("vllm"):
-            raise UserError("--use_vllm needs vLLM, which is not installed: pip install trl[vllm]. Without it: --rollout auto.")
+            raise UserError(f"--use_vllm needs vLLM: {PIP} install trl[vllm]. Without it: --rollout auto.")
         return "vllm", f"vLLM, {config['vllm_mode']}"
     if is_sharded():
         if config["eval_prompts"]:
             raise UserError("with FSDP or ZeRO no process has all weights, so none can evaluate alone: give --eval_prompts 0.")
         return "generate", "generate: the weights are sharded over the processes"
-    engine, reason = choose_engine(config["rollout"], policy)
+    engine, reason = choose_engine(config["rollout"], policy, device)
     return engine, f"{engine}: {reason}"
 
 

@@ -47,6 +47,7 @@ print(chat([{"role": "user", "content": "What are the benefits of exercise?"}])[
 """
 # Of the bases that are known here; tiny is made here. Of any other a card says nothing.
 LICENSES = {"microsoft/phi-2": "mit", SMOLLM2_ID: "apache-2.0", "tiny": "mit"}
+FIRST_TO_LAST = "first steps to last (ten each, or half of the run)"  # what `outputs.first_and_last` averages
 VALIDATED = "## On held-out prompts\n"
 USE = "## Use\n"
 TRAINING = "## Training\n"
@@ -89,7 +90,7 @@ def adapter_card(facts: dict, steps: int, seconds: float, changes: dict[str, tup
     rewards = [(reward["name"], f"{reward['weight']:g}", reward["summary"]) for reward in facts["rewards"]]
     changed = [(name, f"{first:.3g}", f"{last:.3g}") for name, (first, last) in changes.items()]
     rewards_table = "\n".join(markdown_table(("reward", "weight", ""), rewards))
-    changes_table = "\n".join(markdown_table(("over training, first to last steps", "from", "to"), changed))
+    changes_table = "\n".join(markdown_table((f"over training, {FIRST_TO_LAST}", "from", "to"), changed))
     length = f"{steps} steps{'' if finished else ' (a checkpoint of a longer run)'} in {seconds / 60:.1f} min"
     body = f"""{rewards_table}
 
@@ -97,7 +98,7 @@ def adapter_card(facts: dict, steps: int, seconds: float, changes: dict[str, tup
 
 {changes_table}
 
-These are the rewards of sampled training completions. `validate_model.py` measures whether held-out answers are better.
+These are means over sampled training completions, the KL an estimate. `validate_model.py` measures held-out answers.
 
 {CURVE}"""
     settings = (

@@ -86,7 +86,7 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> Preflight:
     if resume and ready.scorer:
         rewards = {"rewards": describe_rewards(ready.scorer.chosen)}
         ready.run("same run", checks.same_run, config, output, ready.funnel, ready.dtype, config["max_steps"], rewards)
-    engine = ready.run("rollout", checks.rollout, config, policy)
+    engine = ready.run("rollout", checks.rollout, config, policy, ready.device)
     ready.memory = ready.run("memory", checks.memory, config, policy, longest, ready.device, ready.dtype, ready.scorer, engine)
     ready.run("disk", checks.disk, config, policy, output)
     return ready

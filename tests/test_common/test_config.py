@@ -44,6 +44,19 @@ def test_a_tilde_is_expanded_in_a_path_alone(monkeypatch):
     assert list(values.values()) == ["/home/me/x"] * 3 + ["~/x"] * 2
 
 
+def test_printed_commands_name_a_python_that_has_the_packages(monkeypatch, tmp_path):
+    own = tmp_path / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(own))
+    monkeypatch.setenv("PATH", "/bin")
+    assert cli.python_command() == str(own)
+    monkeypatch.chdir(tmp_path)  # as under make, which activates nothing
+    assert cli.python_command() == ".venv/bin/python"
+    monkeypatch.setenv("PATH", str(own.parent))
+    assert cli.python_command() == "python"
+
+
 def test_trainer_keys_bear_the_field_names():
     """A key that looks like TRL's or PEFT's must be theirs, or it would be dropped in silence."""
     trl, keys = {field.name for field in fields(GRPOConfig)}, list(settings.CONFIG)

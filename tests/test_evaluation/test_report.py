@@ -28,12 +28,12 @@ def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str, lang: 
 @pytest.mark.parametrize(
     ("base", "tuned", "rewards", "expected"),
     [
-        (SHORT, RIGHT, (), "Tuned beats base on length: 1.00 against 0.38, +0.62 [0.62, 0.62], 30 prompts"),
-        (RIGHT, SHORT, (), "Tuned is worse than base on length"),
-        (SHORT, SHORT, (), "Tuned shows no difference from base on length"),
-        (RIGHT, SHORT, ("length:-1",), "Tuned beats base on length: 0.38 against 1.00"),  # less of it is better
-        (SHORT[:6], RIGHT[:6], (), "Tuned beats base on length: 1.00 against 0.38, +0.62 [0.62, 0.62], 6 prompts (few: weak)"),
-        (SHORT[:3], RIGHT[:3], (), "Tuned shows no difference from base on length: 1.00 against 0.38, +0.62, 3 prompts (t"),
+        (SHORT, RIGHT, (), "Tuned beats base on the reward length: 1.00 against 0.38, +0.62 [0.62, 0.62], 30 prompts"),
+        (RIGHT, SHORT, (), "Tuned is worse than base on the reward length"),
+        (SHORT, SHORT, (), "Tuned shows no difference from base on the reward length"),
+        (RIGHT, SHORT, ("length:-1",), "Tuned beats base on the reward length: 0.38 against 1.00"),  # less of it is better
+        (SHORT[:6], RIGHT[:6], (), "Tuned beats base on the reward length: 1.00 against 0.38, +0.62 [0.62, 0.62], 6 prompt"),
+        (SHORT[:3], RIGHT[:3], (), "Tuned shows no difference from base on the reward length: 1.00 against 0.38, +0.62, 3 p"),
         (SHORT, RIGHT, ("language",), "No reward could be computed on these prompts."),
     ],
 )

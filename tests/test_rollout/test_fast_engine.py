@@ -216,15 +216,17 @@ def test_the_way_of_a_gpu(micro, monkeypatch):
 
 
 def test_which_models_get_which_engine(micro):
-    policy = make_policy(micro)
-    assert choose_engine("fast", policy)[0] == "fast" and choose_engine("generate", policy)[0] == "generate"
-    name, reason = choose_engine("auto", random_model("mistral", sliding_window=8))
-    assert name == "generate" and "sliding" in reason
-    with pytest.raises(UserError, match="sliding"):
-        choose_engine("fast", random_model("mistral", sliding_window=8))
+    policy, cpu = make_policy(micro), torch.device("cpu")
+    assert choose_engine("fast", policy, cpu)[0] == "fast" and choose_engine("generate", policy, cpu)[0] == "generate"
+    for model, device, reason in ((random_model("mistral", sliding_window=8), cpu, "sliding"),
+                                  (policy, torch.device("mps"), "float64")):  # fmt: skip
+        name, text = choose_engine("auto", model, device)
+        assert name == "generate" and reason in text
+        with pytest.raises(UserError, match=reason):
+            choose_engine("fast", model, device)
     assert type(make_engine("auto", random_model("mistral", sliding_window=8))) is GenerateEngine
     with torch.device("meta"):  # preflight asks before there are weights
-        assert unsupported_reason(AutoModelForCausalLM.from_config(policy.config)) is None
+        assert unsupported_reason(AutoModelForCausalLM.from_config(policy.config), cpu) is None
 
 
 OTHER_ADAPTERS = ({"target_modules": ["fc1", "dense"], "use_dora": True}, {"target_modules": ["fc1", "lm_head"]},
@@ -264,7 +266,8 @@ def test_greedy_as_generate_with_an_updated_and_a_disabled_adapter(micro, kind, 
     policy = make_policy(micro) if ours else get_peft_model(random_model(kind), LoraConfig(r=4, target_modules="all-linear"))
     adapter = [parameter for name, parameter in policy.to(device).eval().named_parameters() if "lora_B" in name]
     engine = FastEngine(policy)
-    assert choose_engine("auto", policy)[0] == "fast" and type(engine.decode_step) is (PhiDecodeStep if ours else DecodeStep)
+    assert type(make_engine("auto", policy)) is FastEngine
+    assert type(engine.decode_step) is (PhiDecodeStep if ours else DecodeStep)
     prompts, generation_config, seen = prompts_of(policy, 6, 3), greedy(policy, 40), []
     engine(prompts, generation_config)
     graphs = dict(engine.graphs)

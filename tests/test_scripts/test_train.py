@@ -95,7 +95,7 @@ def test_what_is_printed(trained):
     printed = (trained.parent / "printed.txt").read_text()
     lines = re.findall(r"^ +\d/6 .+", printed, re.MULTILINE)
     assert len(lines) == 6 and all(len(line) <= 80 and len(line.split()) == 9 for line in lines), "one a step, on a terminal"
-    assert "step 3, best: reward" in printed and "step 6, worst: reward" in printed
+    assert "step 3, highest reward" in printed and "step 6, lowest reward" in printed
 
 
 def test_same_seed_same_adapter_and_another_seed_another(call, quick, trained, final, tmp_path):
