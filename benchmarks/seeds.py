@@ -98,7 +98,7 @@ def main() -> None:
     on = f" on {Path(arguments.dataset).name}" if arguments.dataset else ""
     title = f"The {preset} run{on}, over seeds"
     if arguments.reward_model:
-        lines = [*markdown_table(("seed", *COLUMNS), accuracies), "", *lines]
+        lines = [*markdown_table(("seed", *COLUMNS), accuracies), *([""] if lines else []), *lines]
         note = f"Preset {preset}. Agreement with people in %, with its 95 % interval."
         if gains:
             note += f" GRPO: {steps} steps, on the reward model and on ending; its score is 0 for the mean human reply, 1 a "

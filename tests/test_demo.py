@@ -74,7 +74,7 @@ def test_the_readme_s_reward_runs_as_it_stands_there(call, quick, tmp_path):
 def test_numbers_are_the_measured_ones():
     """Tables and sentences of README and docs are those that the benchmarks wrote."""
     pages = README + "".join(DOCS.values())
-    for title in ("The smollm2 run, over seeds", "The tiny reward model, over seeds", "A GRPO step, tiny", "Controls: sums"):
+    for title in ("The smollm2 run, over seeds", "The smollm2 reward model, over seeds", "A GRPO step, tiny", "Controls: sums"):
         section = RESULTS.split(f"## {title}\n")[1].split("\n## ")[0]
         rows = [line for line in section.splitlines() if line.startswith("|")]
         assert len(rows) >= 5 and all(line in pages for line in rows), title

@@ -55,7 +55,8 @@ def measure_accuracy(pairs: list[dict], chosen: list[float], rejected: list[floa
     near = numpy.array([abs(a - b) <= NEAR * max(a, b) for a, b in lengths])
     groups: list[tuple[str, numpy.ndarray]] = [("all", numpy.ones(len(pairs), bool)), ("nearly equal length", near)]
     languages = numpy.array([pair["lang"] for pair in pairs])
-    groups += [(f"language {code}", languages == code) for code in sorted(set(languages.tolist()))]
+    codes = sorted(set(languages.tolist()))
+    groups += [(f"language {code}", languages == code) for code in codes if len(codes) > 1]  # one alone says the same again
     measured = []
     for name, mask in groups:
         enough = mask.sum() >= FEW and len(set(prompts[mask])) >= FEW_PROMPTS
