@@ -123,7 +123,7 @@ class LogCallback(ProgressBar):
             body = Text.assemble((prompt, "dim"), self.scorer.tokenizer.decode(completion))
             answer, scores = row["answer"], row["scores"] if len(row["scores"]) > 1 else {}
             parts = [f"{key} {_format(value, '.3f')}" for key, value in {f"{name} reward": row["score"], **scores}.items()]
-            title = f"step {step}, {', '.join(parts)}; {answer.tokens} tokens, {answer.finish_reason} "
+            title = f"step {step}, {', '.join(parts)}; {answer.tokens} tokens, {answer.finish_reason}"
             self.console.print(Panel(body, border_style=color, title=Text(title), title_align="left"))
 
 
