@@ -34,7 +34,7 @@ CONFIG = {
     "split_seed": 0,  # of that split; its own key, so that --seed never moves a held-out prompt into training
     # --- rollout
     "rollout": "auto",  # auto (fast where it supports the model), fast (ours), generate (transformers' own)
-    "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With fast it changes the samples by rounding alone
+    "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With fast it changes samples by rounding alone
     "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts (docs/rollout.md)
     "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
     "vllm_server_base_url": "",  # of that server, http://HOST:8000

@@ -105,8 +105,6 @@ def validate(config: dict, arguments, trained: dict) -> None:
     against, questions = bool(arguments.against), [row["prompt"] for row in prompts[:3]]
     if arguments.prompt or funnel.get("name") == "oasst1":
         questions = [[{"role": "user", "content": text}] for text in arguments.prompt or SAMPLE_PROMPTS]
-    sampling = f", temperature {generation.temperature:g}, top-p {generation.top_p:g}" if generation.do_sample else ", greedy"
-    console.print(f"Sample prompts, as a chat (not scored): at most {generation.max_new_tokens} tokens{sampling}")
     shown = show_samples(console, engine, tokenizer, names, generation, config["seed"], questions, against)
     samples, costs = measure(console, engine, tokenizer, scorer, prompts, config, against)
     numbers = report.summarize(samples, prompts, costs, scorer, names)

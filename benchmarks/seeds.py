@@ -47,7 +47,7 @@ def train_reward_model(seed: str, folder: str, common: list[str]) -> list[list[s
 
     run("train_reward.py", *common, "--seed", seed, "--reward_dir", folder, "--overwrite")
     accuracy = json.loads((ROOT / folder / "run.json").read_text())["validation"]
-    return [[seed, *row] for row in rows(accuracy)[:2]]
+    return [[seed, *row] for row in rows(accuracy) if not row[0].startswith("language")]
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
     title = f"The {preset} run{on}, over seeds"
     if arguments.reward_model:
         lines = [*markdown_table(("seed", *COLUMNS), accuracies), *([""] if lines else []), *lines]
-        note = f"Preset {preset}. Agreement with people in %, with its 95 % interval."
+        note = f"Preset {preset}. Agreement with the rankings in %, with its 95 % interval."
         if gains:
             note += f" GRPO: {steps} steps, on the reward model and on ending; its score is 0 for the mean human reply, 1 a "
             note += "standard deviation above."

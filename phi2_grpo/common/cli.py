@@ -126,10 +126,11 @@ def flags(config: dict, preset: str, *keys: str) -> str:
 
 def python_command() -> str:
     """What a shell starts this Python by: `python` in an active environment, otherwise its path."""
-    own, named = Path(sys.executable), shutil.which("python")
-    if named and Path(named).parent == own.parent:
+    own, named = sys.executable, shutil.which("python")
+    if named and os.path.dirname(named) == os.path.dirname(own) and os.path.samefile(named, own):
         return "python"
-    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
+    here = os.path.join(os.getcwd(), "")
+    return shlex.quote(own.removeprefix(here) if os.sep in own.removeprefix(here) else own)
 
 
 # The settings that prepare_data.py reads.

@@ -14,6 +14,8 @@ def show_samples(
     console, engine, tokenizer, names: tuple[str, str], generation, seed: int, questions: list[list[dict]], against: bool
 ) -> list[dict]:
     """The questions, each a conversation, answered by both as a chat, as `generation` has it, side by side, trimmed."""
+    how = f"temperature {generation.temperature or 1:g}, top-p {generation.top_p or 1:g}" if generation.do_sample else "greedy"
+    console.print(f"Sample prompts, as a chat (not scored): at most {generation.max_new_tokens} tokens, {how}")
     texts = render(tokenizer, questions)
     answers = {}
     for side, adapter in adapter_of_side(against).items():

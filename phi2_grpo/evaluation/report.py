@@ -52,7 +52,7 @@ def summarize(
     languages = {code: sides for code, sides in languages.items() if (pair := paired(*sides)) and pair.prompts >= FEW}
     languages = languages if len(languages) > 1 else {}  # one alone would say the headline again
     # The headline is one question. The other rows are many, and one of them would often seem to differ by chance.
-    level = simultaneous(len(usable) - 1 + len(languages))
+    level = simultaneous(len(usable) - bool(headline) + len(languages))
 
     def compare(sides, metric: str, level: float) -> dict:
         pair = paired(*sides, level)
@@ -189,9 +189,10 @@ def more_tables(report: dict) -> Iterator[tuple[str, tuple[str, ...], list[list[
 
 def levels(report: dict) -> str:
     """What the intervals of the tables are, in one sentence."""
-    rows = len(report["metrics"]) - 1 + len(report["languages"])
-    others = f"; all of the other {rows} at once with 95 % ({100 * report['level']:.2f} % each)" if rows > 0 else ""
-    return f"Intervals, by sign flips over prompts: that of {report['headline']} holds with 95 %{others}."
+    rows = len(report["metrics"]) - bool(report["headline"]) + len(report["languages"])
+    others = f"the other {rows} rows together at 95 %, so each at {100 * report['level']:.2f} %" if rows > 0 else ""
+    headline = f"{report['headline']} at 95 %" if report["headline"] else ""
+    return f"Intervals, by sign flips over prompts: {'; '.join(filter(None, (headline, others)))}."
 
 
 def remarks(report: dict) -> list[str]:
@@ -251,7 +252,9 @@ def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list
 
 def _examples(report: dict, seed: int) -> dict[str, list[int]]:
     """Prompts whose answers are shown: the most improved, the most harmed, and some at random."""
-    values = report["values"].get(report["headline"]) or {side: [] for side in SIDES}
+    if report["headline"] is None:
+        return {}
+    values = report["values"][report["headline"]]
     sign = -1 if report["reversed"] else 1
     gains = {i: sign * (tuned - base) for i, (base, tuned) in enumerate(zip(*values.values(), strict=True))
              if None not in (base, tuned)}  # fmt: skip

@@ -45,8 +45,8 @@ def measure_accuracy(pairs: list[dict], chosen: list[float], rejected: list[floa
     """The reward model's accuracy on `pairs` (rows of NAME_preferences) beside that of "the longer reply wins".
 
     Returns `groups`, a list of {"group", "pairs", "model", "model_interval", "longer", "longer_interval", "difference",
-    "difference_interval"} with all pairs first, then those of nearly equal length and of each language
-    that has enough; `ties`, how many pairs it scored alike; and `rank_correlation`, Spearman's, of score and length.
+    "difference_interval"} with all pairs first, then those of nearly equal length and of each of several
+    languages that has enough; `ties`, how many pairs it scored alike; and `rank_correlation`, Spearman's, of score and length.
     """
     lengths = [(len(pair["chosen"][0]["content"]), len(pair["rejected"][0]["content"])) for pair in pairs]  # characters
     right = agreement(chosen, rejected)
@@ -82,7 +82,7 @@ def scale(chosen: list[float], rejected: list[float]) -> dict[str, float]:
     return {"mean": float(scores.mean()), "std": float(scores.std()) or 1.0}
 
 
-COLUMNS = ("held-out pairs", "", LABELS["model"], LABELS["longer"], "difference")
+COLUMNS = ("held-out pairs", "number", LABELS["model"], LABELS["longer"], "difference")
 
 
 def rows(accuracy: dict) -> list[list[str]]:

@@ -17,8 +17,8 @@ SINCE_START, SINCE_WINDOW = {"collapse/one_language"}, 10
 HEALTHY = {
     "frac_reward_zero_std": (0, 0.8, "most groups are zero-std: all their completions have one reward, so they teach nothing. "
                              "The reward is too easy, too hard, or too coarse"),
-    "completions/clipped_ratio": (0, 0.3, "many completions are cut off at max_completion_length. Wait whether a run that "
-                                  "rewards ending mends it, and raise max_completion_length where it does not"),
+    "completions/clipped_ratio": (0, 0.3, "many completions are cut off at max_completion_length. A run that rewards ending "
+                                  "mends it in time; otherwise raise max_completion_length"),
     "kl": (0, 0.5, "the policy is far from its base; above 2 it has diverged: lower learning_rate or raise beta"),
     "sampling/sampling_logp_difference/mean": (0, 0.1, "the update sees other log-probs than the rollout sampled by (nats a "
                                                "token): compare with --rollout generate"),

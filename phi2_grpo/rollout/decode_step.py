@@ -28,13 +28,11 @@ def unwrap(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def unsupported_reason(model, device: torch.device) -> str | None:
-    """Why this step cannot decode `model` (a causal LM, with or without PEFT around it) on `device`; None where it can."""
+def unsupported_reason(model) -> str | None:
+    """Why this step cannot decode `model` (a causal LM, with or without PEFT around it); None where it can."""
     model = unwrap(model)
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    if device.type == "mps":
-        return "a Mac's GPU (MPS) has no float64, by which tokens are sampled"
     if model.config.is_encoder_decoder:
         return "it has an encoder"
     if getattr(model.config, "quantization_config", None):

@@ -27,14 +27,15 @@ FINISHED_CHECK_STEPS = 16  # decode steps on a GPU between two checks for finish
 def choose_engine(name: str, model, device: torch.device) -> tuple[str, str]:
     """The engine ("fast" or "generate") for `model` on `device` under `--rollout name`, and the reason in words.
 
-    Raises UserError where "fast" is asked for, and does not support the model.
+    Raises UserError where "fast" is asked for, and does not support the model or the device.
     """
     if name == "generate":
         return "generate", "transformers' generate, as asked for"
-    if reason := unsupported_reason(model, device):
+    no_float64 = "a Mac's GPU (MPS) has no float64, which sampling needs" if device.type == "mps" else None
+    if reason := no_float64 or unsupported_reason(model):
         if name == "fast":
-            raise UserError(f"--rollout fast does not support this model: {reason}. Give --rollout auto or generate.")
-        return "generate", f"transformers' generate, because the fast engine does not support this model: {reason}"
+            raise UserError(f"--rollout fast is not supported here: {reason}. Give --rollout auto or generate.")
+        return "generate", f"transformers' generate, because the fast engine is not supported here: {reason}"
     return "fast", "prompts prefilled once a group, finished rows dropped; on a GPU each decode step is one CUDA graph"
 
 
@@ -84,8 +85,8 @@ class FastEngine(GenerateEngine):
     """Our engine. It keeps its cache and its CUDA graphs between calls.
 
     Each completion and token has its own random number, drawn by torch's CPU generator: what is sampled depends on batches,
-    dropped rows and the device by rounding alone. Stop strings are left to `trim`; the model's context ends a completion.
-    Settings that it does not support go to generate.
+    dropped rows and the device by rounding alone (not at all in float32 on one CPU). Stop strings are left to `trim`; the
+    model's context ends a completion. Settings that it does not support go to generate.
     """
 
     def __init__(self, model, rows: int = 0, reserve: int = 0):

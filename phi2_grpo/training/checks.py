@@ -26,7 +26,6 @@ from phi2_grpo.training import checkpoints, outputs
 from phi2_grpo.training.memory import estimate, peak, update_estimate
 
 GB = 1e9
-PIP = f"{cli.python_command()} -m pip"
 MAY_NOT_FIT = "This may not fit"  # by the estimate; a run may still try
 
 
@@ -91,10 +90,14 @@ def _is_installed(package: str) -> bool:
     return any(True for _ in importlib.metadata.distributions(name=package))
 
 
+def _pip() -> str:
+    return f"{cli.python_command()} -m pip install"
+
+
 def tracker(config: dict):
     package = config["report_to"]
     if package != "none" and not _is_installed(package):
-        raise UserError(f"--report_to {package} needs a package that is not installed: {PIP} install {package}. Or: none.")
+        raise UserError(f"--report_to {package} needs a package that is not installed: {_pip()} {package}. Or: none.")
     return True, package
 
 
@@ -180,7 +183,7 @@ def batch(config: dict, prompts: DatasetDict):
 def rollout(config: dict, policy: PeftModel, device: torch.device):
     if config["use_vllm"]:
         if not _is_installed("vllm"):
-            raise UserError(f"--use_vllm needs vLLM: {PIP} install trl[vllm]. Without it: --rollout auto.")
+            raise UserError(f"--use_vllm needs vLLM: {_pip()} 'trl[vllm]'. Without it: --rollout auto.")
         return "vllm", f"vLLM, {config['vllm_mode']}"
     if is_sharded():
         if config["eval_prompts"]:

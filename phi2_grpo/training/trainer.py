@@ -164,7 +164,7 @@ class Trainer(RunMixin, GRPOTrainer):
         unusual = any(value is not None and value is not False for value in others.values())
         unwrapped = self.accelerator.unwrap_model(model)
         # Sharded weights are gathered in each pass, so all processes need equally many of them.
-        if unusual or is_sharded() or unsupported_reason(unwrapped, input_ids.device):
+        if unusual or is_sharded() or unsupported_reason(unwrapped):
             arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
             return super()._get_per_token_logps_and_entropies(*arguments, **others)
         most = min(pass_tokens(unwrapped), (batch_size or len(input_ids)) * input_ids.shape[1])

@@ -226,7 +226,7 @@ def test_which_models_get_which_engine(micro):
             choose_engine("fast", model, device)
     assert type(make_engine("auto", random_model("mistral", sliding_window=8))) is GenerateEngine
     with torch.device("meta"):  # preflight asks before there are weights
-        assert unsupported_reason(AutoModelForCausalLM.from_config(policy.config), cpu) is None
+        assert unsupported_reason(AutoModelForCausalLM.from_config(policy.config)) is None
 
 
 OTHER_ADAPTERS = ({"target_modules": ["fc1", "dense"], "use_dora": True}, {"target_modules": ["fc1", "lm_head"]},

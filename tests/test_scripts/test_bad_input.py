@@ -37,7 +37,7 @@ def test_offline_is_noticed(monkeypatch):
 def test_a_training(call, quick, tmp_path):
     """Each check that fails is named (and tested by itself in test_checks.py and beside what it checks)."""
     wrong = ("--use_vllm", "--num_generations", 3)
-    expected = ("pip install trl[vllm]", "8 completions", "--per_device_train_batch_size 9")
+    expected = ("pip install 'trl[vllm]'", "8 completions", "--per_device_train_batch_size 9")
     refused(call("train_grpo", 2, *quick, "--output_dir", tmp_path / "o", *wrong), *expected)
     assert list(tmp_path.iterdir()) == []
 

@@ -197,8 +197,8 @@ def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, 
 def test_interrupted(quick, tmp_path, number, code):
     """The step is finished and saved; what reads the output, as a tee, may be gone, and its alphabet may have no ±."""
     flags = map(str, (500, *quick, "--output_dir", tmp_path / "o", "--save_steps", 2))
-    # A shell's background job, as a CI may be, ignores SIGINT and hands that down.
-    options = {"cwd": ROOT, "text": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    # A shell's background job, as a CI may be, ignores SIGINT and hands that down; nohup SIGHUP.
+    options = {"cwd": ROOT, "text": True, "preexec_fn": lambda: signal.signal(number, signal.SIG_DFL),
                "env": {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "a notebook's", "OMP_NUM_THREADS": "1"},
                "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # fmt: skip
     with subprocess.Popen([sys.executable, "train_grpo.py", *flags], **options) as process:

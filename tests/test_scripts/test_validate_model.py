@@ -66,8 +66,11 @@ def test_another_adapter_instead_of_the_base(call, options, loud, final, tmp_pat
 
 
 def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path, monkeypatch):
-    """Base, target, length and temperature come from the adapter's run.json, unless a flag says otherwise."""
-    own = (*quick[4:6], "--adapter", final, "--validation_dir", tmp_path / "v", "--max_prompts", 5)  # --data_dir
+    """Base, target, length and temperature come from the adapter's run.json, unless a flag says otherwise; of the chat from its
+    generation_config.json, which another program may have written."""
+    own = shutil.copytree(final, tmp_path / "a")
+    (own / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6}')
+    own = (*quick[4:6], "--adapter", own, "--validation_dir", tmp_path / "v", "--max_prompts", 5)  # --data_dir
     monkeypatch.setattr("phi2_grpo.models.embedded.prepare", lambda *_: None)  # the tiny base takes minutes to build
     refused(call("validate_model", "--preset", "tiny", *own), "another base")
     ok(call("validate_model", "--device", "cpu", *own, "--temperature", 0.5))
