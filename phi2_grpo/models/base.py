@@ -109,7 +109,7 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
             "(12 GB or more for Phi-2).\n"
             "  A small language model on this machine: --preset smollm2 (SmolLM2-135M)\n"
             "  To try everything in minutes: --preset tiny (a 2M-parameter model)\n"
-            "  --device cpu runs this very job in float32: Phi-2 takes 15 GB of memory or more, and days on two cores"
+            "  --device cpu runs this very job in float32: by estimate 15 GB of memory or more for Phi-2, and days on two cores"
         )
     # Under accelerate or torchrun each process has its own GPU, and loads the base straight to it.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)

@@ -50,6 +50,8 @@ def test_accuracies_of_known_pairs():
     assert rows["language es"]["model"] == 1.0 and rows["language en"]["model"] == pytest.approx(25 / 30, abs=1e-4)
     low, high = rows["all"]["model_interval"]
     assert 0.8 < low < 0.9 < high < 1.0 and "better than" in reward_accuracy.verdict(accuracy)
+    alone = reward_accuracy.measure_accuracy(pairs[:30], [1.0] * 30, [0.0] * 30)
+    assert [row["group"] for row in alone["groups"]] == ["all"], "one language alone would say the same again"
 
 
 @pytest.mark.parametrize(

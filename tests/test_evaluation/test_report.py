@@ -40,6 +40,7 @@ def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str, lang: 
 def test_the_line(base, tuned, rewards, expected):
     numbers = summary(base, tuned, *rewards)
     assert numbers["line"].startswith(expected) and {"language", "reference"} <= set(numbers["missing"])
+    assert "None" not in report.levels(numbers) + str(list(report._examples(numbers, 0)))
 
 
 def test_the_line_names_gaming():
