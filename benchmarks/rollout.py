@@ -6,8 +6,8 @@
 
 Groups of 8 prompts of 64 tokens with a live LoRA; no completion ends early, so both engines do the same work. The engines take
 turns, A B A B, after one turn that is not counted. The limit of a decode step: it reads the weights once, and the cache of
-each sequence. On a CPU, where the matrix products take the time, their own time is measured beside it. Kernels are the
-operations that torch dispatches in a decode step, views left out.
+each sequence. On a CPU, where the matrix products take the time, their own time is measured beside it. Where the fast engine has
+a step of the model's own (phi_step.py), the general one (decode_step.py) takes turns, too.
 """
 
 import argparse
@@ -73,25 +73,6 @@ def products_seconds(policy, batch: int) -> float:
         return min(seconds_of(base.device, multiply) for _ in range(6))
 
 
-def kernels_of(engine, prompts: list[list[int]]) -> int:
-    """Operations dispatched in one decode step."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += not function.is_view
-            return function(*args, **(kwargs or {}))
-
-    counts = []
-    for new in (4, 8):
-        with Count() as counted:
-            complete(engine, prompts, new)
-        counts.append(counted.count)
-    return round((counts[1] - counts[0]) / 4)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="full|tiny|FOLDER", default="tiny")
@@ -122,6 +103,9 @@ def main() -> None:
         for new in map(int, arguments.lengths.split(",")):
             prompts = prompts_of(batch, policy.config.vocab_size)
             engines = {"fast": FastEngine(policy), "generate": GenerateEngine(policy, rows=batch)}
+            if type(engines["fast"].decode_step) is not DecodeStep:
+                engines["general"] = FastEngine(policy)
+                engines["general"].decode_step = DecodeStep(policy)
             peak = {}
             for name, engine in engines.items():
                 if device.type == "cuda":
@@ -132,18 +116,20 @@ def main() -> None:
             for _ in range(arguments.turns):
                 for name, engine in engines.items():
                     seconds[name].append(seconds_of(device, complete, engine, prompts, new))
-            ratios = [slow / fast for fast, slow in zip(seconds["fast"], seconds["generate"], strict=True)]
+            times = {name: [slow / fast for fast, slow in zip(seconds["fast"], of_one, strict=True)]
+                     for name, of_one in seconds.items()}  # fmt: skip
             step, products = min(seconds["fast"]) / new, products_seconds(policy, batch)
             cache = batch * (PROMPT + new / 2) * cache_bytes_per_token(policy.config, dtype)
             share = (weights + cache) / bandwidth / step
             peaks = f"{peak['fast'] / 1e9:.2f}" if device.type == "cuda" else ""
-            speeds = [f"{batch * new / min(seconds[name]):,.4g}" for name in engines]
+            speeds = [f"{batch * new / min(seconds[name]):,.4g}" for name in ("fast", "generate")]
             rows.append(
                 (
                     batch,
                     new,
                     *speeds,
-                    models.middle(ratios),
+                    models.middle(times["generate"]),
+                    models.middle(times["general"]) if "general" in times else "",
                     f"{1000 * step:.2f}",
                     f"{1000 * products:.2f}",
                     f"{share:.0%}",
@@ -151,14 +137,9 @@ def main() -> None:
                 )
             )
             print(*rows[-1], sep="  ", flush=True)
-    columns = ("batch", "tokens", "fast, tokens/s", "generate, tokens/s", "times", "fast, ms a step", "products, ms",
-               "of the limit", "peak, GB")  # fmt: skip
-    engines = {"generate": GenerateEngine(policy, rows=8), "fast": FastEngine(policy), "fast, general step": FastEngine(policy)}
-    engines["fast, general step"].decode_step = DecodeStep(policy)
-    engines["fast"].cuda = engines["fast, general step"].cuda = False  # a replayed graph dispatches nothing
-    kernels = {name: kernels_of(engine, prompts_of(8, policy.config.vocab_size)) for name, engine in engines.items()}
+    columns = ("batch", "tokens", "fast, tokens/s", "generate, tokens/s", "times", "times the general step", "fast, ms a step",
+               "products, ms", "of the limit", "peak, GB")  # fmt: skip
     body = "\n".join(markdown_table(columns, rows)) + (
-        "\n\nKernels of a decode step: " + ", ".join(f"{count:,} ({name})" for name, count in kernels.items()) + "."
         f"\n\n{hardware_name(device)}, {str(dtype).removeprefix('torch.')}, {bandwidth / 1e9:,.0f} GB/s measured by a copy. "
         f"Tokens/s and ms of the fastest of {arguments.turns} turns, prefill included; times: median [lowest, "
         "highest] of the turns' ratios. What fits the processor's own cache can be read faster than the limit of a copy."
