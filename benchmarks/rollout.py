@@ -6,8 +6,8 @@
 
 Groups of 8 prompts of 64 tokens with a live LoRA; no completion ends early, so both engines do the same work. The engines take
 turns, A B A B, after one turn that is not counted. The limit of a decode step: it reads the weights once, and the cache of
-each sequence. On a CPU, where the matrix products take the time, their own time is measured beside it. Where the fast engine has
-a step of the model's own (phi_step.py), the general one (decode_step.py) takes turns, too.
+each sequence. On a CPU, where matrix products take the time, theirs is measured beside it. Where the fast engine has a step of
+the model's own (phi_step.py), the general one (decode_step.py) takes turns, too.
 """
 
 import argparse
