@@ -15,7 +15,6 @@ CONFIG = {
     # --- LoRA (all linear layers, r 16: the gap to full fine-tuning closes, arXiv 2106.09685 and "LoRA Without Regret")
     "lora_r": 16,  # rank: 23.6M trainable parameters for Phi-2
     "lora_alpha": 32,  # the update is scaled by alpha / r
-    "lora_dropout": 0.0,  # 0, so that rollout and log-probs see the same model
     "lora_target_modules": ["Wqkv", "out_proj", "fc1", "fc2"],  # Phi's names, old or new, which on other models mean all-linear
     "init_adapter": "",  # adapter folder to start from instead of a fresh adapter (the KL is still to the base)
     # --- data
@@ -172,7 +171,6 @@ LIMITS = {
     "dtype": {"auto", "bfloat16", "float32"},
     "lora_r": (1, 1024),
     "lora_alpha": (1, 4096),
-    "lora_dropout": (0.0, 0.9),
     "max_turns": (1, 100),
     "max_toxicity": (0.0, 1.0),
     "validation_fraction": (0.0, 0.9),
@@ -191,7 +189,7 @@ LIMITS = {
     "warmup_steps": (0, 1_000_000),
     "beta": (0.0, 10.0),
     "loss_type": {"dr_grpo", "grpo", "bnpo", "dapo"},
-    "scale_rewards": {"none", "group", "batch"},
+    "scale_rewards": {"none", "group"},
     "per_device_train_batch_size": (1, 4096),
     "gradient_accumulation_steps": (1, 4096),
     "max_grad_norm": (1e-6, 1e6),

@@ -23,10 +23,9 @@ VARIABLES = [{"key": "GRADIO_SSR_MODE", "value": "false"}, {"key": "GRADIO_ANALY
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS)
     parser.add_argument("name", metavar="USER/NAME", help="the Space; the app will stand at its address")
-    parser.add_argument("--private", action="store_true", help="only you see the Space")
+    parser.add_argument("--private", action="store_true", help="only you see a new Space")
     parser.add_argument("--hardware", default="zero-a10g", help="of a new Space (default: zero-a10g, which is ZeroGPU)")
     parser.add_argument("--update", action="store_true", help="the Space exists: replace all of its files, keep its settings")
-    parser.add_argument("--with_samples", action="store_true", help="held-out prompts and their answers are sent, too")
     parser.add_argument("--dry_run", action="store_true", help="send nothing: list the files and what would stop a deployment")
     config, arguments = cli.parse(parser)
     setup.prepare()
@@ -38,7 +37,7 @@ def main() -> None:
     console, adapter, name = Console(), Path(config["adapter"]), arguments.name
     with tempfile.TemporaryDirectory(prefix="space-") as temporary:
         folder = Path(temporary)
-        left_out = stage(folder, adapter, arguments.with_samples)
+        left_out = stage(folder, adapter)
         console.print(f"The Space {name} gets:")
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             console.print(f"  {decimal(path.stat().st_size):>9}  {path.relative_to(folder)}")
@@ -62,7 +61,7 @@ def main() -> None:
     )
 
 
-def stage(folder: Path, adapter: Path, with_samples: bool) -> list[str]:
+def stage(folder: Path, adapter: Path) -> list[str]:
     """Copy exactly what the Space needs into an empty folder; returns what was left out. The header names the base."""
     from huggingface_hub import RepoCard
 
@@ -72,7 +71,7 @@ def stage(folder: Path, adapter: Path, with_samples: bool) -> list[str]:
     for name in APP_FILES:
         shutil.copyfile(APP / name, folder / name)
     (folder / "model_adapters").mkdir()
-    public, left_out = hub.public_files(hub.adapter_files(adapter), with_samples)
+    public, left_out = hub.public_files(hub.adapter_files(adapter))
     for file, content in public.items():
         (folder / "model_adapters" / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     base, _ = base_of_adapter(adapter)

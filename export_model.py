@@ -22,7 +22,6 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="send the adapter there, or with --merged the merged model")
     parser.add_argument("--merged", action="store_true", help="send the merged model of --out")
-    parser.add_argument("--with_samples", action="store_true", help="send held-out prompts and their answers, too")
     parser.add_argument("--private", action="store_true", help="only you see the model on the Hub")
     config, arguments = cli.parse(parser)
     out, name = arguments.out, arguments.push_to_hub
@@ -52,7 +51,7 @@ def main() -> None:
             merge(console, config, adapter, out)
     if name:
         paths = [path for path in out.iterdir() if path.is_file()] if arguments.merged else hub.adapter_files(adapter)
-        send(console, name, paths, arguments.private, arguments.with_samples)
+        send(console, name, paths, arguments.private)
 
 
 def merge(console, config: dict, adapter: Path, out: Path) -> None:
@@ -172,15 +171,17 @@ def readable_by_transformers_4(folder: Path) -> None:
     files.write_json(folder / "tokenizer_config.json", {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def send(console, name: str, paths: list[Path], private: bool, with_samples: bool) -> None:
+def send(console, name: str, paths: list[Path], private: bool) -> None:
     """Upload files in one commit, without what is private; makes the repository at the first time."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     from phi2_grpo.common import hub
 
-    public, left_out = hub.public_files(paths, with_samples)
+    public, left_out = hub.public_files(paths)
     with hub.clear_errors(name):
         HfApi().create_repo(name, private=private, exist_ok=True)
+        if private and not HfApi().repo_info(name).private:  # it was there before
+            raise cli.UserError(f"{name} exists and is public. Make it private on the Hub, or give another name.")
         operations = [CommitOperationAdd(file, content) for file, content in public.items()]
         HfApi().create_commit(name, operations, commit_message="Upload")
     for each in left_out:

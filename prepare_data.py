@@ -12,7 +12,6 @@ tokens long, and 95 in 100 are under 125.
 
 import gc
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 from config import CONFIG
@@ -65,7 +64,7 @@ def prepare(config: dict, console) -> None:
         else:
             items = {split: oasst.parse_messages(rows, f"{config['dataset']} {split}") for split, rows in splits.items()}
     if "" in items:  # the source has no validation split
-        trees = None if form else [message.message_tree_id for message in items[""]]
+        trees = prompts.first_questions(items[""]) if form else [message.message_tree_id for message in items[""]]
         items = prompts.split(items[""], config["validation_fraction"], config["split_seed"], trees)
     if form and config["languages"] != "all":
         with console.status("guessing languages"):
@@ -74,11 +73,15 @@ def prepare(config: dict, console) -> None:
     embedded.prepare(config["model"], oasst.sample_dialogues)
     tokenizer = load_tokenizer(config)
 
+    def counter(conversations: list[list[dict]]) -> list[int]:
+        advice = "Some take no system message: leave out --system_prompt, or those rows."
+        with cli.load_errors(f"the chat template of {config['model']} refuses a prompt", advice):
+            return count_tokens(tokenizer, conversations)
+
     limits = {key: config[key] for key in ("max_prompt_tokens", *(() if form else OASST_KEYS))}
     rows, pairs, funnel, held_out = {}, {}, {"train": {}}, set()
     for split in ("validation", "train"):  # validation first: what stands there leaves train
         with console.status(f"choosing {split} prompts"):
-            counter = partial(count_tokens, tokenizer)
             filtered, steps = kind.filter_prompts(items.get(split, []), counter, languages, **limits)
             rows[split], pairs[split], distinct = prompts.deduplicate(filtered, held_out)
         funnel[split] = {**steps, "distinct": len(distinct), "kept": len(rows[split])}

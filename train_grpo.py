@@ -19,7 +19,7 @@ from pathlib import Path
 
 from phi2_grpo.common import cli, setup
 
-KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_target_modules",
         "init_adapter", "data_dir", "rollout", "rollout_batch_size", "use_vllm", "vllm_mode", "vllm_server_base_url",
         "vllm_gpu_memory_utilization", "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
         "chat_temperature", "chat_top_p", "rewards", "target_tokens", "format_regex", "max_steps", "learning_rate",

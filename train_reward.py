@@ -17,7 +17,7 @@ from pathlib import Path
 
 from phi2_grpo.common import cli, setup
 
-KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "data_dir",
+KEYS = ("model", "model_revision", "device", "dtype", "lora_r", "lora_alpha", "lora_target_modules", "data_dir",
         "reward_dir", "reward_learning_rate", "reward_epochs", "reward_max_length", "lr_scheduler_type", "warmup_steps",
         "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "max_grad_norm", "seed",
         "save_steps", "save_total_limit", "report_to")  # fmt: skip

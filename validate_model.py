@@ -72,6 +72,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from phi2_grpo.models.base import choose_device, context_length, describe_base, meta_model, use_adapter_base
     from phi2_grpo.models.lora import check_adapter, check_same_base
     from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, check_context, check_vocabulary, load_tokenizer
+    from phi2_grpo.rewards.functions import BUILT_IN
     from phi2_grpo.rewards.scorer import Scorer, add_built_in, parse_rewards, try_rewards
     from phi2_grpo.rollout.engine import make_engine
 
@@ -86,7 +87,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     device, dtype = choose_device(config)
     tokenizer, base = load_tokenizer(config), meta_model(config)
     check_vocabulary(tokenizer, base)
-    table, funnel, seen = load_held_out(config, tokenizer, trained)
+    table, funnel, seen = load_held_out(config, tokenizer, adapters)
     if seen:
         console.print(seen, style="yellow")
     prompts = select_rows(table, config["max_prompts"], config["seed"])
@@ -108,11 +109,11 @@ def validate(config: dict, arguments, trained: dict) -> None:
     shown = show_samples(console, engine, tokenizer, names, generation, config["seed"], questions, against)
     samples, costs = measure(console, engine, tokenizer, scorer, prompts, config, against)
     numbers = report.summarize(samples, prompts, costs, scorer, names)
-    if any(reward.name == "correct" for reward in scorer.chosen):
+    if BUILT_IN["correct"] in [reward.function for reward in scorer.chosen]:
         greedy = measure_greedy(console, engine, tokenizer, scorer, prompts, config, against)
         numbers["accuracy"] = summarize_accuracy(samples, greedy, config["samples_per_prompt"])
 
-    report.show(console, numbers, config["samples_per_prompt"])
+    report.show(console, numbers, config)
     facts = [
         f"{config['adapter']} against {arguments.against or 'its base'}, {describe_base(config)}",
         f"{len(prompts)} held-out prompts of {funnel['settings']['dataset']}, samples of each: {config['samples_per_prompt']}, "
@@ -126,16 +127,18 @@ def validate(config: dict, arguments, trained: dict) -> None:
     console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", soft_wrap=True)
 
 
-def load_held_out(config: dict, tokenizer, trained: dict) -> tuple:
-    """The validation split, the funnel, and a warning where the training may have seen these prompts, else ""."""
+def load_held_out(config: dict, tokenizer, adapters: list[Path]) -> tuple:
+    """The validation split, the funnel, and a warning where a training may have seen these prompts, else ""."""
     from phi2_grpo.data.store import load_prompts
 
     tables, funnel = load_prompts(config, tokenizer)
     if not len(tables["validation"]):
         raise cli.UserError(f"{config['data_dir']} has no validation prompt. Prepare it with a larger --validation_fraction.")
-    same = trained.get("data", {}).get("fingerprint", funnel["fingerprint"]) == funnel["fingerprint"]
-    text = f"{config['adapter']} was trained on other data than {config['data_dir']}: it may have seen what is held out here."
-    return tables["validation"], funnel, "" if same else text
+    now = funnel["fingerprint"]
+    others = [str(path) for path in adapters if files.read_run(path).get("data", {}).get("fingerprint", now) != now]
+    data = f"other data than {config['data_dir']}"
+    text = f"{' and '.join(others)} was trained on {data}: it may have seen what is held out here."
+    return tables["validation"], funnel, text * bool(others)
 
 
 def load_policy(config: dict, adapters: list[Path], scorer, device, dtype):

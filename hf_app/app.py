@@ -195,8 +195,7 @@ def retry(history: list[dict], chosen: gr.RetryData) -> tuple[dict, list[dict]]:
 
 
 def undo(history: list[dict], chosen: gr.UndoData) -> tuple[str, list[dict]]:
-    """The last question goes back into the box."""
-    return history[chosen.index]["content"], history[: chosen.index]
+    return history[chosen.index]["content"], history[: chosen.index]  # the question goes back into the box
 
 
 def chat(history: list[dict], earlier: bool, *sampling_params) -> Iterator[list[dict]]:
@@ -235,12 +234,16 @@ def compare(question: str, *sampling_params) -> Iterator[list[str]]:
     """Base, then tuned, on the same question with the same seed."""
     settings = {"seed": -1, **sampling_settings(sampling_params)}
     settings["seed"] = settings["seed"] if settings["seed"] >= 0 else secrets.randbelow(2**31)
-    panes = {model: ("", note("waits for its turn")) for model in (BASE, TUNED)}
+    panes = {model: ("", note(f"waits for its turn {RUNNING}")) for model in (BASE, TUNED)}
     with shown_as_error():
         for model in panes:
             for so_far in answer([{"role": "user", "content": question}], model, **settings):
                 panes[model] = so_far.text, note(so_far.summary())
                 yield [*panes[BASE], *panes[TUNED]]
+
+
+def mark_halted(*notes: str) -> list[str]:
+    return [note("stopped by you") if html.unescape(line).endswith(f"{RUNNING}</div>") else line for line in notes]
 
 
 def note(line: str) -> str:
@@ -257,15 +260,12 @@ CSS = """
 .gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; }
 .status { display: flex; gap: .6em; align-items: baseline; line-height: 1.5; }
 .status .dot { flex: none; width: .7em; height: .7em; border-radius: 50%; }
-.status.tuned .dot { background: #16a34a; }
-.status.base .dot { background: #d97706; }
-.status.broken .dot { background: #dc2626; }
+.status.tuned .dot { background: #16a34a; } .status.base .dot { background: #d97706; }
+.status.broken .dot { background: #dc2626; } .status a { margin-left: .9em; }
 .status small, .note { color: color-mix(in srgb, var(--body-text-color) 68%, transparent); font-size: .85em; }
-.status a { margin-left: .9em; }
 .note { min-height: 1.4em; margin-top: .4em; white-space: normal; }
-#chat .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+#chat .md { white-space: pre-wrap; overflow-wrap: anywhere; } footer .divider { display: none !important; }
 #card { overflow-x: auto; } #card th, #card td { overflow-wrap: normal; word-break: normal; }
-footer .divider { display: none !important; }
 """
 
 
@@ -350,7 +350,8 @@ def comparison(sampling_params: list) -> None:
                 panes += [gr.Textbox(label=name, elem_id=name.lower(), **look), gr.HTML(note(""), padding=False)]
     options = {"show_progress": "minimal", "api_visibility": "private", **ONE_AT_A_TIME}
     running = gr.on([go.click, question.submit], compare, [question, *sampling_params], panes, **options)
-    halt.click(None, cancels=[running], api_visibility="private")
+    cancelled = halt.click(None, cancels=[running], api_visibility="private")
+    cancelled.then(mark_halted, panes[1::2], panes[1::2], queue=False, api_visibility="private")
 
 
 def about() -> None:

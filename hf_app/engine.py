@@ -187,7 +187,7 @@ class Engine:
                     size = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.base, **options)).num_parameters()
                 self._device, dtype = choose_device(size)
                 self.tokenizer = AutoTokenizer.from_pretrained(self.base, **options)
-                options |= {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}  # a pickle may run code
+                options |= {"dtype": dtype, "use_safetensors": True}  # a pickle may run code
                 self.model = AutoModelForCausalLM.from_pretrained(self.base, **options).eval()
                 break
             except Exception as error:  # transformers, safetensors and torch raise a dozen kinds for what they cannot read
@@ -197,6 +197,7 @@ class Engine:
         self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT_TEMPLATE
         # Most chat models name several end tokens; a Phi-2 runs on, which others do not.
         self.eos_ids = unique_ids(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids)  # no repetition_penalty, top_k of the base's
         stops = STOP_STRINGS if self.tokenizer.chat_template == CHAT_TEMPLATE else None
         self.defaults = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, stop_strings=stops)
 
@@ -327,12 +328,11 @@ class Generation(threading.Thread):
 
     def run(self) -> None:
         engine, settings = self.engine, self.settings
-        config = copy.deepcopy(engine.defaults)
-        config.update(max_new_tokens=settings.max_new_tokens, do_sample=settings.sample, eos_token_id=self.eos_ids)
-        config.update(pad_token_id=self.eos_ids[0], stop_strings=None)  # `trim` stops, and knows what to hold back
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
-        config.update(**(sampling if settings.sample else {"temperature": None, "top_p": None, "top_k": None}))
+        config, sampling = copy.deepcopy(engine.defaults), {"temperature": settings.temperature, "top_p": settings.top_p}
         try:
+            config.update(max_new_tokens=settings.max_new_tokens, do_sample=settings.sample, eos_token_id=self.eos_ids)
+            config.update(pad_token_id=self.eos_ids[0], stop_strings=None)  # `trim` stops, and knows what to hold back
+            config.update(**(sampling if settings.sample else {"temperature": None, "top_p": None, "top_k": None}))
             with engine._lock:
                 if self.stop.is_set():
                     return

@@ -72,8 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return self.answer({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
         if not rest or rest[0] == "revision":
+            private = any(made["name"] == name and made["visibility"] == "private" for made in hub.created)
             siblings = [{"rfilename": path} for path in repo]
-            return self.answer({"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": siblings, "private": False, "tags": []})
+            about = {"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": siblings, "private": private, "tags": []}
+            return self.answer(about)
         if rest[0] == "tree":
             return self.answer([{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in repo.items()])
         if rest[0] == "preupload":  # all in the commit itself; the real Hub wants large files in its storage first

@@ -20,7 +20,7 @@ MADE = {"reward.png", "metrics.jsonl", "run.json", "inspect.png", "report.json",
         "tokenizer_config.json"}  # fmt: skip
 # Flags of the scripts that are no settings, and of other programs (accelerate, torchrun, uv, pip, llama.cpp).
 FLAGS = {"against", "preset", "check", "resume", "overwrite", "help", "language", "samples", "search", "prompt", "dry_run",
-         "out", "push_to_hub", "merged", "host", "share", "port", "base", "update", "with_samples", "reward_model", "private",
+         "out", "push_to_hub", "merged", "host", "share", "port", "base", "update", "reward_model", "private",
          "hardware", "torch-backend", "extra-index-url", "outfile", "seed", "multi_gpu", "num_processes", "nproc_per_node",
          "nnodes", "node_rank", "master_addr", "master_port", "config_file", "rdzv-conf", "model", "mixed_precision",
          "steps", "seeds", "no_grpo", "build", "repo-type", "reports", "kills", "turns", "lora_"}  # fmt: skip

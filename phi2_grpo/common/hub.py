@@ -13,10 +13,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from phi2_grpo.common.cli import UserError, first_line, load_errors
 
-# What an adapter folder may hold; nothing else of it is sent anywhere.
+# What of an adapter folder is sent; evaluation.jsonl, which has held-out prompts in it, stays.
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                 "chat_template.jinja", "generation_config.json", "run.json", "metrics.jsonl", "evaluation.jsonl",
-                 "reward.png")  # fmt: skip
+                 "chat_template.jinja", "generation_config.json", "run.json", "metrics.jsonl", "reward.png")  # fmt: skip
 LOG_IN = "`hf auth login` stores a token, or set HF_TOKEN; the token needs write access."
 # Status of the Hub's answer: what it means, what to do next.
 REFUSALS = {
@@ -72,35 +71,33 @@ def adapter_files(folder: Path) -> list[Path]:
     return [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
 
 
-def public_files(paths: list[Path], with_samples: bool = False) -> tuple[dict[str, Path | bytes], list[str]]:
+def public_files(paths: list[Path]) -> tuple[dict[str, Path | bytes], list[str]]:
     """What of `paths` may leave the machine, by name: a path as it is, or bytes without what is private; and what was left out.
 
-    A path of this machine becomes the last part of its name (the other files have no paths in them). Held-out prompts and
-    their answers go only `with_samples`.
+    A path of this machine becomes the last part of its name (the other files have no paths in them).
     """
     public, left_out = {path.name: path for path in paths}, []
     for name in sorted(public.keys() & {"run.json", "adapter_config.json"}):
         with load_errors(f"{public[name]} is broken", "Copy it again."):
             data = json.loads(public[name].read_text(encoding="utf-8"))
-        if (cleaned := _without_paths(data)) != data:
+            of_hub = {"model": data.get("model_commit"), "dataset": data.get("data", {}).get("commit")}
+        local = {"init_adapter", "merged_from", "rewards", *(key for key, commit in of_hub.items() if not commit)}
+        if (cleaned := _without_paths(data, local)) != data:
             public[name] = json.dumps(cleaned, indent=2, ensure_ascii=False).encode()
             left_out.append(f"{name}: paths of this machine, but for their last part")
-    if (path := public.get("evaluation.jsonl")) and not with_samples:
-        with load_errors(f"{path} is broken", "Copy it again."):
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            count = sum(len(row.pop("answers", ())) for row in rows)
-        if count:
-            public["evaluation.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            left_out.append(f"evaluation.jsonl: {count} held-out prompts with their answers (sent with --with_samples)")
     return public, left_out
 
 
-def _without_paths(value):
-    """JSON without paths: each becomes its last part, and a server's address is removed."""
+def _without_paths(value, local: set[str], key: str = ""):
+    """JSON without paths: each becomes its last part, and a server's address is removed.
+
+    `local`: the keys whose values are paths even where they have the form of a Hub id, as those that end in _dir are.
+    """
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {name: _without_paths(item, local, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    if isinstance(value, str) and (re.match(r"~|\.{0,2}/|[A-Za-z]:\\", value) or os.path.exists(value)):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return "" if isinstance(value, str) and re.match("https?://", value) else value
+        return [_without_paths(item, local, key) for item in value]
+    if not isinstance(value, str) or re.match("https?://", value):
+        return "" if isinstance(value, str) else value
+    is_path = key in local or key.endswith("_dir") or re.match(r"~|\.{0,2}/|[A-Za-z]:\\", value) or os.path.exists(value)
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value

@@ -1,4 +1,4 @@
-"""A progress bar in place of what the trainers print, and trackio without its banner."""
+"""Progress bars, and trainers and trackio without their own printing."""
 
 import io
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from transformers.integrations import TrackioCallback
 
 from phi2_grpo.common.console import Console
@@ -15,35 +15,10 @@ COLUMNS = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainin
 QUIET = redirect_stdout(io.StringIO())  # for trackio: its advice names another folder than ours
 
 
-def make_bar(console: Console) -> Progress:
-    """A bar with the time left, on a terminal only."""
-    return Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal)
-
-
-class ProgressBar(TrainerCallback):
-    """A bar over the steps of a training."""
-
-    def __init__(self, name: str):
-        self.name, self.console = name, Console()
-        self.progress = make_bar(self.console)
-
-    def on_train_begin(self, args, state, control, **_):
-        self.task = self.progress.add_task(self.name, total=state.max_steps, completed=state.global_step)
-        self.console.quiet = not state.is_world_process_zero
-        if state.is_world_process_zero:
-            self.progress.start()
-
-    def on_step_end(self, args, state, control, **_):
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_train_end(self, args, state, control, **_):
-        self.progress.stop()
-
-
 @contextmanager
 def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` things; yields a function that takes how many more are done."""
-    with make_bar(console) as bar:
+    """A bar over `total` things, on a terminal only; yields a function that takes how many more are done."""
+    with Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total)
         yield lambda count: bar.advance(task, count)
 

@@ -30,9 +30,12 @@ def prepare(*hub_names: str) -> None:
     os.environ |= DEFAULTS | dict(os.environ)
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which it hands on to `!python`, is not installed here
     if sys.platform == "linux":
-        # glibc keeps freed memory for the next tensor: M_TRIM_THRESHOLD (-1) and M_MMAP_THRESHOLD (-3) at the largest int.
-        for option in (-1, -3):
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+        # glibc keeps freed memory for the next tensor: M_TRIM_THRESHOLD (-1) and M_MMAP_THRESHOLD (-3) at the largest int, or
+        # at 32 MiB, which is the most that an older glibc takes for the second.
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)
+        if not mallopt(-3, 2**31 - 1):
+            mallopt(-3, 2**25)
     warnings.filterwarnings("ignore", category=FutureWarning)  # the tests show them, when a pin moves
     # PEFT looks for the base on the Hub at each save.
     warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file")

@@ -94,7 +94,7 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
         return None
     if system_prompt and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system_prompt}, *prompt]
-    lang, own_id = row.get(form.lang), row.get(form.id)
+    lang, own_id = (row.get(column) if column else None for column in (form.lang, form.id))
     used = {form.prompt, form.input, "chosen", "rejected", *TAKEN} if form.pairs else {form.prompt, form.input, *TAKEN}
     return {
         **{column: value for column, value in row.items() if column not in used},
@@ -183,14 +183,19 @@ def read(splits: dict[str, Iterable[dict]], form: Form, system_prompt: str) -> d
     }  # fmt: skip
 
 
-def split(items: list, fraction: float, seed: int, trees: list[str] | None = None) -> dict[str, list]:
-    """Train and validation. With `trees`, the id of each item's tree, no tree is divided: a reply's question is on its side."""
-    ids = range(len(items)) if trees is None else trees
-    order = sorted(set(ids))
+def first_questions(rows: list[dict | None]) -> list[str]:
+    """What `split` takes for trees: rows that begin with the same question are one, as those of several answers to it."""
+    turns = ([turn for turn in row["prompt"] if turn["role"] == "user"] if row else [] for row in rows)
+    return [normalize(user[:1]) for user in turns]
+
+
+def split(items: list, fraction: float, seed: int, trees: list[str]) -> dict[str, list]:
+    """Train and validation. `trees` has the id of each item's tree; no tree is divided: a reply's question is on its side."""
+    order = sorted(set(trees))
     random.Random(seed).shuffle(order)
     held_out = set(order[: round(len(order) * fraction)])
     splits = {"train": [], "validation": []}
-    for item, tree in zip(items, ids, strict=True):
+    for item, tree in zip(items, trees, strict=True):
         splits["validation" if tree in held_out else "train"].append(item)
     return splits
 
@@ -242,7 +247,7 @@ def deduplicate(rows: list[dict], held_out: set[str]) -> tuple[list[dict], list[
     for row in rows:
         first = distinct.setdefault(normalize(row["prompt"]), row)
         if first is not row:  # the same question with another pair of answers
-            first["pairs"] = first["pairs"] + row["pairs"]
+            first["pairs"] = first["pairs"] + [pair for pair in row["pairs"] if pair not in first["pairs"]]
     prompts = []
     for row in distinct.values():
         beginnings = (row["prompt"][: i + 1] for i, turn in enumerate(row["prompt"]) if turn["role"] == "user")

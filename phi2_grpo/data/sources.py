@@ -129,7 +129,8 @@ def _table_rows(lines: Iterator[str], kind: str) -> Iterator[dict]:
     for row in csv.DictReader(chain([head], lines), delimiter=delimiter):
         if None in row or None in row.values():
             raise ValueError(f"a row has another number of cells than the header: {str(row)[:200]}")
-        yield {column.strip(): value for column, value in row.items()}
+        # A column without a name is the row's number, as pandas writes it.
+        yield {name: value for column, value in row.items() if (name := column.strip())}
 
 
 def _checked(rows: Iterable, name: str) -> Iterator:

@@ -37,7 +37,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 def fingerprint(tables: DatasetDict) -> str:
     """Of what stands in which split, in which order."""
-    text = "".join(split + "".join(map(json.dumps, tables[split].to_list())) for split in sorted(tables))
+    # A column may hold dates or bytes, which are no JSON.
+    text = "".join(split + "".join(json.dumps(row, default=str) for row in tables[split].to_list()) for split in sorted(tables))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ Advance = Callable[[int], None]  # is told how many more are done
 
 def reserved_bytes(model) -> int:
     """What measuring takes beside the rollout's cache: log-probs of two models over the vocabulary in float32, and copies."""
-    return 4 * FORWARD_TOKENS * model.config.vocab_size * 4
+    return 4 * FORWARD_TOKENS * model.config.get_text_config().vocab_size * 4
 
 
 def measure(console, engine, tokenizer, scorer, prompts: list[dict], config: dict, against: bool) -> tuple:

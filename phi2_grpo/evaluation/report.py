@@ -13,6 +13,7 @@ from phi2_grpo.common.stats import FEW, mean, paired, simultaneous, verdict
 from phi2_grpo.evaluation.accuracy import accuracy_rows, accuracy_sentence
 from phi2_grpo.evaluation.plots import DIRECTION, draw, format_number
 from phi2_grpo.rewards import collapse
+from phi2_grpo.rewards.functions import BUILT_IN
 from phi2_grpo.rewards.scorer import summary_of
 
 SIDES = ("base", "tuned")
@@ -41,7 +42,7 @@ def summarize(
     values = _values(samples, len(prompts), scorer, trained) | costs
     # A reward of negative weight is trained for less of it.
     direction = {**DIRECTION, **{reward.name: reward.weight >= 0 for reward in scorer.chosen}}
-    if "correct" in trained:  # right answers may be all alike, and worded otherwise than a bare result
+    if BUILT_IN["correct"] in scorer.trained:  # right answers may be all alike, and worded otherwise than a bare result
         direction |= {"distinct-2": None, "reference NLL": None}
     usable = [name for name, sides in values.items() if paired(sides["base"], sides["tuned"])]
     headline = next((name for name in ("total reward", *trained) if name in usable), None)
@@ -204,9 +205,9 @@ def remarks(report: dict) -> list[str]:
     return lines + [f"Fewer than {FEW} prompts show little. Too few have no interval."] * (report["prompts"] < FEW)
 
 
-def show(console, report: dict, samples_per_prompt: int) -> None:
+def show(console, report: dict, config: dict) -> None:
     """The numbers for the terminal."""
-    title = f"{report['prompts']} held-out prompts x {samples_per_prompt}, at the training temperature"
+    title = f"{report['prompts']} held-out prompts x {config['samples_per_prompt']}, temperature {config['temperature']:g}"
     rows = metric_rows(report, most_places=2)
     caption = f"* reward trained for; higher on: prompts on which {report['names'][1]} is higher; -: no difference shown"
     options = {"rows": [[*row[:-1], row[-1].replace("no difference shown", "-")] for row in rows],

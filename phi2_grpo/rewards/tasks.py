@@ -11,8 +11,13 @@ from phi2_grpo.common.cli import UserError
 
 # A minus sign belongs to a number where nothing stands before it that could be subtracted from.
 NUMBER = re.compile(r"(?<![\w.)])[-+\u2212](?=[$€£]?\d)|\d")
-DIGITS = re.compile(r"[-+\u2212]?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?(?:\s?/\s?(\d{1,99})(?![\d.]))?")
+# 1,000 and 1 000 are a thousand; 1.5 and 1,5 are one and a half.
+DIGITS = re.compile(
+    r"[-+\u2212]?[$€£]?(\d{1,3}(?:([, \u00a0\u2009\u202f])\d{3})(?:\2\d{3})*(?!\d)|\d+)"
+    r"([.,]\d+)?(?:\s?/\s?(\d{1,99})(?![\d.]))?"
+)
 FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+ENDS = " .,;:!?\"'*`$()[]{}“”‘’«»"  # punctuation at the ends of a text
 TIMEOUT = 1.0  # seconds for one answer: a pattern may need exponential time
 
 
@@ -35,7 +40,7 @@ def final_answer(text: str) -> Fraction | str:
     marked = text.rpartition("####")[2].strip().split("\n")[0] if "####" in text else _boxed(text)
     part = FRACTION.sub(r"\1/\2", text if marked is None else marked)
     numbers = list(_numbers(part))
-    return numbers[-1] if numbers else " ".join(part.casefold().split()).strip(" .,;:!?\"'*`$")
+    return numbers[-1] if numbers else " ".join(part.casefold().split()).strip(ENDS)
 
 
 def _numbers(text: str):
@@ -43,8 +48,9 @@ def _numbers(text: str):
     while start := NUMBER.search(text, position):
         match = DIGITS.match(text, start.start())
         position = match.end()
-        value = Fraction(Decimal(match[1].replace(",", "") + (match[2] or "")))
-        value = value / int(match[3]) if match[3] and int(match[3]) else value
+        whole, grouped, decimals, divisor = match.groups("")
+        value = Fraction(Decimal(whole.replace(grouped, "") + decimals.replace(",", ".")))
+        value = value / int(divisor) if divisor and int(divisor) else value
         yield -value if match[0][0] in "-\u2212" else value
 
 

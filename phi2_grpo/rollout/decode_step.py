@@ -46,6 +46,8 @@ def unsupported_reason(model) -> str | None:
         return "its keys and values have different sizes (latent attention)"
     if rope.get("rope_type") in ("dynamic", "longrope"):
         return "its rotary embedding depends on the longest sequence of a batch"
+    if model.config._attn_implementation != "sdpa":
+        return "it lacks PyTorch's attention (SDPA)"
     if not model._supports_attention_backend or "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "its forward pass takes no position of each row"
     return None

@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerControl
 
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import HANGUP, Terminated, UserError, print_error
-from phi2_grpo.common.console import format_duration
-from phi2_grpo.common.progress import ProgressBar, alert
+from phi2_grpo.common.console import Console, format_duration
+from phi2_grpo.common.progress import alert
 from phi2_grpo.common.stats import interval
 from phi2_grpo.models.tokenizer import render
 from phi2_grpo.rewards import collapse
@@ -41,7 +41,7 @@ GRPO_COLUMNS = (
 REWARD_MODEL_COLUMNS = (("loss", "  loss", ".3f"), ("accuracy", "accuracy", ".0%"), ("margin", "margin", ".2f"))
 
 
-class LogCallback(ProgressBar):
+class LogCallback(TrainerCallback):
     """Prints a line a step under a header that comes back, and writes metrics.jsonl; of a GRPO run also alerts and samples.
 
     `columns`: GRPO_COLUMNS or REWARD_MODEL_COLUMNS. `scorer`: that of a GRPO trainer's rewards, which keeps the last batch.
@@ -53,16 +53,15 @@ class LogCallback(ProgressBar):
     collapsed_at: int | None = None
 
     def __init__(self, columns: tuple, config: dict, scorer: Scorer | None = None):
-        super().__init__("training")
         self.columns, self.key, self.config, self.scorer = columns, columns[0][0], config, scorer
-        self.started = time.monotonic()
+        self.console, self.started = Console(), time.monotonic()
 
     def seconds(self) -> float:
         """Wall time of the training, earlier parts of a resumed run included."""
         return self.seconds_before + time.monotonic() - self.started
 
     def on_train_begin(self, args, state, control, **_):
-        super().on_train_begin(args, state, control)
+        self.console.quiet = not state.is_world_process_zero
         self.started = self.last_log = time.monotonic()
         self.first_step, self.metrics_file = state.global_step, Path(args.output_dir) / "metrics.jsonl"
         rows = outputs.log_rows(state.log_history, self.key)

@@ -181,13 +181,13 @@ def batch(config: dict, prompts: DatasetDict):
 
 
 def rollout(config: dict, policy: PeftModel, device: torch.device):
+    if is_sharded() and config["eval_prompts"]:
+        raise UserError("with FSDP or ZeRO no process has all weights, so none can evaluate alone: give --eval_prompts 0.")
     if config["use_vllm"]:
         if not _is_installed("vllm"):
             raise UserError(f"--use_vllm needs vLLM: {_pip()} 'trl[vllm]'. Without it: --rollout auto.")
         return "vllm", f"vLLM, {config['vllm_mode']}"
     if is_sharded():
-        if config["eval_prompts"]:
-            raise UserError("with FSDP or ZeRO no process has all weights, so none can evaluate alone: give --eval_prompts 0.")
         return "generate", "generate: the weights are sharded over the processes"
     engine, reason = choose_engine(config["rollout"], policy, device)
     return engine, f"{engine}: {reason}"

@@ -38,7 +38,7 @@ def update_estimate(config: dict, model: PeftModel, tokens: int, device: torch.d
     the inputs of the adapters, 8 for attention, 4 for the layer norm, 56 for gelu in float32, the rest temporary). With
     checkpointing they are those of one layer, and the input of each.
     """
-    base = model.config
+    base = model.config.get_text_config()
     _, trainable, parameters = lora_counts(model)
     layer = 50 * dtype.itemsize * tokens * base.hidden_size
     inputs = dtype.itemsize * tokens * base.hidden_size * base.num_hidden_layers

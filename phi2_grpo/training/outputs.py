@@ -62,7 +62,7 @@ def hardware_name(device: torch.device) -> str:
 def run_metadata(config: dict, preset: str, device: torch.device, dtype: torch.dtype, funnel: dict, model: PeftModel) -> dict:
     """What is known when a run starts. LoRA is the model's, which `init_adapter` may have given."""
     lora = model.peft_config["default"]
-    lora_settings = {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+    lora_settings = {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
     if config.get("init_adapter"):
         modules = lora.target_modules  # a string is a pattern
         lora_settings["lora_target_modules"] = [modules] if isinstance(modules, str) else sorted(modules)

@@ -81,7 +81,6 @@ class RunMixin:
                 raise UserError(text) from None
             raise
         finally:
-            log.progress.stop()  # or a failure leaves a terminal without its cursor
             progress.finish_trackio()
         if self.state.global_step < steps:
             stop.raise_if_asked()
@@ -99,7 +98,7 @@ class RunMixin:
         elif disk_is_full(error):
             checkpoints.remove_incomplete(output)
         newest = checkpoints.newest_complete(output)
-        if isinstance(error, BadReward):
+        if isinstance(error, UserError):  # of a reward, or of a training that diverged: --resume would meet it again
             start = f"start another run from there: --init_adapter {newest} --output_dir ANOTHER" if newest else "start again"
             return f"{error}\n  Correct it, and {start}"
         # gloo raises a plain RuntimeError, NCCL a DistError.
@@ -121,32 +120,22 @@ class RunMixin:
         """Not TRL's: ours is written with each checkpoint."""
 
 
-class EpochSampler(RepeatSampler):
-    """TRL's, with the order of an epoch fixed by seed and epoch: TRL's own generator is in no checkpoint, so that a run resumed
-    after an epoch would begin the first order again."""
-
-    epoch = 0
-
-    def __iter__(self):
-        self.generator.manual_seed(self.seed + 1_000_003 * self.epoch)
-        return super().__iter__()
-
-
 class Trainer(RunMixin, GRPOTrainer):
     """Rolls out with `engine` (rollout/engine.py), unless vLLM does. TRL's hook for rollouts (rollout_func) is experimental,
     and the rest has no hook, hence the private methods; a test holds their signatures."""
 
     engine = None
 
-    def _get_train_sampler(self, dataset=None) -> EpochSampler:
-        theirs = super()._get_train_sampler(dataset)
-        shape = (theirs.mini_repeat_count, theirs.batch_size, theirs.repeat_count)
-        self.sampler = EpochSampler(theirs.data_source, *shape, seed=theirs.seed)
+    def _get_train_sampler(self, dataset=None) -> RepeatSampler:
+        self.sampler = super()._get_train_sampler(dataset)
         return self.sampler
 
     def _run_epoch(self, *arguments, epoch: int, **keywords):
-        # Here and not by `set_epoch`, which accelerate does not pass on through all that it wraps a sampler in.
-        self.sampler.epoch = epoch
+        """TRL's, with the order of an epoch fixed by seed and epoch: the sampler's generator is in no checkpoint, so that a run
+        resumed after an epoch would begin the first order again.
+        """
+        # Not by `set_epoch`, which accelerate does not pass on through all that it wraps a sampler in.
+        self.sampler.generator.manual_seed(self.sampler.seed + 1_000_003 * epoch)
         return super()._run_epoch(*arguments, epoch=epoch, **keywords)
 
     def _generate_single_turn(self, prompt_ids, *arguments, **keywords):

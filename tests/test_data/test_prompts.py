@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -131,6 +132,23 @@ def test_prepared_under_the_source_s_name_with_all_columns(call, micro, tmp_path
     assert {path.name for path in (tmp_path / "d").iterdir()} == {"other_prompts", "other_preferences", store.FUNNEL}
 
 
+def test_rows_with_the_same_question_are_held_out_together():
+    """Several answers to a question, as in most preference data; equal pairs count once."""
+    rows = [{"prompt": f"Why {i}?", "chosen": f"{k}", "rejected": "x"} for i in range(40) for k in (0, 1, 2, 2)]
+    parsed = [parse(row) for row in rows]
+    splits = prompts.split([*parsed, None], 0.25, 0, prompts.first_questions([*parsed, None]))
+    held_out = {row["prompt"][0]["content"] for row in splits["validation"] if row}
+    assert 9 <= len(held_out) <= 11 and not held_out & {row["prompt"][0]["content"] for row in splits["train"] if row}
+    kept, pairs, _ = prompts.deduplicate([row for row in splits["train"] if row], set())
+    assert len(pairs) == 3 * len(kept) == 3 * (40 - len(held_out))
+
+
+def test_the_row_numbers_of_pandas_are_no_language(tmp_path):
+    (tmp_path / "q.csv").write_text(",prompt,answer\n0,Why?,So.\n")
+    rows = list(sources.read_rows(str(tmp_path / "q.csv"), "main")[0][""])
+    assert rows == [{"prompt": "Why?", "answer": "So."}] and parse({"": "0", **rows[0]})["lang"] == prompts.UNKNOWN
+
+
 def test_what_cannot_be_prepared(call, micro, tmp_path):
     flags = ("--model", micro, "--data_dir", tmp_path / "d", "--dataset")
     (tmp_path / "b.jsonl").write_text('{"prompt": "Why?", "n": 1}\n{"prompt": "How?", "n": "two"}\n')
@@ -142,6 +160,13 @@ def test_what_cannot_be_prepared(call, micro, tmp_path):
     (tmp_path / "e.csv").write_bytes("question\nGrüße?\n".encode("cp1252"))
     refused(call("prepare_data", *flags, tmp_path / "e.csv"), "e.csv is not UTF-8", "iconv")
     refused(call("prepare_data", *flags, tmp_path / "f.csv"), "f.csv: there is no such file")
+    other = shutil.copytree(micro, tmp_path / "other")  # as Gemma's
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0]['content'] }}"
+    )
+    (other / "chat_template.jinja").write_text(template)
+    system = ("--system_prompt", "Be brief.", "--model", other)
+    refused(call("prepare_data", *flags, tmp_path / "b.jsonl", *system), "no system", "--system_prompt")
 
 
 def test_languages_are_guessed_where_some_are_wanted(call, micro, tmp_path):

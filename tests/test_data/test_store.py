@@ -1,6 +1,7 @@
 """The prepared data on disk, and the three things that are asked of it."""
 
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import datasets
@@ -27,6 +28,16 @@ def test_the_fingerprint_is_of_what_was_read(config, tokenizer):
     file.write_bytes(file.read_bytes().replace(b"plant", b"plank"))
     prompts, funnel = store.load_prompts(config, tokenizer)
     assert funnel["fingerprint"] != before and funnel["funnel"]["train"]["kept"] == len(prompts["train"])
+
+
+def test_a_column_may_hold_what_is_no_json(config, tokenizer):
+    rows = {"prompt": [[{"role": "user", "content": "Why?"}]], "lang": ["en"], "message_id": ["1"], "reference": [None]}
+    table = datasets.Dataset.from_dict(rows | {"asked": [datetime(2026, 1, 2)], "sound": [b"\xff"]}, features=datasets.Features(
+        store.FEATURES[store.PROMPTS] | {"asked": datasets.Value("timestamp[s]"), "sound": datasets.Value("binary")}))  # fmt: skip
+    place = Path(config["data_dir"]) / f"oasst1_{store.PROMPTS}"
+    shutil.rmtree(place)
+    datasets.DatasetDict(train=table, validation=table).save_to_disk(place)
+    assert store.load_prompts(config, tokenizer)[0]["train"]["asked"][0].year == 2026
 
 
 def replace_pairs(data_dir: Path, table) -> None:

@@ -100,6 +100,14 @@ def test_both_answer_as_a_direct_run_of_the_libraries(engine, loud, micro, model
         assert ask(engine, seed=seed, max_new_tokens=30, model=model).text == text.split("\nInstruct:")[0].strip()
 
 
+def test_the_base_s_own_ways_to_sample_are_not_used(engine, loud, micro, tmp_path):
+    base = shutil.copytree(micro, tmp_path / "base")
+    change_json(base / "generation_config.json", repetition_penalty=9.0, do_sample=True, top_k=1)
+    other = app_engine.Engine(loud, str(base))
+    for model in ("tuned", "base"):
+        assert ask(other, sample=False, model=model).text == ask(engine, sample=False, model=model).text
+
+
 def test_base_and_tuned_do_not_mix_under_concurrent_use(engine):
     alone = {(model, seed): ask(engine, model=model, seed=seed).text for model in ("tuned", "base") for seed in range(4)}
     assert any(alone["tuned", seed] != alone["base", seed] for seed in range(4)), "the two must differ for this to prove much"

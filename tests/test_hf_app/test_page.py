@@ -109,6 +109,16 @@ def test_stop_keeps_the_part_and_the_next_question_works(page, server):
     assert answers(page)[-1] == SAYS["plain"][0] and answers(page)[0] == kept
 
 
+def test_stop_of_a_comparison_says_so(page, server):
+    page.get_by_role("tab", name="Compare").click()
+    page.wait_for_timeout(300)  # the tab is filled when it is first seen
+    page.get_by_label("One question to both").fill("say slow")
+    page.locator("#compare").click()
+    wait_for(page, lambda: len(page.locator("#base textarea").input_value()) > 30)
+    page.locator("#halt").click()
+    wait_for(page, lambda: page.locator(".note:visible", has_text="stopped by you").count() == 2)
+
+
 def test_retry_answers_anew_and_undo_takes_back(page):
     page.get_by_text("What are the benefits of exercise?").click()
     ended(page)

@@ -50,6 +50,7 @@ def test_phi2_numbers_are_the_published_ones():
         ("phi", ["Wqkv", "out_proj"], {"q_proj", "k_proj", "v_proj", "dense"}),
         ("phi", ["all-linear"], {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
         ("llama", ["gate_proj", "q_proj"], {"gate_proj", "q_proj"}),
+        ("gpt2", ["c_attn"], {"c_attn"}),  # no nn.Linear
         ("llama", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
         ("phi", ["Wqkv", "fc3"], UserError),
         ("phi", [], UserError),
@@ -106,6 +107,7 @@ BROKEN = {  # what is done to the folder, and what the message names
     "weights cut": (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50]), WEIGHTS),
     "a Git LFS pointer": (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs"), "git lfs pull"),
     "IA3": (change_config(peft_type="IA3"), "kind IA3"),
+    "biases": (change_config(bias="all"), "biases"),
     "another rank": (change_config(r=3), "--model"),
     "other targets": (change_config(target_modules=["fc1"]), "--model"),
     "NaN": (change_weights(lambda t: {k: v * float("nan") for k, v in t.items()}), "not finite"),
@@ -132,6 +134,9 @@ def test_adapters_that_are_compared_have_one_base(micro, adapter, tmp_path):
     other = shutil.copytree(adapter, tmp_path / "other")
     change_config(base_model_name_or_path="some/other")(other)
     check_same_base([adapter, adapter], {**CONFIG, "model": str(micro)})
+    branch = shutil.copytree(adapter, tmp_path / "branch")
+    change_config(revision="main")(branch)  # as this project writes it; PEFT leaves it out
+    check_same_base([adapter, branch], None)
     for adapters, config in (([adapter, other], None), ([other], {**CONFIG, "model": str(micro)})):
         with pytest.raises(UserError, match="some/other.*--model"):
             check_same_base(adapters, config)

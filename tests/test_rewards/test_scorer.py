@@ -19,9 +19,10 @@ MINE = "def polite(answers, **_):\n    return ['please' in answer for answer in 
 
 def test_names_weights_and_files(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
-    chosen = parse_rewards(["length", "repetition:0.5", "ending:-1", f"{tmp_path}/mine.py:polite:2"])
+    chosen = parse_rewards(["reference:0", "length", "repetition:0.5", "ending:-1", f"{tmp_path}/mine.py:polite:2"])
     assert [(reward.name, reward.weight) for reward in chosen] == [
-        ("length", 1.0), ("repetition", 0.5), ("ending", -1.0), ("polite", 2.0)]  # fmt: skip
+        ("length", 1.0), ("repetition", 0.5), ("ending", -1.0), ("polite", 2.0),
+        ("reference", 0.0)]  # fmt: skip
     other = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
     other += "import functools\npart = functools.partial(lambda answers, **_: [1.0])\n"
     (tmp_path / "other.py").write_text(other)
@@ -90,6 +91,14 @@ def test_they_get_columns_and_answers_and_are_logged_once(tokenizer):
     assert "collapse/at_target" in logged
     row = scorer.last_batch[1]
     assert row["scores"]["custom"] == 1.0 and row["score"] == pytest.approx(2.0 - row["scores"]["length"])
+
+
+def test_what_no_weighted_reward_scores_stays_unscored(tokenizer):
+    """TRL counts it as 0 once any reward scores it, one that is only logged, too."""
+    half = Reward("half", 1.0, lambda answers, **_: [None, 1.0])
+    scorer = Scorer(tokenizer, 8, [half, Reward("logged", 0.0, lambda answers, **_: [5.0, 6.0])])
+    batch = {"prompts": [[], []], "completions": [], "completion_ids": [[1], [2]]}
+    assert [function(**batch) for function in scorer.functions] == [[None, 1.0], [None, 6.0]]
 
 
 def test_running_on_is_not_rewarded(tokenizer):

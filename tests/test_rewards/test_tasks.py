@@ -16,7 +16,14 @@ CASES = [  # answer, reference, right
     ("She has 16 - 3 - 4 = 9 eggs, so 9 * 2 = $18", "reasoning\n#### 18", 1),  # the last one counts
     ("18.0", "18", 1),
     ("1,234,567 people", "1234567", 1),
-    ("1,2", "12", 0),  # no thousands separator
+    ("1,2", "12", 0),  # no thousands separator, but a decimal comma
+    ("12,50 €", "12.5", 1),
+    ("12,50", "7,50", 0),
+    ("10 000", "10,000", 1),
+    ("10\u202f000,5", "10000.5", 1),
+    ("25 000", "10 000", 0),
+    ("In 2020 300 came", "300", 1),
+    ("1, 2", "2", 1),
     ("$1,000.50", "1000.5", 1),
     ("5 km", "5 miles", 1),  # units are not compared
     ("x = -5", "-5", 1),
@@ -33,6 +40,9 @@ CASES = [  # answer, reference, right
     ("", "18", 0),
     ("Paris.", "paris", 1),
     ("It is Paris.", "Paris", 0),
+    ("(B)", "b", 1),
+    ("“Paris”", "Paris", 1),
+    ("C++", "C", 0),
     (r"\boxed{\text{Paris}}", "Paris", 0),
     ("1e3", "1000", 0),
     ("18 apples in 3 boxes", "18", 0),

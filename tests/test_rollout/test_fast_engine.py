@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.tokenizer import batches_by_length
+from phi2_grpo.rollout import decode_step
 from phi2_grpo.rollout.cache import LENGTH_MULTIPLE
 from phi2_grpo.rollout.decode_step import DecodeStep, unsupported_reason
 from phi2_grpo.rollout.engine import FastEngine, GenerateEngine, choose_engine, make_engine
@@ -218,7 +219,9 @@ def test_the_way_of_a_gpu(micro, monkeypatch):
 def test_which_models_get_which_engine(micro):
     policy, cpu = make_policy(micro), torch.device("cpu")
     assert choose_engine("fast", policy, cpu)[0] == "fast" and choose_engine("generate", policy, cpu)[0] == "generate"
-    for model, device, reason in ((random_model("mistral", sliding_window=8), cpu, "sliding"),
+    eager = random_model("llama")
+    eager.set_attn_implementation("eager")
+    for model, device, reason in ((random_model("mistral", sliding_window=8), cpu, "sliding"), (eager, cpu, "SDPA"),
                                   (policy, torch.device("mps"), "float64")):  # fmt: skip
         name, text = choose_engine("auto", model, device)
         assert name == "generate" and reason in text
@@ -227,6 +230,13 @@ def test_which_models_get_which_engine(micro):
     assert type(make_engine("auto", random_model("mistral", sliding_window=8))) is GenerateEngine
     with torch.device("meta"):  # preflight asks before there are weights
         assert unsupported_reason(AutoModelForCausalLM.from_config(policy.config)) is None
+
+
+def test_the_weight_on_the_left_multiplies_the_same(monkeypatch):
+    """What an AMD processor takes."""
+    layer, x = torch.nn.Linear(7, 5), torch.randn(3, 2, 7)
+    monkeypatch.setattr(decode_step, "FEW_ROWS", 6)
+    torch.testing.assert_close(decode_step._linear(layer, x), layer(x))
 
 
 OTHER_ADAPTERS = ({"target_modules": ["fc1", "dense"], "use_dora": True}, {"target_modules": ["fc1", "lm_head"]},

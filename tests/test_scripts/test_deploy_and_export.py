@@ -11,9 +11,11 @@ from fake_hub import TOKEN, FakeHub
 from huggingface_hub import RepoCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from phi2_grpo.common import hub as hub_files
 from phi2_grpo.models.base import load_base
 from phi2_grpo.models.lora import load_adapter
 
+SENT = ADAPTER_FILES - {"evaluation.jsonl"}
 APP = {"README.md", "app.py", "engine.py", "requirements.txt"}
 
 
@@ -60,7 +62,7 @@ def test_a_space_gets_exactly_its_files_and_is_replaced_only_by_update(run, hub,
     assert not any(request.startswith("POST") for request in hub.requests), "a dry run sends nothing"
     done = run("deploy_space", "me/demo", "--adapter", adapter, "--private", hub=hub)
     assert done.code == 0 and "spaces/me/demo" in done.out, done.err
-    sent, expected = hub.repos[("spaces", "me/demo")], APP | {f"model_adapters/{name}" for name in ADAPTER_FILES}
+    sent, expected = hub.repos[("spaces", "me/demo")], APP | {f"model_adapters/{name}" for name in SENT}
     assert set(sent) == expected
     assert all(sent[name] == (ROOT / "hf_app" / name).read_bytes() for name in APP - {"README.md"})
     assert sent[f"model_adapters/{WEIGHTS}"] == (adapter / WEIGHTS).read_bytes()
@@ -85,7 +87,6 @@ def test_a_space_gets_exactly_its_files_and_is_replaced_only_by_update(run, hub,
         ("adapter_config.json", '{"base_model_name_or_path": "nobody/nothing"}', "nobody/nothing"),
         ("adapter_model.safetensors", "version https://git-lfs.github.com", "git lfs pull"),
         ("run.json", '{"config": ', "run.json"),
-        ("evaluation.jsonl", '{"answers": ', "evaluation.jsonl"),
     ],
 )
 def test_what_would_not_run_there_is_not_sent(run, hub, adapter, name, text, expected):
@@ -154,8 +155,8 @@ def test_what_is_published_holds_no_path_and_no_held_out_prompt(run, hub, adapte
     assert private in (final / "run.json").read_text() and prompts, "there is something to hide"
     push = ("--model", micro, "--adapter", final, "--push_to_hub", "me/adapter")
     done = run("export_model", *push, "--private", hub=hub)
-    assert done.code == 0 and "left out: run.json" in done.out and "left out: evaluation.jsonl" in done.out, done.err
-    assert set(hub.repos[("models", "me/adapter")]) == ADAPTER_FILES and hub.created[0]["visibility"] == "private"
+    assert done.code == 0 and "left out: run.json" in done.out, done.err
+    assert set(hub.repos[("models", "me/adapter")]) == SENT and hub.created[0]["visibility"] == "private"
     out = tmp_path / "merged"
     merged = ("--out", out, "--merged", "--push_to_hub", "me/merged")
     ok(run("export_model", "--model", micro, "--adapter", final, *merged, hub=hub))
@@ -164,10 +165,23 @@ def test_what_is_published_holds_no_path_and_no_held_out_prompt(run, hub, adapte
         texts = {name: content for name, content in hub.repos[repo].items() if not name.endswith((".safetensors", ".png"))}
         assert not [name for name, content in texts.items() if private.encode() in content], repo
         assert not [name for name, content in texts.items() for p in prompts if json.dumps(p)[1:-1].encode() in content], repo
-    ok(run("export_model", *push, "--with_samples", hub=hub))
-    assert b'"answers"' in hub.repos[("models", "me/adapter")]["evaluation.jsonl"]
     config = json.loads(hub.repos[("models", "me/adapter")]["run.json"])["config"]
     assert config["model"] == micro.name and config["learning_rate"] > 0
+    refused(run("export_model", *push[:-1], "me/merged", "--private", hub=hub), "public")  # it is, since the push above
+
+
+def test_names_that_only_look_like_the_hub_s_are_paths(tmp_path):
+    config = {"model": "clients/acme", "init_adapter": "runs/acme", "data_dir": "clients/acme", "learning_rate": 1e-5,
+              "rewards": ["clients/acme/rewards.py:polite:0.5", "length:1.0"]}  # fmt: skip
+    data = {"dataset": "clients/acme.csv", "commit": None}
+    (tmp_path / "run.json").write_text(json.dumps({"config": config, "model_commit": None, "data": data}))
+    texts, _ = hub_files.public_files([tmp_path / "run.json"])
+    sent = json.loads(texts["run.json"])
+    assert sent["config"] == {"model": "acme", "init_adapter": "acme", "data_dir": "acme", "learning_rate": 1e-5,
+                              "rewards": ["rewards.py:polite:0.5", "length:1.0"]} and sent["data"]["dataset"] == "acme.csv"  # fmt: skip
+    config, data = {"model": "microsoft/phi-2"}, {"dataset": "OpenAssistant/oasst1", "commit": "1" * 40}
+    (tmp_path / "run.json").write_text(json.dumps({"config": config, "model_commit": "1" * 40, "data": data}))
+    assert hub_files.public_files([tmp_path / "run.json"])[1] == [], "of the Hub's own names nothing is left out"
 
 
 def test_what_is_there_is_not_replaced_unasked(run, final, micro, tmp_path):

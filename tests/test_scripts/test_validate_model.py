@@ -60,7 +60,10 @@ def test_another_adapter_instead_of_the_base(call, options, loud, final, tmp_pat
     numbers = read_json(tmp_path / "v" / "report.json")
     assert numbers["names"] == [str(loud), str(final)], "the same name: the paths tell them apart"
     assert numbers["metrics"]["KL to base"]["base"] > 0
-    ok(call("validate_model", *options, "--against", shutil.copytree(final, tmp_path / "twin")))
+    twin = shutil.copytree(final, tmp_path / "twin")
+    change_json(twin / "run.json", data={"fingerprint": "another"})
+    done = call("validate_model", *options, "--against", twin)
+    assert done.code == 0 and f"{twin} was trained on other data" in done.out.replace("\n", " "), done.err
     metrics = read_json(tmp_path / "v" / "report.json")["metrics"]
     assert all(metric["difference"] == 0 for metric in metrics.values()), "the same, sampled alike"
 
@@ -77,6 +80,14 @@ def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path, monkeypa
     config = read_json(tmp_path / "v" / "report.json")["config"]
     assert (config["target_tokens"], config["max_completion_length"], config["temperature"]) == (6, 12, 0.5)
     refused(call("validate_model", "--device", "cpu", *own, "--max_completion_length", 500), "context of 512")
+
+
+def test_a_reward_of_the_user_s_may_be_called_correct(call, options, tmp_path):
+    """And need not be 0 or 1, as pass@k has it."""
+    (tmp_path / "mine.py").write_text("def correct(answers, **_):\n    return [2.0 for _ in answers]\n")
+    ok(call("validate_model", *options, "--rewards", f"{tmp_path}/mine.py:correct"))
+    report = read_json(tmp_path / "v" / "report.json")
+    assert report["metrics"]["correct"]["tuned"] == 2.0 and "accuracy" not in report
 
 
 def test_what_is_no_report_is_not_replaced(call, options, tmp_path):

@@ -89,6 +89,14 @@ def test_a_gpu_needs_a_process_of_its_own(monkeypatch):
         checks.device(TINY)
 
 
+def test_no_process_alone_evaluates_sharded_weights(monkeypatch):
+    """Whoever rolls out."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for use_vllm in (True, False):
+        with pytest.raises(UserError, match="--eval_prompts 0"):
+            checks.rollout(TINY | {"use_vllm": use_vllm}, None, CPU)
+
+
 def test_a_folder_called_like_a_tracker_is_no_package(monkeypatch, tmp_path):
     (tmp_path / "wandb").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -13,13 +13,15 @@ import pytest
 import torch
 from conftest import ROOT, WEIGHTS, ok, read_json, refused, rows_of, script
 from safetensors.torch import load_file
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from benchmarks import kills
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import Terminated
+from phi2_grpo.common.cli import Terminated, UserError
 from phi2_grpo.training import checkpoints, outputs
 from phi2_grpo.training.callbacks import GracefulStop
-from phi2_grpo.training.trainer import EpochSampler, Trainer
+from phi2_grpo.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -55,8 +57,10 @@ def test_killed_past_its_first_epochs(call, quick, micro, tmp_path, monkeypatch)
     how = ("--preset", "tiny", "--model", micro, "--dataset", tmp_path / "few.jsonl", "--validation_fraction", 0)
     ok(call("prepare_data", *how, "--data_dir", tmp_path / "d"))
     flags = (12, *quick, "--data_dir", tmp_path / "d", "--eval_prompts", 0)
-    epochs, plain = [], EpochSampler.__iter__
-    monkeypatch.setattr(EpochSampler, "__iter__", lambda self: epochs.append(self.epoch) or plain(self))
+    epochs, plain = [], Trainer._run_epoch
+    monkeypatch.setattr(
+        Trainer, "_run_epoch", lambda self, *a, epoch, **k: epochs.append(epoch) or plain(self, *a, epoch=epoch, **k)
+    )
     ok(call("train_grpo", *kills.command(flags, tmp_path / "whole")[2:]))
     output = tmp_path / "killed"
     for steps in (5, 9):  # as a kill leaves it, in the second epoch and in the third
@@ -66,13 +70,19 @@ def test_killed_past_its_first_epochs(call, quick, micro, tmp_path, monkeypatch)
     assert kills.same(tmp_path / "whole-final", tmp_path / "killed-final")
 
 
-def test_each_epoch_has_an_order_of_its_own():
-    sampler, orders = EpochSampler(range(8), 2, batch_size=2, seed=3), []
-    for epoch in (0, 1, 2, 1):
-        sampler.epoch = epoch
-        orders.append(list(sampler))
+def test_each_epoch_has_an_order_of_its_own(monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "_run_epoch", lambda self, epoch: list(self.sampler))
+    trainer = object.__new__(Trainer)
+    trainer.sampler = RepeatSampler(range(8), 2, batch_size=2, seed=3)
+    orders = [trainer._run_epoch(epoch=epoch) for epoch in (0, 1, 2, 1)]
     assert orders[1] == orders[3] and len({*map(tuple, orders)}) == 3
     assert all(sorted(order) == sorted([*range(8)] * 2) for order in orders)
+
+
+def test_after_a_training_that_diverged_no_resume_is_advised(run):
+    """It would diverge again, and refuses a lower learning rate."""
+    text = object.__new__(Trainer)._end(UserError("the gradient is not finite"), run)
+    assert f"--init_adapter {run / 'checkpoint-'}" in text and "--resume" not in text
 
 
 # --- checkpoints that are not complete
