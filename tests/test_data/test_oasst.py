@@ -95,24 +95,13 @@ def test_later_turns_come_with_their_history():
     assert choose(rows, max_turns=3)[0] == ["Why?"], "a history with a deleted message is no history"
 
 
-def split_trees(messages: list[oasst.Message], fraction: float, seed: int) -> dict[str, list[oasst.Message]]:
-    return split(messages, fraction, seed, [message.message_tree_id for message in messages])
-
-
-def test_trees_are_split_whole_and_by_seed():
-    rows = [each for i in range(40) for each in (row(str(i), "x"), row(f"{i}r", "y", str(i)))]
-    messages = [message for each in rows for message in oasst.parse_row(each)]
-    one, again, other = (split_trees(messages, 0.25, seed) for seed in (0, 0, 1))
-    assert len(one["validation"]) == 20 and one == again != other
-    assert not {m.message_tree_id for m in one["train"]} & {m.message_tree_id for m in one["validation"]}
-
-
 @pytest.mark.parametrize(("preset", "roots", "held_out"), [("tiny", 120, 40), ("smollm2", 200, 100)])
 def test_the_samples(preset, roots, held_out):
     """Questions enough to train and to measure, and none of the prompts that are shown."""
     config = {**CONFIG, **PRESETS[preset]}
     messages = oasst.read_messages(config["dataset"], "main")[0][""]
-    splits = split_trees(messages, config["validation_fraction"], config["split_seed"])
+    trees = [message.message_tree_id for message in messages]
+    splits = split(messages, config["validation_fraction"], config["split_seed"], trees)
     train, validation = ([normalize([{"content": m.text}]) for m in part if m.parent_id is None] for part in splits.values())
     assert len(train) >= roots and len(validation) >= held_out
     assert not {normalize([{"content": text}]) for text in SAMPLE_PROMPTS} & {*train, *validation}

@@ -135,8 +135,9 @@ def test_prepared_under_the_source_s_name_with_all_columns(call, micro, tmp_path
 def test_rows_with_the_same_question_are_held_out_together():
     """Several answers to a question, as in most preference data; equal pairs count once."""
     rows = [{"prompt": f"Why {i}?", "chosen": f"{k}", "rejected": "x"} for i in range(40) for k in (0, 1, 2, 2)]
-    parsed = [parse(row) for row in rows]
-    splits = prompts.split([*parsed, None], 0.25, 0, prompts.first_questions([*parsed, None]))
+    rows = [*map(parse, rows), None]
+    splits, again, other = (prompts.split(rows, 0.25, seed, prompts.first_questions(rows)) for seed in (0, 0, 1))
+    assert splits == again != other
     held_out = {row["prompt"][0]["content"] for row in splits["validation"] if row}
     assert 9 <= len(held_out) <= 11 and not held_out & {row["prompt"][0]["content"] for row in splits["train"] if row}
     kept, pairs, _ = prompts.deduplicate([row for row in splits["train"] if row], set())

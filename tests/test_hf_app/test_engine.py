@@ -12,7 +12,6 @@ import torch
 from conftest import ROOT, WEIGHTS, change_json, change_weights, make_micro, script
 from peft import PeftModel
 from safetensors.torch import load_file
-from serve_app import SAYS
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from config import LIMITS
@@ -75,14 +74,6 @@ def test_a_pickled_base_is_not_read(micro, tmp_path):
 )
 def test_trimming_holds_back_what_may_become_a_stop(text, finished, expected):
     assert app_engine.trim(text, ["\nInstruct:", "\nExercise 3"], finished) == expected
-
-
-def test_trimmed_as_the_validation_trims(engine, tokenizer):
-    """The same text as phi2_grpo/models/answers.py gives the very same tokens."""
-    for said in ("plain", "stop", "near", "code"):
-        ids = engine.tokenizer(" " + SAYS[said][0], add_special_tokens=False)["input_ids"] + [engine.tokenizer.eos_token_id]
-        text, _ = app_engine.trim(engine.tokenizer.decode(ids, skip_special_tokens=True), engine.defaults.stop_strings, True)
-        assert text == answers.trim([ids], tokenizer)[0].text
 
 
 @pytest.mark.parametrize("model", ["tuned", "base"])

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import change_json
+from safetensors.torch import load_file
 
 from config import CONFIG
 from phi2_grpo.common.cli import UserError
@@ -23,9 +24,15 @@ def write(name: str, text: str):
     return lambda base: (base / name).write_text(text)
 
 
+def pickle(base) -> None:
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+
+
 BROKEN = {  # what is done to the folder, and what the message names
     "weights cut": (lambda base: cut(base / "model.safetensors"), "Copy it again"),
     "weights gone": (lambda base: (base / "model.safetensors").unlink(), "Copy it again"),
+    "a pickle": (pickle, "as safetensors"),
     "a shard gone": (write("model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}'), "gone.safetensors"),
     "a Git LFS pointer": (write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     "config no object": (write("config.json", "[]"), "Copy it again"),

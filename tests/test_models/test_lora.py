@@ -12,7 +12,7 @@ from benchmarks import models
 from config import CONFIG
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.base import load_base
-from phi2_grpo.models.lora import check_same_base, load_adapter, lora_config, lora_counts, meta_lora_model, resolve_lora
+from phi2_grpo.models.lora import check_same_base, load_adapter, lora_config, lora_counts, meta_lora_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40)[None]
@@ -64,16 +64,6 @@ def test_targets(kind, targets, expected):
             lora_config(config, base)
     else:
         assert set(lora_counts(get_peft_model(base, lora_config(config, base)))[0]) == expected
-
-
-def test_the_lora_of_an_adapter_to_start_from(micro, adapter):
-    """The settings' rank and targets do not count then."""
-    config = {**CONFIG, "model": str(micro), "init_adapter": str(adapter)}
-    lora = resolve_lora(config, AutoModelForCausalLM.from_pretrained(micro))
-    assert (lora.r, set(lora.target_modules), lora.inference_mode) == (4, {"q_proj", "fc1"}, False)
-    assert (lora.base_model_name_or_path, lora.revision) == (str(micro), None)
-    assert lora_counts(meta_lora_model(config))[0] == {"q_proj": 2, "fc1": 2}
-    assert resolve_lora({**config, "init_adapter": ""}, one_layer("phi")).r == CONFIG["lora_r"]
 
 
 @pytest.mark.parametrize(

@@ -101,15 +101,6 @@ def test_what_no_weighted_reward_scores_stays_unscored(tokenizer):
     assert [function(**batch) for function in scorer.functions] == [[None, 1.0], [None, 6.0]]
 
 
-def test_running_on_is_not_rewarded(tokenizer):
-    """A good short answer must not earn more with an "Exercise 3" behind it."""
-    scorer = Scorer(tokenizer, 20, [Reward("length", 1.0, length)])
-    short = " Water it once a week."
-    texts = [short + END, short + "\n\nExercise 3: Why do plants need light? Write down three reasons." + END]
-    plain, padded = scorer.score([{"prompt": []}] * 2, [tokenizer(text)["input_ids"] for text in texts])
-    assert padded["score"] < plain["score"]
-
-
 def test_memory_that_runs_out_in_a_reward_is_no_mistake_of_it(tokenizer):
     too_large = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     (function,) = Scorer(tokenizer, 8, [Reward("too_large", 1.0, too_large)]).functions

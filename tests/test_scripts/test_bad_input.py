@@ -39,6 +39,7 @@ def test_a_training(call, quick, tmp_path):
     wrong = ("--use_vllm", "--num_generations", 3)
     expected = ("pip install 'trl[vllm]'", "8 completions", "--per_device_train_batch_size 9")
     refused(call("train_grpo", 2, *quick, "--output_dir", tmp_path / "o", *wrong), *expected)
+    refused(call("train_grpo", 2, *quick, "--model", "no/such", "--output_dir", tmp_path / "o"), "base model: ", "no/such")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -47,10 +48,7 @@ def test_a_disk_that_is_nearly_full(call, quick, tmp_path, monkeypatch):
     refused(call("train_grpo", 2, *quick, "--output_dir", tmp_path / "o"), "Make room")
 
 
-def test_a_validation(call, quick):
-    refused(call("validate_model", *quick[:6], "--prompt", "  "), "--prompt")
-
-
-@pytest.mark.parametrize(("flag", "value"), [("--language", "xx"), ("--search", "qqqqq"), ("--samples", "-1")])
-def test_an_inspection(call, quick, flag, value):
-    refused(call("inspect_data", *quick[:6], flag, value), value)
+@pytest.mark.parametrize(("script", "flag", "value"), [("validate_model", "--prompt", "  "), ("inspect_data", "--language", "xx"),
+    ("inspect_data", "--search", "qqqqq"), ("inspect_data", "--samples", "-1")])  # fmt: skip
+def test_a_flag_of_one_script(call, quick, script, flag, value):
+    refused(call(script, *quick[:6], flag, value), flag, value.strip())

@@ -1,4 +1,4 @@
-"""Each check before a start by itself, and what a preflight returns when some of them fail."""
+"""Each check before a start by itself."""
 
 import os
 import re
@@ -25,27 +25,6 @@ def config(micro, prepared, tmp_path) -> dict:
     """Settings that pass every check."""
     own = {"model": str(micro), "data_dir": str(prepared), "output_dir": str(tmp_path / "o"), "reward_dir": str(tmp_path / "r")}
     return TINY | own | {"report_to": "none"}
-
-
-def test_a_run_that_can_start(config):
-    before = dict(config)
-    ready = preflight(config, resume=False, overwrite=False)
-    ready.raise_errors()
-    assert config == before, "no check changes the settings"
-    assert (ready.device, ready.dtype, ready.lora.r) == (CPU, torch.float32, 16)
-    assert set(ready.prompts) == {"train", "validation"} and ready.funnel["fingerprint"]
-    assert [reward.name for reward in ready.scorer.chosen] == ["length"] and ready.memory["weights"] > 0
-    assert all(check.ok for check in ready.results)
-
-
-def test_all_errors_at_once_and_what_depends_on_them_is_left_out(config):
-    ready = preflight(config | {"model": "no/such"}, resume=True, overwrite=True)
-    assert {check.name: check.ok for check in ready.results} == {
-        "device": True, "output folder": False, "settings": True, "tracker": True, "base model": False
-    }  # fmt: skip
-    assert ready.tokenizer is None and ready.prompts is None and ready.lora is None
-    with pytest.raises(UserError, match="(?s)output folder: .*one of them.*base model: .*no/such"):
-        ready.raise_errors()
 
 
 def test_a_target_binds_only_where_a_reward_asks_for_it(config):

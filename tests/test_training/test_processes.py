@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from app_server import free_port
-from conftest import ROOT, WEIGHTS, ok, read_json, refused, rows_of, script
+from conftest import ROOT, WEIGHTS, free_port, ok, read_json, refused, rows_of, script
 from safetensors.torch import load_file
 
 from phi2_grpo.training import checkpoints

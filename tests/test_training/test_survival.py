@@ -1,7 +1,6 @@
 """Killed, out of disk, out of memory, in each other's way: what is on disk afterwards, and how it goes on."""
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, WEIGHTS, ok, read_json, refused, rows_of, script
-from safetensors.torch import load_file
+from conftest import WEIGHTS, ok, read_json, refused, rows_of, script
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -38,36 +36,17 @@ def names(output: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_killed_three_times_it_ends_the_same(call, quick, tmp_path):
-    """Once in a save at least. (Thirty times: benchmarks/kills.py.)"""
-    flags = (14, *quick, "--eval_prompts", 3)
+def test_killed_three_times_it_ends_the_same(call, quick, micro, tmp_path):
+    """Once in a save at least, past its first epochs of eight prompts, two a step. (Thirty times: benchmarks/kills.py.)"""
+    (tmp_path / "few.txt").write_text("".join(f"Why is {i} so?\n" for i in range(10)))
+    data = ("--data_dir", tmp_path / "d")
+    ok(call("prepare_data", "--model", micro, "--dataset", tmp_path / "few.txt", *data, "--validation_fraction", 0.2))
+    flags = (14, *quick, *data, "--eval_prompts", 2)
     ok(call("train_grpo", *kills.command(flags, tmp_path / "whole")[2:]))
     found = kills.kill_and_resume(3, tmp_path / "killed", flags, seed=random.randrange(2**32))
     assert found["kills"] >= 2, found
     assert kills.same(tmp_path / "whole-final", tmp_path / "killed-final"), found
     assert checkpoints.list_checkpoints(tmp_path / "killed") == checkpoints.complete_checkpoints(tmp_path / "killed")
-
-
-@pytest.mark.slow
-def test_killed_past_its_first_epochs(call, quick, micro, tmp_path, monkeypatch):
-    """Eight prompts, two a step: three epochs of four steps, each in an order of its own, that a resumed run finds again."""
-    rows = [json.loads(line) for line in (ROOT / "sample" / "tiny.jsonl").read_text(encoding="utf-8").splitlines()]
-    roots = [row for row in rows if row["parent_id"] is None and len(row["text"]) < 90]
-    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in roots[:8]), encoding="utf-8")
-    how = ("--preset", "tiny", "--model", micro, "--dataset", tmp_path / "few.jsonl", "--validation_fraction", 0)
-    ok(call("prepare_data", *how, "--data_dir", tmp_path / "d"))
-    flags = (12, *quick, "--data_dir", tmp_path / "d", "--eval_prompts", 0)
-    epochs, plain = [], Trainer._run_epoch
-    monkeypatch.setattr(
-        Trainer, "_run_epoch", lambda self, *a, epoch, **k: epochs.append(epoch) or plain(self, *a, epoch=epoch, **k)
-    )
-    ok(call("train_grpo", *kills.command(flags, tmp_path / "whole")[2:]))
-    output = tmp_path / "killed"
-    for steps in (5, 9):  # as a kill leaves it, in the second epoch and in the third
-        ok(call("train_grpo", *kills.command((steps, *flags[1:]), output, "--resume")[2:]))
-    ok(call("train_grpo", *kills.command(flags, output, "--resume")[2:]))
-    assert epochs == [0, 1, 2, 0, 1, 1, 2, 2], "the whole run, then its three parts"
-    assert kills.same(tmp_path / "whole-final", tmp_path / "killed-final")
 
 
 def test_each_epoch_has_an_order_of_its_own(monkeypatch):
@@ -204,10 +183,7 @@ def mine(weight: float, digest: str) -> dict:
 @pytest.mark.parametrize(
     ("then", "now", "facts", "changed"),
     [
-        ({"config": {"seed": 1}}, {"seed": 2}, {}, ["seed: was 1, is 2"]),
-        ({"config": {"max_steps": 10, "lr_scheduler_type": "constant"}}, {"max_steps": 20}, {}, []),
         ({"config": {"max_steps": 10, "lr_scheduler_type": "linear"}}, {"max_steps": 20}, {}, ["max_steps: was 10, is 20"]),
-        ({"config": {"lora_r": 3}}, {"lora_r": 16, "init_adapter": "a"}, {}, []),  # the adapter's
         ({"dtype": "float32"}, {}, {"dtype": "bfloat16"}, ["dtype: was float32, is bfloat16"]),
         ({"model_commit": None}, {}, {"model_commit": "b"}, []),
         ({**mine(1, "aa"), "config": {"rewards": ["old.py:mine"]}}, {"rewards": ["new.py:mine"]}, mine(1, "aa"), []),
@@ -229,24 +205,6 @@ def test_two_in_one_folder(call, quick, tmp_path):
 
 
 # --- nothing let in, nothing let out
-
-
-def pickled(folder: Path, name: str, target: Path) -> Path:
-    """A copy of a folder with its weights as a pickle."""
-    shutil.copytree(folder, target)
-    weights = target / f"{name}.safetensors"
-    torch.save(load_file(weights), target / f"{'pytorch_model' if name == 'model' else name}.bin")
-    weights.unlink()
-    return target
-
-
-def test_pickles_are_not_read(call, quick, micro, final, tmp_path):
-    base = pickled(micro, "model", tmp_path / "base")
-    adapter = pickled(final, "adapter_model", tmp_path / "adapter")
-    for name, flags in (("train_grpo", (*quick, "--model", base, "--output_dir", tmp_path / "o")),
-                        ("train_grpo", (*quick, "--init_adapter", adapter, "--output_dir", tmp_path / "o")),
-                        ("validate_model", (*quick[:6], "--adapter", adapter, "--validation_dir", tmp_path / "v"))):  # fmt: skip
-        refused(call(name, *flags), "safetensors")
 
 
 SECRETS = {"HF_TOKEN": "hf_Zq7PlantedTokenOfTheHub", "WANDB_API_KEY": "planted0wandb0key0of0forty0characters000",
