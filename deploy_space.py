@@ -16,8 +16,6 @@ from phi2_grpo.common import cli, setup
 KEYS = ("adapter",)
 APP = Path(__file__).resolve().parent / "hf_app"
 APP_FILES = ("README.md", "app.py", "engine.py", "requirements.txt")
-# Set on the Space; each is also the default in app.py where Gradio reads it there.
-VARIABLES = [{"key": "GRADIO_SSR_MODE", "value": "false"}, {"key": "GRADIO_ANALYTICS_ENABLED", "value": "False"}]
 
 
 def main() -> None:
@@ -125,7 +123,6 @@ def deploy(name: str, folder: Path, arguments) -> None:
                 repo_type="space",
                 space_sdk="gradio",
                 space_hardware=arguments.hardware,
-                space_variables=VARIABLES,
                 private=arguments.private,
             )
     message = "The app and its adapter"

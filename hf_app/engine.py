@@ -20,8 +20,6 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-PHI2 = "microsoft/phi-2"
-
 # For a base model without an adapter, which has neither: the question-answer format of Phi-2's model card, and where Phi-2
 # runs on after its answer. With an adapter, its own template and stop strings rule.
 CHAT_TEMPLATE = """\
@@ -161,7 +159,7 @@ class Engine:
         except BadAdapter as error:
             problem = str(error)
         named = config.base_model_name_or_path if config else None
-        self.base = base or named or PHI2
+        self.base = base or named or "microsoft/phi-2"
         self.revision = config.revision if config and self.base == named else None  # of a Hub base
         on_hub = self.base if not Path(self.base).exists() else named if named and named.count("/") == 1 else ""
         self.base_name = on_hub or Path(self.base).name  # no path of this machine
@@ -197,7 +195,7 @@ class Engine:
         self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT_TEMPLATE
         # Most chat models name several end tokens; a Phi-2 runs on, which others do not.
         self.eos_ids = unique_ids(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
-        self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids)  # no repetition_penalty, top_k of the base's
+        self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids or None)  # without the base's top_k
         stops = STOP_STRINGS if self.tokenizer.chat_template == CHAT_TEMPLATE else None
         self.defaults = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, stop_strings=stops)
 
@@ -219,6 +217,8 @@ class Engine:
             raise BadAdapter(f"it does not fit {self.base_name}, or is broken: {reason}") from None
         if not finite:
             raise BadAdapter("it holds weights that are not finite numbers: its training diverged")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise BadAdapter(f"its tokenizer has tokens that {self.base_name} has no embeddings for")
         self.layers = sum(hasattr(module, "lora_A") for module in model.modules())
         missing, unexpected = expected - saved, saved - expected - model.state_dict().keys()
         if missing or unexpected or not self.layers:  # PEFT passes over both
@@ -253,8 +253,7 @@ class Engine:
             own[name] = min(max(own.get(name, -1), low), high)
             value, kind = given.get(name, own[name]), type(low)
             if not isinstance(value, (int, float)) or not low <= value <= high or value != kind(value):  # NaN is in no range
-                words = "a whole number" if kind is int else "a number"
-                raise BadInput(f"{name} is {value!r}, but it takes {words} from {low} to {high}.")
+                raise BadInput(f"{name} is {value!r}, but it takes a {'whole ' * (kind is int)}number from {low} to {high}.")
             own[name] = kind(value)  # 64.0 is 64
         return Settings(**{"sample": bool(self.defaults.do_sample), **given, **own})
 
@@ -273,27 +272,27 @@ class Engine:
         Raises BadInput where the last message is empty, or too long by itself.
         """
         self.check_question(messages[-1]["content"])
-        messages = [{"role": message["role"], "content": clean(message["content"])} for message in messages]
-        room = self.context - max_new_tokens
-        for left_out in range(0, len(messages), 2):  # a question and its answer at a time
-            text = self.tokenizer.apply_chat_template(messages[left_out:], tokenize=False, add_generation_prompt=True)
+        room, fits = self.context - max_new_tokens, None
+        for count in range(1, len(messages) + 1, 2):  # the question, then with one more of the questions and answers before it
+            turns = [{"role": turn["role"], "content": clean(turn["content"][:MAX_CHARACTERS])} for turn in messages[-count:]]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if length <= room:
-                return text, left_out
+            if length > room:
+                break
+            fits = text, len(messages) - count
+        if fits:
+            return fits
         raise BadInput(
             f"The question has {length:,} tokens, and there is room for {room:,}: the model holds {self.context:,}, and the "
             f"answer may take {max_new_tokens:,} of them. Shorten it, or ask for a shorter answer."
         )
 
-    def stream(
-        self, messages: list[dict], model: str = TUNED, settings: Settings | None = None, seconds: float | None = None
-    ) -> Iterator[Answer]:
+    def stream(self, messages: list[dict], model: str, settings: Settings, seconds: float | None = None) -> Iterator[Answer]:
         """Answers the last of `messages` ({"role", "content"}, oldest first); yields the answer as it grows.
 
         Yields at least five times a second: closing this ends the generation at its next token; so do `seconds` (default:
         MAX_SECONDS). Where there is no adapter, the base answers. Raises BadInput before the first answer.
         """
-        settings = settings or self.settings()
         if model not in (TUNED, BASE):
             raise BadInput(f"model is {model!r}, but it takes {TUNED!r} or {BASE!r}.")
         text, left_out = self.prompt(messages, settings.max_new_tokens)
@@ -324,15 +323,16 @@ class Generation(threading.Thread):
         self.engine, self.text, self.base, self.settings, self.stop = engine, text, base, settings, stop
         self.tokens, self.criteria = TokenQueue(), StopGeneration(seconds, stop, engine._closing)
         self.error: Exception | None = None
-        self.eos_ids = unique_ids(*engine.eos_ids, engine.defaults.eos_token_id)
+        self.eos_ids = unique_ids(engine.tokenizer.eos_token_id, *engine.eos_ids, engine.defaults.eos_token_id)
 
     def run(self) -> None:
         engine, settings = self.engine, self.settings
-        config, sampling = copy.deepcopy(engine.defaults), {"temperature": settings.temperature, "top_p": settings.top_p}
+        config, sampling = copy.deepcopy(engine.defaults), dict.fromkeys(("temperature", "top_p", "top_k"))
+        if settings.sample:
+            sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
         try:
-            config.update(max_new_tokens=settings.max_new_tokens, do_sample=settings.sample, eos_token_id=self.eos_ids)
-            config.update(pad_token_id=self.eos_ids[0], stop_strings=None)  # `trim` stops, and knows what to hold back
-            config.update(**(sampling if settings.sample else {"temperature": None, "top_p": None, "top_k": None}))
+            config.update(max_new_tokens=settings.max_new_tokens, do_sample=settings.sample, stop_strings=None)  # `trim` stops
+            config.update(eos_token_id=self.eos_ids or None, pad_token_id=next(iter(self.eos_ids), 0), **sampling)
             with engine._lock:
                 if self.stop.is_set():
                     return
@@ -363,8 +363,7 @@ class Generation(threading.Thread):
 def choose_device(size: int) -> tuple[torch.device, torch.dtype]:
     """bfloat16 where the GPU has it or memory is short; Phi-2 overflows in float16, so that is never chosen."""
     if torch.cuda.is_available():
-        ampere = torch.cuda.get_device_capability() >= (8, 0)
-        return torch.device("cuda"), torch.bfloat16 if ampere else torch.float32
+        return torch.device("cuda"), torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
     # On two CPU cores a Phi-2 is twice as fast in bfloat16 and takes 6 GB instead of 12; a tiny model gains nothing.
     return torch.device("cpu"), torch.bfloat16 if size > 1e9 else torch.float32
 
@@ -389,8 +388,8 @@ def read_adapter_config(folder: Path) -> PeftConfig | None:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise BadAdapter(f"adapter_config.json cannot be read: {first_line(error)}") from None
-    if config.peft_type != "LORA":
-        raise BadAdapter(f"its kind is {config.peft_type}, and only LoRA is read here")
+    if config.peft_type != "LORA" or config.bias != "none":  # biases would change the base
+        raise BadAdapter(f"its kind is {config.peft_type}, and only LoRA, without biases, is read here")
     return config
 
 

@@ -24,7 +24,7 @@ class Paired:
     difference: float  # mean over prompts of tuned less base
     low: float | None  # interval of the difference at `level`; None where the prompts are too few for one
     high: float | None
-    level: float  # the share of such intervals that hold the true difference
+    level: float  # 0.95: at no effect, 95 of 100 such intervals hold 0
     win_rate: float  # share of prompts on which tuned has more, ties half
 
     def to_json(self) -> dict:
@@ -45,8 +45,10 @@ def sign_flip_interval(differences, level: float = 0.95, seed: int = 0) -> tuple
     """Interval of the mean of paired differences: every value that a sign-flip permutation test does not reject.
 
     Under no effect the sign of each difference is a coin's throw, so the test is right at any number of prompts, also where
-    few of them differ. Flipping a subset's signs changes the mean's sign about c where the subset's own mean is above c: so
-    the ends are quantiles of the means of random subsets (Hartigan, "Using subsample values as typical values", 1969).
+    few of them differ. For other values than 0 it supposes that differences are symmetric about their mean: of 0/1 rewards near
+    their limit, or of equal differences, the interval is too narrow. Flipping a subset's signs changes the mean's sign about c
+    where the subset's own mean is above c: so the ends are quantiles of the means of random subsets (Hartigan, "Using subsample
+    values as typical values", 1969).
     None where the level asks for more than so few values can show.
     """
     values = numpy.asarray(differences, float)

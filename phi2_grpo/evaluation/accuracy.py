@@ -10,8 +10,6 @@ from phi2_grpo.models.tokenizer import render
 from phi2_grpo.rollout.engine import complete
 from phi2_grpo.rollout.sampling import rollout_generation_config
 
-GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 1}  # the likeliest token is the only one
-
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """The chance that at least one of k answers is right, unbiased, from `right` of `samples` (arXiv 2107.03374)."""
@@ -21,7 +19,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def measure_greedy(console, engine, tokenizer, scorer, prompts: list[dict], config: dict, against: bool) -> dict:
     """1 or 0 a prompt for the greedy answer of each side; None where there is no reference."""
     texts, right = render(tokenizer, [row["prompt"] for row in prompts]), {}
-    generation = rollout_generation_config(config | GREEDY, tokenizer)
+    generation = rollout_generation_config(config, tokenizer)
+    generation.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     for side, adapter in adapter_of_side(against).items():
         with use_adapter(engine.model, adapter), console.status(f"greedy answers, {side}"):
             ids = complete(engine, tokenizer, texts, generation, config["seed"])

@@ -20,9 +20,9 @@ SIDES = ("base", "tuned")
 FILES = {"report.md", "report.json", "validation.png", "samples.jsonl"}  # the last has every completion with its scores
 EXPLAINED = {
     "total reward": "all rewards of the training, by their weights",
-    "distinct-2": "share of different token bigrams in the answers to one prompt",
+    "distinct-2": "share of different token bigrams in the answers to one prompt; shorter answers have more",
     "answer tokens": "of the trimmed answer",
-    "KL to base": "over the vocabulary, nats per token of its own completions: how far it has moved",
+    "KL to base": "over the vocabulary at temperature 1, nats per token of its own completions: how far it has moved",
     "reference NLL": "negative log-likelihood of the best human replies, nats per token, mean over prompts: did it forget?",
 }
 METRIC_COLUMNS = ("difference, interval", "higher on", "verdict")
@@ -42,8 +42,8 @@ def summarize(
     values = _values(samples, len(prompts), scorer, trained) | costs
     # A reward of negative weight is trained for less of it.
     direction = {**DIRECTION, **{reward.name: reward.weight >= 0 for reward in scorer.chosen}}
-    if BUILT_IN["correct"] in scorer.trained:  # right answers may be all alike, and worded otherwise than a bare result
-        direction |= {"distinct-2": None, "reference NLL": None}
+    if BUILT_IN["correct"] in scorer.trained:  # right answers may be worded otherwise than a bare result
+        direction |= {"reference NLL": None}
     usable = [name for name, sides in values.items() if paired(sides["base"], sides["tuned"])]
     headline = next((name for name in ("total reward", *trained) if name in usable), None)
     languages = {}

@@ -110,9 +110,10 @@ def check_adapter(folder: str) -> Path:
         )
     if (kind := saved.get("peft_type", "LORA")) != "LORA":
         raise UserError(f"{folder} is an adapter of the kind {kind}, and this project uses LoRA alone. Give a LoRA adapter.")
-    if (bias := saved.get("bias", "none")) != "none":
-        text = "with which its base, the adapter off, is another model. Give a LoRA without biases."
-        raise UserError(f"{folder} has trained biases ({bias}), {text}")
+    kind = str(saved.get("init_lora_weights")).split("_")[0]
+    if saved.get("bias", "none") != "none" or kind in ("pissa", "olora", "corda", "loftq"):
+        text = "changes weights of its base, which is another model then, the adapter off. Give a plain LoRA"
+        raise UserError(f"{folder} {text} (bias none, init_lora_weights true; PEFT can convert it).")
     check_finite(weights)
     return path
 

@@ -29,12 +29,15 @@ def rollout_generation_config(config: dict, tokenizer) -> GenerationConfig:
 def preserve_random_state(device: torch.device) -> Iterator[None]:
     """What is drawn inside leaves Python's, numpy's and torch's generators as they were."""
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not know it
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:
             random.setstate(python_state)
             numpy.random.set_state(numpy_state)
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ def same_run(config: dict, output: Path, funnel: dict, dtype: torch.dtype, steps
 
 
 def settings(config: dict):
+    if config["top_p"] < 1 or config["top_k"]:
+        return True, "with top_p or top_k the completions are of another distribution than the log-probs that are trained"
     if config["learning_rate"] < 2e-6:
         return True, f"learning_rate {config['learning_rate']:g} is so low that {config['max_steps']} steps may change nothing"
     return True, f"{config['max_steps']} steps at learning rate {config['learning_rate']:g}"

@@ -17,7 +17,9 @@ def estimate(
     """
     rows = config["per_device_train_batch_size"]
     # A prompt is computed once for those of its completions that are in one pass; TRL scatters them over several passes.
-    prompts = rows // config["num_generations"] if config["gradient_accumulation_steps"] == 1 else rows
+    group = config["num_generations"]
+    parts_of_groups = -(-rows // group) + bool(rows % group and group % rows)  # a group may begin in the middle of the rows
+    prompts = min(rows, parts_of_groups) if config["gradient_accumulation_steps"] == 1 else rows
     tokens = rows * config["max_completion_length"]  # of completions
     parts = update_estimate(config, model, tokens + prompts * longest, device, dtype)
     if device.type != "cuda":  # log-probs without TRL's Triton kernel hold the logits, in float32, and their gradient

@@ -42,7 +42,7 @@ print((score - scale["mean"]) / scale["std"])  # 0: as good as the mean of the r
 USE_MERGED = """\
 from transformers import pipeline
 
-chat = pipeline("text-generation", "DIR or USER/NAME")
+chat = pipeline("text-generation", ".")  # this folder, or its id on the Hub
 print(chat([{"role": "user", "content": "What are the benefits of exercise?"}])[0]["generated_text"][-1]["content"])
 """
 # Of the bases that are known here; tiny is made here. Of any other a card says nothing.

@@ -203,8 +203,11 @@ class Trainer(RunMixin, GRPOTrainer):
                 logged["nearer_to_reference"] = difference.mean() - (reference - sampled).abs()[real].mean()
             for name, value in logged.items():
                 gathered = self.accelerator.gather(value)  # of all processes
-                combined = gathered.max() if name.endswith("max") else gathered.mean()
-                self._metrics["train"][f"sampling/{name}"].append(combined.item())
+                kept = self._metrics["train"][f"sampling/{name}"]  # of the step's micro-batches, of which TRL logs the mean
+                if name.endswith("max"):
+                    kept[:] = [max([*kept, gathered.max().item()])]
+                else:
+                    kept.append(gathered.mean().item())
         return loss
 
 

@@ -46,14 +46,8 @@ def test_the_line(base, tuned, rewards, expected):
 def test_the_line_names_gaming():
     long, chanted = [list(range(i, i + 12)) for i in range(30)], [[7] * 8] * 30
     gamed = summary(long, chanted)
-    assert "repetition, distinct-2 worse" in gamed["line"] and "Gamed?" in gamed["line"] and "repetition" in gamed["alerts"]
+    assert "; repetition worse;" in gamed["line"] and "Gamed?" in gamed["line"] and "repetition" in gamed["alerts"]
     assert "Gamed?" not in summary(long, [list(range(i, i + 10)) for i in range(30)])["line"]
-
-
-def test_right_answers_may_be_alike():
-    answers = [list(range(i, i + 12)) for i in range(30)], [[7] * 8] * 30
-    verdicts = [summary(*answers, reward)["metrics"]["distinct-2"]["verdict"] for reward in ("length", "correct")]
-    assert verdicts == ["worse", "lower"]
 
 
 def test_two_languages_with_enough_prompts_have_their_own_rows():

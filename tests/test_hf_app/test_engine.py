@@ -166,6 +166,7 @@ BROKEN = {
     "config is no JSON": (lambda folder: (folder / CONFIG).write_text("{"), "broken", "cannot be read"),
     "other target": (lambda folder: change_json(folder / CONFIG, target_modules=["fc1"]), "broken", "made for another base"),
     "tokenizer is no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "broken", "is broken"),
+    "biases": (lambda folder: change_json(folder / CONFIG, bias="all"), "broken", "without biases"),
     "pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "broken", f"{WEIGHTS} is missing"),
     "other base": (lambda folder: None, "broken", "size mismatch"),
     "NaN": (change_weights(lambda t: {k: v * float("nan") for k, v in t.items()}), "broken", "not finite"),

@@ -101,7 +101,7 @@ def test_stop_keeps_the_part_and_the_next_question_works(page, server):
     wait_for(page, lambda: len("".join(answers(page))) > 30)
     page.locator("#ask .stop-button").click()
     assert server.idle_within(2), "it writes on after Stop"
-    page.get_by_text("stopped by you").wait_for()
+    page.get_by_text("stopped").wait_for()
     kept = answers(page)[0]
     assert len(kept) > 30 and SAYS["slow"][0].startswith(kept[:-1])
     say(page, "say plain")
@@ -116,7 +116,7 @@ def test_stop_of_a_comparison_says_so(page, server):
     page.locator("#compare").click()
     wait_for(page, lambda: len(page.locator("#base textarea").input_value()) > 30)
     page.locator("#halt").click()
-    wait_for(page, lambda: page.locator(".note:visible", has_text="stopped by you").count() == 2)
+    wait_for(page, lambda: page.locator(".note:visible", has_text="stopped").count() == 2)
 
 
 def test_retry_answers_anew_and_undo_takes_back(page):
