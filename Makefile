@@ -70,7 +70,7 @@ bench: .venv/ready-dev
 	$(BIN)/python benchmarks/fuzz.py
 
 dashboard: .venv/ready
-	TRACKIO_DIR=$(CURDIR)/results/trackio $(BIN)/trackio show --project phi2-grpo
+	TRACKIO_DIR="$(CURDIR)/results/trackio" $(BIN)/trackio show --project phi2-grpo
 
 clean:
 	rm -rf .venv

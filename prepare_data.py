@@ -19,6 +19,7 @@ from phi2_grpo.common import cli, setup
 
 KEYS = cli.PREPARE_KEYS
 OASST_KEYS = ("max_turns", "max_toxicity")  # limits on oasst1's messages; prompts of one's own keep all of their turns
+OWN_KEYS = ("prompt_column", "reference_column", "system_prompt")
 
 
 def main() -> None:
@@ -55,8 +56,8 @@ def prepare(config: dict, console) -> None:
     form = None if oasst.is_message(first[0]) else prompts.find_form(first, config["prompt_column"], config["reference_column"])
     if form:
         console.print(f"Columns: {form}")
-        if any(config[key] != CONFIG[key] for key in OASST_KEYS):
-            console.print("--max_turns and --max_toxicity are for oasst1's trees: not used.", style="yellow")
+    if unused := [f"--{key}" for key in (OASST_KEYS if form else OWN_KEYS) if config[key] != CONFIG[key]]:
+        console.print(f"Not used: {' and '.join(unused)}, for this source is {'not ' * bool(form)}oasst1's.", style="yellow")
     kind = prompts if form else oasst
     with console.status("reading rows"):
         if form:
@@ -88,7 +89,8 @@ def prepare(config: dict, console) -> None:
         held_out = distinct
     if not rows["train"]:
         steps = ", ".join(f"{step}: {count}" for step, count in funnel["train"].items())
-        raise cli.UserError(f"no train prompt is left ({steps}). Loosen the limit that took the last one.")
+        remedy = "Loosen the limit that took the last one; docs/data.md says what a question is."
+        raise cli.UserError(f"no train prompt is left ({steps}). {remedy}")
 
     facts = {
         "name": prompts.name_of(config["dataset"]) if form else "oasst1",

@@ -148,11 +148,9 @@ def raise_if_collapsed(step: int | None, output: Path) -> None:
 
     if step is not None:
         before = [path for path in complete_checkpoints(output) if step_of(path) <= step - WINDOW]
-        raise cli.UserError(
-            f"stopped at step {step}: the run collapsed. The last checkpoint from before it: "
-            f"{before[-1] if before else 'none'}. Start from it with --init_adapter and another --output_dir, with another "
-            "reward, a lower --learning_rate or a higher --beta."
-        )
+        start = f"from the last checkpoint before it: --init_adapter {before[-1]} --output_dir ANOTHER" if before else "anew"
+        change = "with another reward, a lower --learning_rate or a higher --beta"
+        raise cli.UserError(f"stopped at step {step}: the run collapsed. Start {start}, {change}.")
 
 
 def save_adapter(checkpoint: Path, final: Path, tokenizer, facts: dict, history: list[dict]) -> None:
@@ -185,7 +183,7 @@ def print_result(config: dict, preset: str, console, final: Path, history: list[
         f"Mean reward, {FIRST_TO_LAST}: {first:.3f} -> {last:.3f}; {format_duration(read_run(final)['seconds'])} in all.\n"
         f"Adapter: {final}   curve: {final / 'reward.png'}\n"
         "Is it better on prompts it has not seen?\n"
-        f"  {cli.python_command()} validate_model.py --preset {preset} --adapter {shlex.quote(str(final))}"
+        f"  {cli.script_command('validate_model.py')} --preset {preset} --adapter {shlex.quote(str(final))}"
         f"{cli.flags(config, preset, *keys)}",
         soft_wrap=True,  # a command stays one line, to be copied
     )

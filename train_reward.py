@@ -139,13 +139,13 @@ def print_result(config: dict, preset: str, console, accuracy: dict, seconds: fl
     reward_dir = Path(config["reward_dir"])
     console.print(reward_accuracy.table(accuracy))
     console.print(reward_accuracy.verdict(accuracy), style="bold")
-    rewards = shlex.quote(f"{config['reward_dir']},ending")
+    rewards, output = shlex.quote(f"{config['reward_dir']},ending"), shlex.quote(f"results/on-{reward_dir.name}")
     shared = cli.flags(config, preset, "model", "model_revision", "data_dir", "device", "dtype")
     console.print(
         f"{accuracy['ties']} ties, counted half. Rank correlation of score and length: {accuracy['rank_correlation']:.2f}.\n"
         f"Reward model: {reward_dir}, in {format_duration(seconds)}   scores: {reward_dir / 'scores.png'}\n"
         "To train on it:\n"
-        f"  {cli.python_command()} train_grpo.py --preset {preset} --rewards {rewards} --output_dir results/on-reward-model"
+        f"  {cli.script_command('train_grpo.py')} --preset {preset} --rewards {rewards} --output_dir {output}"
         f"{shared}",
         soft_wrap=True,
     )

@@ -73,7 +73,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from phi2_grpo.models.lora import check_adapter, check_same_base
     from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, check_context, check_vocabulary, load_tokenizer
     from phi2_grpo.rewards.functions import BUILT_IN
-    from phi2_grpo.rewards.scorer import Scorer, add_built_in, parse_rewards, try_rewards
+    from phi2_grpo.rewards.scorer import Scorer, add_built_in, describe_rewards, parse_rewards, try_rewards
     from phi2_grpo.rollout.engine import make_engine
 
     console = Console()
@@ -91,8 +91,9 @@ def validate(config: dict, arguments, trained: dict) -> None:
     if seen:
         console.print(seen, style="yellow")
     prompts = select_rows(table, config["max_prompts"], config["seed"])
-    chosen = add_built_in(parse_rewards(config["rewards"]))
-    scorer = Scorer(tokenizer, config["target_tokens"], chosen, config["format_regex"])
+    chosen = parse_rewards(config["rewards"])
+    as_trained = describe_rewards(chosen) == trained.get("rewards")  # by their files' digests, too
+    scorer = Scorer(tokenizer, config["target_tokens"], add_built_in(chosen), config["format_regex"])
     try_rewards(scorer, prompts)
     context = context_length(base)
     generation = saved_generation_config(adapters[0], tokenizer, config, context)  # how to chat
@@ -118,12 +119,11 @@ def validate(config: dict, arguments, trained: dict) -> None:
         f"{config['adapter']} against {arguments.against or 'its base'}, {describe_base(config)}",
         f"{len(prompts)} held-out prompts of {funnel['settings']['dataset']}, samples of each: {config['samples_per_prompt']}, "
         f"seed {config['seed']}, temperature {config['temperature']:g}, at most {config['max_completion_length']} tokens",
-        f"rewards{' of the training' if trained and not arguments.rewards else ''}: {', '.join(config['rewards'])}; target "
-        f"{config['target_tokens']} tokens",
+        f"rewards{' of the training' * as_trained}: {', '.join(config['rewards'])}; target {config['target_tokens']} tokens",
         *filter(None, [seen]),
     ]
     report.write(folder, numbers, samples, prompts, shown, facts, {**config, "against": arguments.against})
-    update_card(console, adapters[0], config, arguments, {} if seen else trained, numbers)
+    update_card(console, adapters[0], config, arguments, trained if as_trained and not seen else {}, numbers)
     console.print(f"Report: {folder / 'report.md'}   picture: {folder / 'validation.png'}", soft_wrap=True)
 
 

@@ -179,7 +179,7 @@ class Engine:
     def _load_base(self) -> None:
         where = {} if Path(self.base).exists() else {"revision": self.revision or "main"}
         for cached in (True, False):  # a model in the cache needs no network, and no wait for one that is not there
-            options = {"local_files_only": cached, **where}
+            options = {"local_files_only": cached, "trust_remote_code": False, **where}
             try:
                 with torch.device("meta"):
                     size = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.base, **options)).num_parameters()
@@ -192,11 +192,12 @@ class Engine:
                 if not cached or not where:
                     text = f"the base model {self.base} cannot be loaded: {first_line(error)}"
                     raise NoBase(f"{text}\n  Give a Hub id (offline: one in the cache) or a local folder: --base.") from None
-        self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT_TEMPLATE
+        bos = "{{ bos_token }}" * (self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id])
+        self.tokenizer.chat_template = self.tokenizer.chat_template or bos + CHAT_TEMPLATE
         # Most chat models name several end tokens; a Phi-2 runs on, which others do not.
         self.eos_ids = unique_ids(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
         self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids or None)  # without the base's top_k
-        stops = STOP_STRINGS if self.tokenizer.chat_template == CHAT_TEMPLATE else None
+        stops = STOP_STRINGS if self.tokenizer.chat_template.endswith(CHAT_TEMPLATE) else None
         self.defaults = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, stop_strings=stops)
 
     def _load_adapter(self) -> None:
@@ -217,8 +218,6 @@ class Engine:
             raise BadAdapter(f"it does not fit {self.base_name}, or is broken: {reason}") from None
         if not finite:
             raise BadAdapter("it holds weights that are not finite numbers: its training diverged")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise BadAdapter(f"its tokenizer has tokens that {self.base_name} has no embeddings for")
         self.layers = sum(hasattr(module, "lora_A") for module in model.modules())
         missing, unexpected = expected - saved, saved - expected - model.state_dict().keys()
         if missing or unexpected or not self.layers:  # PEFT passes over both

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,6 +176,15 @@ def loud(final, tmp_path_factory) -> Path:
     change_weights(lambda t: {name: value * (60 if "lora_B" in name else 1) for name, value in t.items()})(folder)
     change_json(folder / "generation_config.json", max_new_tokens=512)
     return folder
+
+
+@pytest.fixture(scope="session")
+def engine(loud, micro):
+    """The app's engine, with that adapter."""
+    from engine import Engine
+
+    with closing(Engine(loud, str(micro))) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

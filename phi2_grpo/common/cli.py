@@ -67,7 +67,7 @@ def parse_value(key: str, text: str):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """argparse's own messages, without the usage block in front."""
-        raise UserError(f"{message}. See: {python_command()} {self.prog} --help")
+        raise UserError(f"{message}. See: {script_command(self.prog)} --help")
 
 
 def _comments() -> dict[str, str]:
@@ -103,7 +103,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tup
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
         nearest = difflib.get_close_matches(name, vars(arguments), n=1, cutoff=0.5)
-        hint = f"did you mean --{nearest[0]}?" if nearest else f"see: {python_command()} {parser.prog} --help"
+        hint = f"did you mean --{nearest[0]}?" if nearest else f"see: {script_command(parser.prog)} --help"
         if name in settings.CONFIG:
             hint = f"it is a setting, but {parser.prog} does not read it"
         raise UserError(f"unknown argument {unknown[0]!r}: {hint}")
@@ -133,6 +133,12 @@ def python_command() -> str:
     return shlex.quote(own.removeprefix(here) if os.sep in own.removeprefix(here) else own)
 
 
+def script_command(name: str) -> str:
+    """What a shell starts a script of this repo by, from the working directory."""
+    path = Path(settings.__file__).with_name(name)
+    return f"{python_command()} {name if path.parent.resolve() == Path.cwd() else shlex.quote(str(path))}"
+
+
 # The settings that prepare_data.py reads.
 PREPARE_KEYS = ("model", "model_revision", "dataset", "dataset_config", "dataset_revision", "data_dir", "prompt_column",
                 "reference_column", "system_prompt", "languages", "max_prompt_tokens", "max_turns", "max_toxicity",
@@ -143,7 +149,7 @@ def prepare_command(config: dict, overwrite: bool = False) -> str:
     """The command that prepares data as `config` has it, for a shell."""
     preset = next((name for name, its in settings.PRESETS.items() if its.get("dataset") == config["dataset"]), "phi2")
     named = "" if preset == "phi2" else f" --preset {preset}"
-    command = f"{python_command()} prepare_data.py{named}{flags(config, preset, *PREPARE_KEYS)}"
+    command = f"{script_command('prepare_data.py')}{named}{flags(config, preset, *PREPARE_KEYS)}"
     return f"{command}{' --overwrite' if overwrite else ''}"
 
 
@@ -178,9 +184,9 @@ def check_one_process(script: str) -> None:
 # --- errors
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_lines(error: BaseException, count: int = 1) -> str:
+    """The first lines of an error's text, as one; its type where it has none."""
+    return " ".join(line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()[:count])
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -198,13 +204,13 @@ def memory_ran_out(error: BaseException) -> bool:
 @contextlib.contextmanager
 def load_errors(what: str, advice: str = "") -> Iterator[None]:
     """Around the loading of an input (data, a model, an adapter): whatever a library raises there becomes a UserError with
-    `what`, the first line of the library's message, and `advice`. Full memory and a full disk pass, for `run` explains them."""
+    `what`, the first lines of its message, and `advice`. Full memory and a full disk pass, for `run` explains them."""
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or memory_ran_out(error) or disk_is_full(error):
             raise
-        raise UserError("\n  ".join(filter(None, (f"{what}: {first_line(error)}", advice)))) from error
+        raise UserError("\n  ".join(filter(None, (f"{what}: {first_lines(error, 2)}", advice)))) from error
 
 
 def print_error(text: str) -> None:
@@ -220,9 +226,11 @@ def explain(error: Exception) -> str:
     if memory_ran_out(error):
         advice = "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much) or"
         new_run = "--rollout_batch_size; in a new run also --max_completion_length or --reward_max_length."
-        return f"out of memory: {first_line(error)}\n  {advice} {new_run}"
+        return f"out of memory: {first_lines(error)}\n  {advice} {new_run}"
     if disk_is_full(error):
-        return f"no room is left on a disk: {first_line(error)}\n  Existing files were not changed. Make room and run it again."
+        return (
+            f"no room is left on a disk: {first_lines(error)}\n  Existing files were not changed. Make room and run it again."
+        )
     if isinstance(error, OSError) and error.errno in REFUSED:
         return f"{error.strerror}: {error.filename}. Change that, or choose another folder."
     return ""

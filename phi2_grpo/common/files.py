@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -59,7 +59,8 @@ def open_to_umask(folder: Path) -> None:
     os.umask(mask := os.umask(0))
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~mask)
+            with suppress(OSError):  # some file systems have no such rights
+                path.chmod(0o666 & ~mask)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from phi2_grpo.common.cli import UserError, first_line, load_errors
+from phi2_grpo.common.cli import UserError, first_lines, load_errors
 
 # What of an adapter folder is sent; evaluation.jsonl, which has held-out prompts in it, stays.
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -46,7 +46,7 @@ def clear_errors(name: str) -> Iterator[None]:
         text = f"no token for the Hub. {LOG_IN}"
     except HfHubHTTPError as error:
         meaning, step = REFUSALS.get(error.response.status_code, OTHER_REFUSAL)
-        text = f"{name}: {meaning} ({error.server_message or first_line(error)}). {step}"
+        text = f"{name}: {meaning} ({error.server_message or first_lines(error)}). {step}"
     except ValueError as error:  # a name or a model card that the Hub does not take
         text = f"the Hub does not take {name!r}: {error}"
     except (OSError, HTTPError) as error:

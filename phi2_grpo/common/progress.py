@@ -8,6 +8,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from transformers import PrinterCallback
 from transformers.integrations import TrackioCallback
+from transformers.integrations.integration_utils import rewrite_logs
 
 from phi2_grpo.common.console import Console
 
@@ -24,9 +25,21 @@ def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[
 
 
 class QuietTrackio(TrackioCallback):
-    def setup(self, *arguments, **keywords):
-        with QUIET:
-            super().setup(*arguments, **keywords)
+    """Silent. A run from its start is a new one, also under an old name, and each row stands at the step that it is of."""
+
+    def setup(self, args, state, model, **keywords):
+        init = self._trackio.init
+        if not state.global_step:
+            self._trackio.init = lambda **given: init(**{**given, "resume": "never"})
+        try:
+            with QUIET:
+                super().setup(args, state, model, **keywords)
+        finally:
+            self._trackio.init = init
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if state.is_world_process_zero and self._initialized:
+            self._trackio.log(rewrite_logs(logs), step=state.global_step)
 
     def on_train_end(self, *arguments, **keywords):
         with QUIET:

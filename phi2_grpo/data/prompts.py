@@ -117,7 +117,7 @@ def _turns(value) -> list[dict] | None:
     for turn in value if isinstance(value, list) else [None]:
         turn = turn if isinstance(turn, dict) else {}
         role, content = turn.get("role") or turn.get("from"), _text(turn.get("content", turn.get("value")))
-        if not isinstance(role, str) or (role := ROLES.get(role)) is None:
+        if not isinstance(role, str) or (role := ROLES.get(role.lower())) is None:
             return None
         if not content:
             continue

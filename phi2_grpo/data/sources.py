@@ -7,14 +7,14 @@ import csv
 import gzip
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import config
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import UserError, first_line
+from phi2_grpo.common.cli import UserError, first_lines
 
 # In a folder the first of these that is there: a download from the Hub may have exports of the same rows beside its tables.
 FORMATS = tuple(end + gz for end in (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt") for gz in ("", ".gz"))
@@ -26,14 +26,14 @@ def read_rows(source: str, revision: str, subset: str = "") -> tuple[dict[str, I
     """Rows by split, and the commit of a data set of the Hub, of which `subset` names one of several.
 
     The splits are train and validation, or all rows as one without a name ("") where the source does not have both. A split
-    is known by the beginning of its name: train_sft is train. A test split is taken for the validation split where there is
-    none; of a source with both, what is neither is not read. Raises UserError where the source cannot be found or read.
+    is known by a word in its name, or of a file in its path: train_sft is train. A test split is taken for the validation split
+    where there is none; of a source with both, what is neither is not read. Raises UserError where it cannot be found or read.
     """
     path, commit = Path(source), None
     if any(source == preset.get("dataset") for preset in config.PRESETS.values()) and not path.exists():
         path = Path(config.__file__).parent / source  # the script was called from another folder
     try:
-        if path.exists() or source.startswith((".", "/")) or source.endswith(FORMATS):
+        if path.exists() or source.startswith((".", "/")) or source.lower().endswith(FORMATS):
             parts = _local_parts(path)
         else:
             parts, commit = _hub_parts(source, revision, subset)
@@ -41,13 +41,14 @@ def read_rows(source: str, revision: str, subset: str = "") -> tuple[dict[str, I
         raise
     except Exception as error:  # datasets, pyarrow and the network raise dozens of kinds
         raise UserError(
-            f"--dataset {source} cannot be read: {first_line(error.__cause__ or error)}\n"
-            f"  On the Hub: check the name, the revision ({revision}) and the network, or give a copy: --dataset FOLDER\n"
+            f"--dataset {source} cannot be read: {first_lines(error.__cause__ or error, 2)}\n"
+            f"  On the Hub: check the name, --dataset_config, the revision ({revision}) and the network; a gated one takes "
+            "`hf auth login`. Or give a copy: --dataset FOLDER\n"
             "  To try everything without the Hub: --preset tiny"
         ) from None
     splits = defaultdict(list)
     for name, rows in parts:
-        named = re.match(rf"({'|'.join(SPLITS)})(?![a-z])", name)
+        named = re.search(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", name.lower())
         splits[SPLITS[named[1]] if named else ""].append(rows)
     held_out = "validation" if "validation" in splits else "test"
     chosen = {"train": splits["train"], "validation": splits[held_out]}
@@ -66,13 +67,17 @@ def _local_parts(path: Path) -> list[tuple[str, Iterable]]:
         return _table_parts({"": saved} if isinstance(saved, datasets.Dataset) else saved)
     if not path.exists():
         raise UserError(f"--dataset {path}: there is no such file or folder.")
-    by_format = (sorted(path.rglob(f"*{end}")) for end in FORMATS)
+    inside = [each for each in sorted(path.rglob("*")) if not any(p.startswith(".") for p in each.relative_to(path).parts)]
+    by_format = ([each for each in inside if each.name.lower().endswith(end)] for end in FORMATS)
     paths = [path] if path.is_file() else next(filter(None, by_format), None)
     if not paths:
         raise UserError(f"--dataset {path} is no file, no save_to_disk folder, and no folder of {', '.join(FORMATS)} files.")
     files.check_no_pointer(*paths)
     return [
-        (each.name, _batch_rows(ParquetFile(each).iter_batches(1000)) if each.suffix == ".parquet" else _text_rows(each))
+        (
+            str(each.relative_to(path) if each != path else each.name),
+            _batch_rows(ParquetFile(each).iter_batches(1000)) if each.suffix.lower() == ".parquet" else _text_rows(each),
+        )
         for each in paths
     ]
 
@@ -106,8 +111,8 @@ def _text_rows(path: Path) -> Iterator:
 
     With or without a byte order mark, which Windows writes. All that a table holds stays a text: 007 is no number.
     """
-    opened = gzip.open if path.suffix == ".gz" else open
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     with opened(path, "rt", encoding="utf-8-sig", newline="" if kind in ("csv", "tsv") else None) as lines:
         if kind in ("csv", "tsv"):
             yield from _table_rows(lines, kind)
@@ -116,8 +121,10 @@ def _text_rows(path: Path) -> Iterator:
             yield from ({"prompt": line.strip()} for line in lines if line.strip())
             return
         first = next(lines, "")
-        if first.lstrip().startswith("["):
-            yield from json.loads(first + lines.read())
+        if first.strip() == "{" or first.lstrip().startswith("["):
+            value = json.loads(first + lines.read())
+            lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else [value]
+            yield from lists[0] if lists else [value]  # {"data": [...]} has the rows in a list
         else:
             yield from (json.loads(line) for line in chain([first], lines) if line.strip())
 
@@ -125,8 +132,12 @@ def _text_rows(path: Path) -> Iterator:
 def _table_rows(lines: Iterator[str], kind: str) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # 128 KB by default
     head = next(lines, "")
+    head = next(lines, "") if head.startswith("sep=") else head  # Excel's
     delimiter = "\t" if kind == "tsv" else max(",;\t", key=head.count)  # of many countries' Excel it is a semicolon
-    for row in csv.DictReader(chain([head], lines), delimiter=delimiter):
+    reader = csv.DictReader(chain([head], lines), delimiter=delimiter, strict=True)
+    if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]:
+        raise ValueError(f"the header has {' and '.join(twice)} twice")
+    for row in reader:
         if None in row or None in row.values():
             raise ValueError(f"a row has another number of cells than the header: {str(row)[:200]}")
         # A column without a name is the row's number, as pandas writes it.
@@ -140,7 +151,8 @@ def _checked(rows: Iterable, name: str) -> Iterator:
         for number, row in enumerate(rows, 1):  # noqa: B007
             yield row
     except UnicodeDecodeError as error:
-        advice = 'Save it anew (Excel: "CSV UTF-8"), or: iconv -f cp1252 -t utf-8 FILE > NEW_FILE'
+        coding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        advice = f'Save it anew (Excel: "CSV UTF-8"), or: iconv -f {coding} -t utf-8 FILE > NEW_FILE'
         raise UserError(f"{name} is not UTF-8: byte {error.object[error.start]:#x} past row {number}. {advice}") from None
-    except (OSError, ValueError, EOFError) as error:  # pyarrow's errors are OSError and ValueError
-        raise UserError(f"{name} cannot be read past row {number}: {first_line(error)}.") from None
+    except (OSError, ValueError, EOFError, csv.Error) as error:  # pyarrow's errors are OSError and ValueError
+        raise UserError(f"{name} cannot be read past row {number}: {first_lines(error)}.") from None

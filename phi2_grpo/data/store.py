@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Features, Value, disable_caching, load_from_disk
 
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import UserError, first_line, prepare_command
+from phi2_grpo.common.cli import UserError, first_lines, prepare_command
 
 disable_caching()  # its files would go into data_dir, which may be shared and not ours to write
 
@@ -85,7 +85,7 @@ def _tables(rows: dict[str, list[dict]], features: Features, with_others: bool) 
             table = Dataset.from_dict({column: [row.get(column) for row in everything]})
         except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are ValueError and TypeError
             raise UserError(
-                f"the column {column} cannot be stored: {first_line(error)}. Make its values of one type."
+                f"the column {column} cannot be stored: {first_lines(error)}. Make its values of one type."
             ) from None
         features = Features({**features, column: table.features[column]})
     tables = {split: {column: [row.get(column) for row in rows[split]] for column in features} for split in SPLITS}
@@ -111,7 +111,7 @@ def load_prompts(config: dict, tokenizer, kind: str = PROMPTS) -> tuple[DatasetD
         if not all(FEATURES[kind].items() <= tables[split].features.items() for split in SPLITS):
             raise ValueError(f"it lacks one of the columns {', '.join(FEATURES[kind])}")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be used: {first_line(error)}. Prepare it again: {again}") from None
+        raise UserError(f"{path} cannot be used: {first_lines(error)}. Prepare it again: {again}") from None
     if funnel["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"the data in {data_dir} was prepared for the tokenizer of {funnel['model']}, not of {config['model']}: its "

@@ -35,7 +35,7 @@ class Answer:
 
 def stop_strings(tokenizer) -> list[str]:
     """STOP_STRINGS under Phi-2's prompt format; none where a model has its own template, and ends its turns by a token."""
-    return STOP_STRINGS if tokenizer.chat_template == CHAT_TEMPLATE else []
+    return STOP_STRINGS if str(tokenizer.chat_template).endswith(CHAT_TEMPLATE) else []
 
 
 def trim(completion_ids: list[list[int]], tokenizer) -> list[Answer]:

@@ -16,7 +16,7 @@ from phi2_grpo.common.cli import UserError, load_errors
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = {name: ROOT / "results" / f"{name}-base" for name in ("tiny", "smollm2")}
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights smollm2 has, less 4-bit rounding
-LOADING = {"use_safetensors": True}  # no pickle: it may run code
+LOADING = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, which may run code, and no code
 
 
 def resolve_model(config: dict) -> tuple[str, str | None]:
@@ -84,14 +84,15 @@ def load_pretrained(loader, config: dict, **options):
     """`loader.from_pretrained` for the configured base. Raises UserError where it cannot be loaded."""
     name, revision = resolve_model(config)
     with base_load_errors(config):
-        return loader.from_pretrained(name, **({"revision": revision} if revision else {}), **options)
+        return loader.from_pretrained(name, **{"revision": revision or "main", "trust_remote_code": False, **options})
 
 
 def base_load_errors(config: dict):
     """`load_errors` around the reading of the configured base."""
     name, revision = resolve_model(config)
     if revision:
-        advice = f"hf download {name} puts it into the cache, which HF_HUB_OFFLINE=1 reads. Or: --model FOLDER, --preset tiny."
+        advice = "A gated one: accept its terms on its page, then `hf auth login`. Without a network: "
+        advice += f"hf download {name} puts it into the cache, which HF_HUB_OFFLINE=1 reads. Or: --model FOLDER, --preset tiny."
         return load_errors(f"the model {name} (revision {revision}) cannot be loaded", advice)
     advice = "Copy it again, with its weights as safetensors. An adapter is given with --init_adapter, its base with --model."
     return load_errors(f"the model in {name} cannot be loaded", advice)
@@ -192,7 +193,7 @@ def meta_model(config: dict):
                 files.check_no_pointer(Path(name) / part)
                 with safe_open(Path(name) / part, "np"):  # reads the header, and compares it with the file's size
                     pass
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     model.name_or_path = base_name(config)[0]
     return model
 

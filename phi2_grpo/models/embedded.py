@@ -55,9 +55,15 @@ def prepare(model: str, load_dialogues: Callable[[], list[dict]]) -> None:
     target = EMBEDDED[model]
     source = json.dumps(RECIPE).encode() + TINY_SAMPLE.read_bytes() if model == "tiny" else PACKAGE.encode()
     fingerprint = hashlib.sha256(source).hexdigest()
+
+    def is_current() -> bool:
+        return files.read_json(target / "built-from.json").get("fingerprint") == fingerprint
+
+    if is_current():  # before the lock, for which results/ must be writable
+        return
     target.parent.mkdir(exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):  # of several processes one builds, the others wait
-        if files.read_json(target / "built-from.json").get("fingerprint") == fingerprint:
+        if is_current():
             return
         with files.atomic_folder(target) as folder:
             if model == "tiny":

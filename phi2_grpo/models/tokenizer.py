@@ -26,22 +26,24 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ 'Output:' }}{%- endif -%}"""
 
 
+QUESTION = [{"role": "user", "content": "Why?"}]  # to try a tokenizer with
 FORWARD_TOKENS = 2048  # in one forward pass over prompts or answers, padding included
 
 
 def load_tokenizer(config: dict):
     """The base's tokenizer, ready for GRPO. Raises UserError where it cannot be loaded, or lacks tokens.
 
-    Its `all_eos_ids` are the tokens that end a turn: its own, then those that the base's generation config names beside it.
+    Its `all_eos_ids` are the tokens that end a turn: its own, those that the base's generation config names beside it, and what
+    its chat template puts behind an answer.
     """
     tokenizer = load_pretrained(AutoTokenizer, config)
     prepare_tokenizer(tokenizer)
     with base_load_errors(config):  # a chat template is a program, and may raise anything
-        length = count_tokens(tokenizer, [[{"role": "user", "content": "Why?"}]])[0]
+        length, turn_end = count_tokens(tokenizer, [QUESTION])[0], _turn_end_ids(tokenizer)
     if tokenizer.eos_token_id is None or not length:  # transformers makes an empty one where the files are missing
         raise UserError(f"the tokenizer of {config['model']} has no end token (eos_token), or no tokens. Copy it again.")
     # Not eos_token_ids, which transformers takes for the eos_token itself.
-    tokenizer.all_eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *_config_eos_ids(config)]))
+    tokenizer.all_eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *_config_eos_ids(config), *turn_end]))
     return tokenizer
 
 
@@ -54,7 +56,16 @@ def prepare_tokenizer(tokenizer) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHAT_TEMPLATE
+        begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # as Llama's and Gemma's do
+        tokenizer.chat_template = "{{ bos_token }}" * begins + CHAT_TEMPLATE
+
+
+def _turn_end_ids(tokenizer) -> list[int]:
+    """The special token that the chat template puts behind an answer; a base's config may not name it (Qwen's does not)."""
+    text = tokenizer.apply_chat_template([*QUESTION, {"role": "assistant", "content": "Because."}], tokenize=False)
+    ids = tokenizer(text.rpartition("Because.")[2], add_special_tokens=False)["input_ids"][:1]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in ids if i in special]
 
 
 def _config_eos_ids(config: dict) -> list[int]:
@@ -95,10 +106,12 @@ def check_context(conversations: list[list[dict]], tokenizer, config: dict, cont
 
 
 def check_vocabulary(tokenizer, base) -> None:
-    """Raise UserError where the tokenizer has more tokens than the model has rows for."""
-    if len(tokenizer) > (rows := base.config.get_text_config().vocab_size):
+    """Raise UserError where the model has no row for a token that is used. An added one may be more: Gemma 3's for images."""
+    prompt = tokenizer(render(tokenizer, [QUESTION]), add_special_tokens=False)["input_ids"][0]
+    highest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id, *tokenizer.all_eos_ids, *prompt)
+    if highest >= (rows := base.config.get_text_config().vocab_size):
         name = base.config.name_or_path
-        raise UserError(f"the tokenizer has {len(tokenizer):,} tokens, and {name} {rows:,}: copy both again, from one place.")
+        raise UserError(f"the tokenizer has a token {highest:,}, and {name} {rows:,} rows: copy both again, from one place.")
 
 
 def batches_by_length(lengths: list[int]) -> Iterator[list[int]]:

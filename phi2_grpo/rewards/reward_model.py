@@ -53,7 +53,7 @@ class RewardModel:
 
     def _model_labels(self) -> int:
         """Outputs of a model without an adapter; sets `base`, (name, revision)."""
-        config = AutoConfig.from_pretrained(self.folder)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         self.base = (str(self.folder), "main")
         kinds = config.architectures or []
         return config.num_labels if any(kind.endswith("ForSequenceClassification") for kind in kinds) else 0
@@ -84,7 +84,7 @@ class RewardModel:
         if not self.adapter or self.shares_base_of(config):
             return own
         with load_errors(f"{self.base[0]}, the base of the reward model {self.name}, cannot be loaded"):
-            base = AutoConfig.from_pretrained(self.base[0], revision=self.base[1])
+            base = AutoConfig.from_pretrained(self.base[0], revision=self.base[1], trust_remote_code=False)
             with torch.device("meta"):
                 return own + AutoModelForSequenceClassification.from_config(base).num_parameters() * dtype.itemsize
 
@@ -110,7 +110,8 @@ class RewardModel:
 
     def _load_tokenizer(self):
         own = (self.folder / "tokenizer.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(self.folder if own else self.base[0], revision=self.base[1])
+        options = {"revision": self.base[1], "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(self.folder if own else self.base[0], **options)
         if tokenizer.chat_template is None:
             raise UserError(f"the tokenizer of the reward model {self.name} has no chat template, so its input is unknown.")
         prepare_tokenizer(tokenizer)

@@ -62,7 +62,7 @@ class LogCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.console.quiet = not state.is_world_process_zero
-        self.started = self.last_log = time.monotonic()
+        self.started = time.monotonic()
         self.first_step, self.metrics_file = state.global_step, Path(args.output_dir) / "metrics.jsonl"
         rows = outputs.log_rows(state.log_history, self.key)
         if state.is_world_process_zero:
@@ -71,13 +71,17 @@ class LogCallback(TrainerCallback):
         self.raised = {(kind, metric) for row in rows for kind, metric in row.get("alerts", [])
                        if kind == "warning" or not self.config["stop_on_collapse"]}  # fmt: skip
 
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.first_step:  # without what comes before, as the first evaluation
+            self.first_begun = self.last_log = time.monotonic()
+
     def on_log(self, args, state, control, logs=None, **_):
         if self.key not in (logs or {}):
             return
         if not math.isfinite(logs.get("grad_norm") or 0.0):
             raise UserError(
                 f"the gradient of step {state.global_step} is not finite, and the weights are lost with it. Lower "
-                "--learning_rate, or look at the rewards and at the base's own weights."
+                f"--{'' if self.scorer else 'reward_'}learning_rate, or look at data, rewards and the base's own weights."
             )
         rows = outputs.log_rows(state.log_history, self.key)
         self.print_step(state, rows[-1])
@@ -95,7 +99,7 @@ class LogCallback(TrainerCallback):
             headers = [header for _, header, _ in self.columns]
             self.console.print("     step", *headers, "s/step", "   left", sep="  ", style="bold")
         cells = [_format(row.get(key), spec).rjust(len(header)) for key, header, spec in self.columns]
-        left = format_duration((now - self.started) / done * (state.max_steps - state.global_step))
+        left = format_duration((now - self.first_begun) / done * (state.max_steps - state.global_step))
         step = f"{state.global_step}/{state.max_steps}"
         self.console.print(f"{step:>9}", *cells, f"{now - self.last_log:6.1f}", f"{left:>7}", sep="  ")
         self.last_log = now

@@ -11,11 +11,20 @@ import torch
 from datasets import DatasetDict
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForSequenceClassification
 
 from phi2_grpo.common import cli, files
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import store
-from phi2_grpo.models.base import base_of_adapter, choose_device, commit_of, context_length, is_same_base, is_sharded
+from phi2_grpo.models.base import (
+    base_of_adapter,
+    choose_device,
+    commit_of,
+    context_length,
+    is_same_base,
+    is_sharded,
+    meta_model,
+)
 from phi2_grpo.models.lora import lora_counts, lora_summary, meta_lora_model
 from phi2_grpo.models.tokenizer import check_context, check_vocabulary, load_tokenizer
 from phi2_grpo.rewards.reward_model import render_conversations
@@ -129,9 +138,10 @@ def pairs(config: dict, tokenizer):
         replies = [reply[0]["content"] for reply in pairs["train"][side]]
         texts = render_conversations(tokenizer, pairs["train"]["prompt"], replies)
         lengths = list(map(max, lengths, map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])))
-    kept = [i for i, length in enumerate(lengths) if length <= config["reward_max_length"]]
+    most = min(config["reward_max_length"], context_length(meta_model(config)))
+    kept = [i for i, length in enumerate(lengths) if length <= most]
     if not kept:
-        raise UserError(f"no pair has at most {config['reward_max_length']} tokens. Raise --reward_max_length.")
+        raise UserError(f"no pair has at most {most} tokens. Raise --reward_max_length, within the base's context.")
     batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
     steps, left_out = config["reward_epochs"] * math.ceil(len(kept) / batch), len(lengths) - len(kept)
     pairs["train"] = pairs["train"].select(kept)
@@ -139,6 +149,16 @@ def pairs(config: dict, tokenizer):
     few = ". So few validation pairs say little: the intervals will be wide" * (len(pairs["validation"]) < 50)
     text = f"{counts}; {steps} steps of {batch} pairs{few}"
     return (pairs, funnel, steps, left_out, max(lengths[i] for i in kept)), text
+
+
+def reward_head(config: dict):
+    base = meta_model(config)
+    try:
+        with torch.device("meta"):
+            return True, type(AutoModelForSequenceClassification.from_config(base.config)).__name__
+    except ValueError:
+        kind = base.config.model_type
+        raise UserError(f"transformers has no sequence-classification model of the kind {kind}. Take another base.") from None
 
 
 def lora(config: dict, tokenizer):

@@ -104,6 +104,7 @@ def preflight_reward(config: dict, resume: bool, overwrite: bool) -> Preflight:
     ready.pairs, ready.funnel, ready.steps, ready.left_out, longest = data
     if resume:
         ready.run("same run", checks.same_run, config, output, ready.funnel, ready.dtype, ready.steps, {})
+    ready.run("reward head", checks.reward_head, config)
     policy = ready.run("LoRA", checks.lora, {**config, "init_adapter": ""}, ready.tokenizer)
     ready.run("memory", checks.pair_memory, config, policy, longest, ready.device, ready.dtype)
     ready.run("disk", checks.disk, config, policy, output)

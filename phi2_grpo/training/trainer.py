@@ -14,7 +14,7 @@ from trl import GRPOTrainer, RewardTrainer
 from trl.trainer.utils import RepeatSampler
 
 from phi2_grpo.common import files, progress
-from phi2_grpo.common.cli import UserError, disk_is_full, explain, first_line, memory_ran_out
+from phi2_grpo.common.cli import UserError, disk_is_full, explain, first_lines, memory_ran_out
 from phi2_grpo.models.base import is_sharded
 from phi2_grpo.rewards.scorer import BadReward
 from phi2_grpo.rollout.decode_step import unsupported_reason
@@ -56,6 +56,8 @@ def training_arguments(kind: type, config: dict, device: torch.device, dtype: to
 
 class RunMixin:
     """Mixed into a trainer: a run from its start, or from a checkpoint, to its end or to a clear message."""
+
+    another_run = "--init_adapter {} --output_dir ANOTHER"  # the flags that begin one at a checkpoint
 
     def run(self, log: LogCallback, checkpoint: Path | None) -> None:
         """Train up to `max_steps`, on from `checkpoint`.
@@ -99,11 +101,12 @@ class RunMixin:
             checkpoints.remove_incomplete(output)
         newest = checkpoints.newest_complete(output)
         if isinstance(error, UserError):  # of a reward, or of a training that diverged: --resume would meet it again
-            start = f"start another run from there: --init_adapter {newest} --output_dir ANOTHER" if newest else "start again"
-            return f"{error}\n  Correct it, and {start}"
+            start = f"start another run: {self.another_run.format(newest)}" if newest else "start again"
+            outside = "\n  If what failed was outside (a server was away), go on with --resume."
+            return f"{error}\n  Correct it, and {start}{outside * bool(newest and isinstance(error, BadReward))}"
         # gloo raises a plain RuntimeError, NCCL a DistError.
         if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            text = f"another process of this run is gone, or its machine: {first_line(error)[:200]}"
+            text = f"another process of this run is gone, or its machine: {first_lines(error)[:200]}"
         else:
             text = explain(error)
         return text and f"{text}\n  {checkpoints.resume_hint(output)}"
@@ -213,3 +216,5 @@ class Trainer(RunMixin, GRPOTrainer):
 
 class RewardModelTrainer(RunMixin, RewardTrainer):
     """For a reward model."""
+
+    another_run = "--overwrite"

@@ -54,7 +54,7 @@ def test_printed_commands_name_a_python_that_has_the_packages(monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)  # as under make, which activates nothing
     assert cli.python_command() == ".venv/bin/python"
     monkeypatch.setenv("PATH", str(own.parent))
-    assert cli.python_command() == "python"
+    assert cli.python_command() == "python" and cli.script_command("x.py") == f"python {ROOT}/x.py", "from another folder"
 
 
 def test_trainer_keys_bear_the_field_names():

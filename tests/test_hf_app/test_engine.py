@@ -22,13 +22,6 @@ CONFIG = "adapter_config.json"
 PLANT = [{"role": "user", "content": "How do I keep a plant alive?"}]
 
 
-@pytest.fixture(scope="module")
-def engine(loud, micro):
-    running = app_engine.Engine(loud, str(micro))
-    yield running
-    running.close()
-
-
 def ask(engine, question: str | list[dict] = PLANT, model="tuned", **given):
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     *_, last = engine.stream(messages, model, engine.settings(**given))

@@ -1,15 +1,18 @@
 """What the model sees, and where its turns end."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import make_micro
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from config import CONFIG
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.answers import chat_generation_config, stop_strings, trim
 from phi2_grpo.models.base import load_base
-from phi2_grpo.models.tokenizer import check_context, count_tokens, load_tokenizer, render
+from phi2_grpo.models.tokenizer import QUESTION, check_context, count_tokens, load_tokenizer, prepare_tokenizer, render
 from phi2_grpo.rollout.engine import complete, make_engine
 from phi2_grpo.rollout.sampling import rollout_generation_config
 
@@ -62,6 +65,21 @@ def test_every_end_token_ends_an_answer(chat_model, tmp_path):
     assert [(answer.text, answer.ended) for answer in answers] == [("a plant", True)] * 2
     assert rollout_generation_config(config, tokenizer).eos_token_id == eos_ids
     assert chat_generation_config(tokenizer, config, 512).eos_token_id == eos_ids
+
+
+def test_what_a_base_model_s_tokenizer_keeps_to_itself(chat_model, tmp_path):
+    """The end of a turn that the chat template alone names (Qwen's bases), and the token that begins every text (Llama's)."""
+    config, end = chat_model
+    folder = shutil.copytree(config["model"], tmp_path / "base")
+    (folder / "generation_config.json").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer({**config, "model": str(folder)}).all_eos_ids == [tokenizer.eos_token_id, end]
+    tokenizer.chat_template, tokenizer.bos_token = None, "<|end|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", end)])
+    prepare_tokenizer(tokenizer)
+    assert render(tokenizer, [QUESTION]) == ["<|end|>Instruct: Why?\nOutput:"] and stop_strings(tokenizer)
 
 
 @pytest.mark.parametrize("engine", ["fast", "generate"])

@@ -176,7 +176,9 @@ def test_grpo_on_it(call, quick, trained_reward, tmp_path):
     assert "on the policy's own weights" in printed and "reward model 0." in printed
     run = read_json(tmp_path / "o-final" / "run.json")
     assert [reward["name"] for reward in run["rewards"]] == ["reward-model", "ending"]
-    assert "rewards/reward-model/mean" in run["last_metrics"]
+    parts = run["last_metrics"]["rewards/reward-model/mean"] / 2 + run["last_metrics"]["rewards/ending/mean"]
+    assert run["last_metrics"]["reward"] == pytest.approx(parts, abs=1e-3)
+    assert "| ending | 1 | Rewards ending by itself" in (tmp_path / "o-final" / "README.md").read_text()
     names = load_file(tmp_path / "o-final" / WEIGHTS)
     assert not any("score" in name for name in names) and len(names) == 24
     checked = (*quick[:10], "--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--max_prompts", 5)

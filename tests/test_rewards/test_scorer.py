@@ -160,17 +160,6 @@ def test_what_is_not_scored_is_not_zero(tokenizer):
     assert [row["score"] for row in scored] == [2.0, 1.0, 1.0, None]
 
 
-def test_several_rewards_train_and_are_described(call, quick, tmp_path):
-    flags = ("--rewards", "length,repetition:0.5,language,reference:-0.1,ending")
-    ok(call("train_grpo", 2, *quick, "--output_dir", tmp_path / "o", *flags))
-    run = read_json(tmp_path / "o-final" / "run.json")
-    assert [reward["weight"] for reward in run["rewards"]] == [1.0, 0.5, 1.0, -0.1, 1.0]
-    metrics = run["last_metrics"]
-    parts = [reward["weight"] * metrics[f"rewards/{reward['name']}/mean"] for reward in run["rewards"]]
-    assert metrics["reward"] == pytest.approx(sum(parts), abs=0.05)
-    assert "| repetition | 0.5 | Penalises repeated" in (tmp_path / "o-final" / "README.md").read_text()
-
-
 def test_what_counts_as_a_collapse_depends_on_the_rewards():
     """Right answers may be short and alike; a target says something only where a reward asks for it."""
 

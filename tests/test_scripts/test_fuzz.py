@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine import BadInput, Engine
+from engine import BadInput
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,12 +47,6 @@ row = st.fixed_dictionaries(right, optional=odd) | st.fixed_dictionaries(
 @pytest.fixture(scope="module")
 def base(micro):
     return load_base({**CONFIG, "model": str(micro)}, torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def engine(loud, micro):
-    with contextlib.closing(Engine(loud, str(micro))) as running:
-        yield running
 
 
 @ANY

@@ -2,15 +2,19 @@
 
 import os
 import re
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from transformers import AutoConfig
 from trl import RewardConfig
 
 import train_grpo
 import train_reward
 from config import CONFIG, PRESETS
 from phi2_grpo.common.cli import UserError, check_one_process
+from phi2_grpo.common.progress import QuietTrackio
 from phi2_grpo.training import checks
 from phi2_grpo.training.preflight import preflight, preflight_reward
 from phi2_grpo.training.trainer import training_arguments
@@ -74,6 +78,19 @@ def test_no_process_alone_evaluates_sharded_weights(monkeypatch):
     for use_vllm in (True, False):
         with pytest.raises(UserError, match="--eval_prompts 0"):
             checks.rollout(TINY | {"use_vllm": use_vllm}, None, CPU)
+
+
+def test_a_base_that_can_carry_no_reward_model(monkeypatch):
+    monkeypatch.setattr(checks, "meta_model", lambda _: SimpleNamespace(config=AutoConfig.for_model("granite")))
+    with pytest.raises(UserError, match="kind granite. Take another base"):
+        checks.reward_head(TINY)
+
+
+def test_on_the_dashboard_a_row_stands_at_its_step():
+    callback = QuietTrackio()
+    callback._trackio, callback._initialized = Mock(), True
+    callback.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=7), None, logs={"loss": 1.0})
+    assert callback._trackio.log.call_args.kwargs == {"step": 7}
 
 
 def test_a_folder_called_like_a_tracker_is_no_package(monkeypatch, tmp_path):
