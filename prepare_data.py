@@ -65,7 +65,7 @@ def prepare(config: dict, console) -> None:
         else:
             items = {split: oasst.parse_messages(rows, f"{config['dataset']} {split}") for split, rows in splits.items()}
     if "" in items:  # the source has no validation split
-        trees = prompts.first_questions(items[""]) if form else [message.message_tree_id for message in items[""]]
+        trees = prompts.same_prompts(items[""]) if form else [message.message_tree_id for message in items[""]]
         items = prompts.split(items[""], config["validation_fraction"], config["split_seed"], trees)
     if form and config["languages"] != "all":
         with console.status("guessing languages"):

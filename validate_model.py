@@ -75,6 +75,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from phi2_grpo.rewards.functions import BUILT_IN
     from phi2_grpo.rewards.scorer import Scorer, add_built_in, describe_rewards, parse_rewards, try_rewards
     from phi2_grpo.rollout.engine import make_engine
+    from phi2_grpo.training.checkpoints import reward_list
 
     console = Console()
     console.print(f"validate_model: {cli.differences(config, KEYS)}")
@@ -92,7 +93,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
         console.print(seen, style="yellow")
     prompts = select_rows(table, config["max_prompts"], config["seed"])
     chosen = parse_rewards(config["rewards"])
-    as_trained = describe_rewards(chosen) == trained.get("rewards")  # by their files' digests, too
+    as_trained = reward_list({"rewards": describe_rewards(chosen)}) == reward_list(trained)  # by their files' digests, too
     scorer = Scorer(tokenizer, config["target_tokens"], add_built_in(chosen), config["format_regex"])
     try_rewards(scorer, prompts)
     context = context_length(base)

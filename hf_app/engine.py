@@ -20,8 +20,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-# For a base model without an adapter, which has neither: the question-answer format of Phi-2's model card, and where Phi-2
-# runs on after its answer. With an adapter, its own template and stop strings rule.
+# For a base that has no template: the format of Phi-2's model card, and where Phi-2 runs on. An adapter brings its own.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'user' -%}{{ 'Instruct: ' + message['content'] | trim + '\\n' }}
@@ -32,6 +31,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ 'Output:' }}{%- endif -%}"""
 STOP_STRINGS = ["\nInstruct:", "\nOutput:", "\nUser:", "\nHuman:", "\nExercise:", *(f"\nExercise {n}" for n in range(1, 10))]
 
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 MAX_CHARACTERS = 20_000  # of a question; far over any context here, and cheap to refuse
 MAX_NEW_TOKENS = 512  # of an answer, where the context allows it
 MAX_SECONDS = 180.0  # of an answer: a Phi-2 on two CPU cores writes about 2 tokens a second
@@ -197,7 +197,7 @@ class Engine:
         # Most chat models name several end tokens; a Phi-2 runs on, which others do not.
         self.eos_ids = unique_ids(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
         self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids or None)  # without the base's top_k
-        stops = STOP_STRINGS if self.tokenizer.chat_template.endswith(CHAT_TEMPLATE) else None
+        stops = STOP_STRINGS if str(self.tokenizer.chat_template).endswith(CHAT_TEMPLATE) else None
         self.defaults = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, stop_strings=stops)
 
     def _load_adapter(self) -> None:
@@ -387,8 +387,10 @@ def read_adapter_config(folder: Path) -> PeftConfig | None:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise BadAdapter(f"adapter_config.json cannot be read: {first_line(error)}") from None
-    if config.peft_type != "LORA" or config.bias != "none":  # biases would change the base
-        raise BadAdapter(f"its kind is {config.peft_type}, and only LoRA, without biases, is read here")
+    if config.peft_type != "LORA":
+        raise BadAdapter(f"its kind is {config.peft_type}, and only LoRA is read here")
+    if config.bias != "none" or str(config.init_lora_weights).lower().startswith(CHANGES_BASE):
+        raise BadAdapter("it changes weights of its base: give one with bias none and init_lora_weights true")
     return config
 
 

@@ -37,9 +37,12 @@ class QuietTrackio(TrackioCallback):
         finally:
             self._trackio.init = init
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if state.is_world_process_zero and self._initialized:
-            self._trackio.log(rewrite_logs(logs), step=state.global_step)
+    def on_log(self, args, state, control, model=None, logs=None, **_):
+        if not self._initialized:  # by the evaluation at step 0
+            self.setup(args, state, model)
+        if state.is_world_process_zero:
+            row = {key: value for key, value in logs.items() if not key.startswith(("train_", "total_"))}  # of the whole run
+            self._trackio.log(rewrite_logs(row), step=state.global_step)
 
     def on_train_end(self, *arguments, **keywords):
         with QUIET:

@@ -183,10 +183,9 @@ def read(splits: dict[str, Iterable[dict]], form: Form, system_prompt: str) -> d
     }  # fmt: skip
 
 
-def first_questions(rows: list[dict | None]) -> list[str]:
-    """What `split` takes for trees: rows that begin with the same question are one, as those of several answers to it."""
-    turns = ([turn for turn in row["prompt"] if turn["role"] == "user"] if row else [] for row in rows)
-    return [normalize(user[:1]) for user in turns]
+def same_prompts(rows: list[dict | None]) -> list[str]:
+    """What `split` takes for trees: rows of one prompt, as those of several answers to it; `deduplicate` sees to follow-ups."""
+    return [normalize(row["prompt"]) if row else "" for row in rows]
 
 
 def split(items: list, fraction: float, seed: int, trees: list[str]) -> dict[str, list]:

@@ -48,7 +48,8 @@ def read_rows(source: str, revision: str, subset: str = "") -> tuple[dict[str, I
         ) from None
     splits = defaultdict(list)
     for name, rows in parts:
-        named = re.search(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", name.lower())
+        words = (re.search(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", part.lower()) for part in Path(name).parts[::-1])
+        named = next(filter(None, words), None)  # the file's own name before its folders'
         splits[SPLITS[named[1]] if named else ""].append(rows)
     held_out = "validation" if "validation" in splits else "test"
     chosen = {"train": splits["train"], "validation": splits[held_out]}
@@ -121,12 +122,26 @@ def _text_rows(path: Path) -> Iterator:
             yield from ({"prompt": line.strip()} for line in lines if line.strip())
             return
         first = next(lines, "")
-        if first.strip() == "{" or first.lstrip().startswith("["):
-            value = json.loads(first + lines.read())
-            lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else [value]
-            yield from lists[0] if lists else [value]  # {"data": [...]} has the rows in a list
+        if first.lstrip().startswith("["):
+            yield from json.loads(first + lines.read())
+        elif kind == "json":
+            yield from _object_rows(first + lines.read())
         else:
             yield from (json.loads(line) for line in chain([first], lines) if line.strip())
+
+
+def _object_rows(text: str) -> Iterable:
+    """Of {"data": [{...}, ...]}, or of JSON lines by another name."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return map(json.loads, filter(str.strip, text.split("\n")))
+    tables = [item for key, item in value.items() if key not in ("messages", "conversations") and _is_table(item)]
+    return tables[0] if tables else [value]
+
+
+def _is_table(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _table_rows(lines: Iterator[str], kind: str) -> Iterator[dict]:
@@ -135,7 +150,7 @@ def _table_rows(lines: Iterator[str], kind: str) -> Iterator[dict]:
     head = next(lines, "") if head.startswith("sep=") else head  # Excel's
     delimiter = "\t" if kind == "tsv" else max(",;\t", key=head.count)  # of many countries' Excel it is a semicolon
     reader = csv.DictReader(chain([head], lines), delimiter=delimiter, strict=True)
-    if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]:
+    if twice := [name for name, count in Counter(map(str.strip, reader.fieldnames or ())).items() if name and count > 1]:
         raise ValueError(f"the header has {' and '.join(twice)} twice")
     for row in reader:
         if None in row or None in row.values():
@@ -155,4 +170,5 @@ def _checked(rows: Iterable, name: str) -> Iterator:
         advice = f'Save it anew (Excel: "CSV UTF-8"), or: iconv -f {coding} -t utf-8 FILE > NEW_FILE'
         raise UserError(f"{name} is not UTF-8: byte {error.object[error.start]:#x} past row {number}. {advice}") from None
     except (OSError, ValueError, EOFError, csv.Error) as error:  # pyarrow's errors are OSError and ValueError
-        raise UserError(f"{name} cannot be read past row {number}: {first_lines(error)}.") from None
+        advice = " Inside a quoted cell, quotation marks are doubled." if isinstance(error, csv.Error) else ""
+        raise UserError(f"{name} cannot be read past row {number}: {first_lines(error)}.{advice}") from None

@@ -17,6 +17,7 @@ from phi2_grpo.models.base import base_name, base_of_adapter, is_same_base, meta
 # port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
 PHI_NAMES = {"Wqkv": ["q_proj", "k_proj", "v_proj"], "out_proj": ["dense"]}
 LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 REMEDY = "The adapter is broken, or was trained on another base model: copy it again, or give that base with --model."
 
 
@@ -110,10 +111,9 @@ def check_adapter(folder: str) -> Path:
         )
     if (kind := saved.get("peft_type", "LORA")) != "LORA":
         raise UserError(f"{folder} is an adapter of the kind {kind}, and this project uses LoRA alone. Give a LoRA adapter.")
-    kind = str(saved.get("init_lora_weights")).split("_")[0]
-    if saved.get("bias", "none") != "none" or kind in ("pissa", "olora", "corda", "loftq"):
+    if saved.get("bias", "none") != "none" or str(saved.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
         text = "changes weights of its base, which is another model then, the adapter off. Give a plain LoRA"
-        raise UserError(f"{folder} {text} (bias none, init_lora_weights true; PEFT can convert it).")
+        raise UserError(f"{folder} {text} (bias none, init_lora_weights true).")
     check_finite(weights)
     return path
 

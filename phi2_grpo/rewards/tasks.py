@@ -11,13 +11,13 @@ from phi2_grpo.common.cli import UserError
 
 # A minus sign belongs to a number where nothing stands before it that could be subtracted from.
 NUMBER = re.compile(r"(?<![\w.)])[-+\u2212](?=[$€£]?\d)|\d")
-# 1,000 and 1 000 are a thousand; 1.5 and 1,5 are one and a half.
-DIGITS = re.compile(
-    r"[-+\u2212]?[$€£]?(\d{1,3}(?:([, \u00a0\u2009\u202f])\d{3})(?:\2\d{3})*(?!\d)|\d+)"
-    r"([.,]\d+)?(?:\s?/\s?(\d{1,99})(?![\d.]))?"
-)
+DIGITS = re.compile(r"[-+\u2212]?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?(?:\s?/\s?(\d{1,99})(?![\d.]))?")
+# A right answer that is a number with a decimal comma (12,50 € or 1.000,5), or with thousands set apart by spaces (10 000).
+COMMA = re.compile(r"[-+\u2212$€£]*\s?(?:\d{1,3}(?:[.\s]\d{3})+|\d+),\d{1,2}[^\d,]*")
+SPACED = re.compile(r"[-+\u2212$€£]*\s?\d{1,3}(?:\s\d{3})+[^\d,]*")
+GROUPS = {COMMA: re.compile(r"(?<=\d)[.\s](?=\d{3}(?!\d))"), SPACED: re.compile(r"(?<=\d)\s(?=\d{3}(?!\d))")}
 FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-ENDS = " .,;:!?\"'*`$()[]{}“”‘’«»"  # punctuation at the ends of a text
+ENDS = " .,;:!?\"'*`$“”‘’«»"  # punctuation at the ends of a text
 TIMEOUT = 1.0  # seconds for one answer: a pattern may need exponential time
 
 
@@ -28,9 +28,16 @@ def correct(answers: list[str], reference: list[str | None], **_) -> list[float 
     answers are possible; and says nothing about how the answer was found.
     """
     return [
-        None if right is None else float(final_answer(answer) == final_answer(right))
+        None if right is None else float(_read(answer, right) == _read(right, right))
         for answer, right in zip(answers, reference, strict=True)
     ]
+
+
+def _read(text: str, right: str) -> Fraction | str:
+    """The final answer; where the right answer is a number with a decimal comma or spaces, with numbers in that form."""
+    form = next((form for form in GROUPS if form.fullmatch(right.strip())), None)
+    text = GROUPS[form].sub("", text) if form else text
+    return final_answer(text.replace(",", ".") if form is COMMA else text)
 
 
 def final_answer(text: str) -> Fraction | str:
@@ -40,7 +47,11 @@ def final_answer(text: str) -> Fraction | str:
     marked = text.rpartition("####")[2].strip().split("\n")[0] if "####" in text else _boxed(text)
     part = FRACTION.sub(r"\1/\2", text if marked is None else marked)
     numbers = list(_numbers(part))
-    return numbers[-1] if numbers else " ".join(part.casefold().split()).strip(ENDS)
+    if numbers:
+        return numbers[-1]
+    text = " ".join(part.casefold().split())
+    bare = text.strip(ENDS)
+    return (bare[1:-1] if len(bare) > 2 and bare[0] + bare[-1] in ("()", "[]", "{}") else bare) or text
 
 
 def _numbers(text: str):
@@ -48,9 +59,8 @@ def _numbers(text: str):
     while start := NUMBER.search(text, position):
         match = DIGITS.match(text, start.start())
         position = match.end()
-        whole, grouped, decimals, divisor = match.groups("")
-        value = Fraction(Decimal(whole.replace(grouped, "") + decimals.replace(",", ".")))
-        value = value / int(divisor) if divisor and int(divisor) else value
+        value = Fraction(Decimal(match[1].replace(",", "") + (match[2] or "")))
+        value = value / int(match[3]) if match[3] and int(match[3]) else value
         yield -value if match[0][0] in "-\u2212" else value
 
 

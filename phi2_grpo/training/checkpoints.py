@@ -117,13 +117,14 @@ def changed_settings(then: dict, now: dict, facts: dict) -> list[str]:
         may_change |= {key for key in CONFIG if key.startswith("lora_")}  # the adapter's hold
     pairs = {key: (was[key], now[key]) for key in CONFIG if key in was and key in now and key not in may_change}
     pairs |= {key: (then[key], facts[key]) for key in ("dtype", "model_commit") if then.get(key) and facts.get(key)}
-    pairs["rewards"] = (_reward_list(then), _reward_list(facts))
+    pairs["rewards"] = (reward_list(then), reward_list(facts))
     pairs["completions of an update"] = (_update_size(was, then.get("processes", 1)), _update_size(now, num_processes()))
     return [f"{key}: was {old}, is {new}" for key, (old, new) in pairs.items() if old != new]
 
 
-def _reward_list(facts: dict) -> str:
-    rewards = facts.get("rewards") or []
+def reward_list(facts: dict) -> str:
+    """The rewards of a run.json by name, weight and digest."""
+    rewards = sorted(facts.get("rewards") or [], key=lambda reward: reward["name"])
     return ", ".join(f"{reward['name']} x {reward['weight']:g} {reward.get('digest') or ''}".strip() for reward in rewards)
 
 

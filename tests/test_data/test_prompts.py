@@ -91,7 +91,8 @@ FILES = {
     "q.json": json.dumps(QUESTIONS, indent=1),
     "q.csv": TABLE,
     "Q.CSV": f"sep=;\r\n{TABLE}",
-    "data.json": json.dumps({"version": 1, "data": QUESTIONS}, indent=1),
+    "data.json": json.dumps({"version": 1, "columns": ["question"], "data": QUESTIONS}),
+    "lines.json": "\n".join(map(json.dumps, QUESTIONS)),
     "q.tsv": TABLE.replace(";", "\t"),
     "q.txt": "\r\n".join(row["question"] for row in QUESTIONS),
 }
@@ -113,7 +114,13 @@ def test_files(name, tmp_path):
 
 
 def test_a_folder_keeps_its_splits(tmp_path):
-    for name in ("gsm8k_Train.csv", "test/0.csv", "trains.csv", "more.csv", ".ipynb_checkpoints/train-0.csv"):  # two are splits
+    for name in (
+        "dev/gsm8k_Train.csv",
+        "test/0.csv",
+        "trains.csv",
+        "more.csv",
+        ".ipynb_checkpoints/train-0.csv",
+    ):  # two are splits
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TABLE)
     splits, _ = sources.read_rows(str(tmp_path), "main")
@@ -140,7 +147,7 @@ def test_rows_with_the_same_question_are_held_out_together():
     """Several answers to a question, as in most preference data; equal pairs count once."""
     rows = [{"prompt": f"Why {i}?", "chosen": f"{k}", "rejected": "x"} for i in range(40) for k in (0, 1, 2, 2)]
     rows = [*map(parse, rows), None]
-    splits, again, other = (prompts.split(rows, 0.25, seed, prompts.first_questions(rows)) for seed in (0, 0, 1))
+    splits, again, other = (prompts.split(rows, 0.25, seed, prompts.same_prompts(rows)) for seed in (0, 0, 1))
     assert splits == again != other
     held_out = {row["prompt"][0]["content"] for row in splits["validation"] if row}
     assert 9 <= len(held_out) <= 11 and not held_out & {row["prompt"][0]["content"] for row in splits["train"] if row}
@@ -161,7 +168,7 @@ def test_what_cannot_be_prepared(call, micro, tmp_path):
     (tmp_path / "c.jsonl").write_text("[1, 2]\n")
     refused(call("prepare_data", *flags, tmp_path / "c.jsonl"), "holds no rows")
     (tmp_path / "d.csv").write_text('question,answer\nWhy?,So.\n"Unclosed, and\n')
-    refused(call("prepare_data", *flags, tmp_path / "d.csv"), "past row 1", "end of data")
+    refused(call("prepare_data", *flags, tmp_path / "d.csv"), "past row 1", "end of data", "doubled")
     (tmp_path / "t.csv").write_text("question,answer,answer\nWhy?,So.,\n")
     refused(call("prepare_data", *flags, tmp_path / "t.csv"), "answer twice")
     (tmp_path / "e.csv").write_bytes("question\nGrüße?\n".encode("cp1252"))

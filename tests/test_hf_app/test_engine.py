@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from config import LIMITS
-from phi2_grpo.models import answers
+from phi2_grpo.models import answers, lora
 from phi2_grpo.models.tokenizer import CHAT_TEMPLATE, SAMPLE_PROMPTS
 
 CONFIG = "adapter_config.json"
@@ -31,6 +31,7 @@ def ask(engine, question: str | list[dict] = PLANT, model="tuned", **given):
 def test_what_stands_alone_says_the_same_as_the_project():
     """hf_app imports nothing of the project, so these facts stand twice; this holds them together."""
     assert app_engine.CHAT_TEMPLATE == CHAT_TEMPLATE and app_engine.STOP_STRINGS == answers.STOP_STRINGS
+    assert app_engine.CHANGES_BASE == lora.CHANGES_BASE
     assert (LIMITS["chat_temperature"], LIMITS["chat_top_p"]) == (app_engine.LIMITS["temperature"], app_engine.LIMITS["top_p"])
     source = (ROOT / "hf_app" / "app.py").read_text()
     assert all(repr(prompt).strip("'") in source for prompt in SAMPLE_PROMPTS)
@@ -161,7 +162,7 @@ BROKEN = {
     "config is no JSON": (lambda folder: (folder / CONFIG).write_text("{"), "broken", "cannot be read"),
     "other target": (lambda folder: change_json(folder / CONFIG, target_modules=["fc1"]), "broken", "made for another base"),
     "tokenizer is no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "broken", "is broken"),
-    "biases": (lambda folder: change_json(folder / CONFIG, bias="all"), "broken", "without biases"),
+    "biases": (lambda folder: change_json(folder / CONFIG, bias="all"), "broken", "bias none"),
     "pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "broken", f"{WEIGHTS} is missing"),
     "other base": (lambda folder: None, "broken", "size mismatch"),
     "NaN": (change_weights(lambda t: {k: v * float("nan") for k, v in t.items()}), "broken", "not finite"),

@@ -92,7 +92,7 @@ BROKEN = {  # what is done to the folder, and what the message names
     "a Git LFS pointer": (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs"), "git lfs pull"),
     "IA3": (change_config(peft_type="IA3"), "kind IA3"),
     "biases": (change_config(bias="all"), "bias none"),
-    "PiSSA": (change_config(init_lora_weights="pissa_niter_4"), "PEFT can convert"),
+    "PiSSA": (change_config(init_lora_weights="pissa_niter_4"), "plain LoRA"),
     "another rank": (change_config(r=3), "--model"),
     "other targets": (change_config(target_modules=["fc1"]), "--model"),
     "NaN": (change_weights(lambda t: {k: v * float("nan") for k, v in t.items()}), "not finite"),

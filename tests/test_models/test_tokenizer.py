@@ -9,10 +9,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from config import CONFIG
-from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.answers import chat_generation_config, stop_strings, trim
 from phi2_grpo.models.base import load_base
-from phi2_grpo.models.tokenizer import QUESTION, check_context, count_tokens, load_tokenizer, prepare_tokenizer, render
+from phi2_grpo.models.tokenizer import QUESTION, count_tokens, load_tokenizer, prepare_tokenizer, render
 from phi2_grpo.rollout.engine import complete, make_engine
 from phi2_grpo.rollout.sampling import rollout_generation_config
 
@@ -43,14 +42,6 @@ def test_chat_template(tokenizer):
     assert tokenizer.apply_chat_template(messages[:2], tokenize=False) == "Instruct: Why?\nOutput: Because."
     assert count_tokens(tokenizer, [messages]) == [len(tokenizer(prompt)["input_ids"])] and count_tokens(tokenizer, []) == []
     assert tokenizer.pad_token == tokenizer.eos_token and tokenizer.padding_side == "left"
-
-
-def test_the_longest_prompt_and_answer_fit_into_the_context(tokenizer):
-    prompts = [[{"role": "user", "content": text}] for text in ("Why?", "Why " * 20)]
-    longest = max(count_tokens(tokenizer, prompts))
-    assert check_context(prompts, tokenizer, {"max_completion_length": 10}, longest + 10) == longest
-    with pytest.raises(UserError, match=f"{longest} tokens.* --max_completion_length 9,"):
-        check_context(prompts, tokenizer, {"max_completion_length": 10}, longest + 9)
 
 
 def test_every_end_token_ends_an_answer(chat_model, tmp_path):

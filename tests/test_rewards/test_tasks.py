@@ -13,13 +13,12 @@ from phi2_grpo.rewards.tasks import correct, final_answer, format
 GSM8K = SHARED / "gsm8k"
 CASES = [  # answer, reference, right
     ("She has 16 - 3 - 4 = 9 eggs, so 9 * 2 = $18", "reasoning\n#### 18", 1),  # the last one counts
-    ("18.0", "18", 1),
     ("1,234,567 people", "1234567", 1),
-    ("1,2", "12", 0),  # no thousands separator, but a decimal comma
-    ("12,50 €", "12.5", 1),
+    ("1,2", "12", 0),  # no thousands separator
+    ("Das macht 12,5 €.", "12,50 €", 1),
     ("12,50", "7,50", 0),
-    ("10 000", "10,000", 1),
-    ("10\u202f000,5", "10000.5", 1),
+    ("10,000", "10 000", 1),
+    ("10\u202f000,5", "10.000,50", 1),
     ("25 000", "10 000", 0),
     ("$1,000.50", "1000.5", 1),
     ("5 km", "5 miles", 1),  # units are not compared
@@ -34,12 +33,11 @@ CASES = [  # answer, reference, right
     ("#### 42\nand 7 more", "42", 1),
     ("", "18", 0),
     ("Paris.", "paris", 1),
-    ("It is Paris.", "Paris", 0),
     ("(B)", "b", 1),
     ("“Paris”", "Paris", 1),
-    ("C++", "C", 0),
+    ("", "[]", 0),
+    (r"\boxed{(3, 4)}", r"\boxed{(3,4)}", 1),
     (r"\boxed{\text{Paris}}", "Paris", 0),
-    ("1e3", "1000", 0),
     ("1/" + "3" * 9999, "3", 0),  # Python reads no whole number of so many digits
 ]
 

@@ -88,9 +88,9 @@ def test_a_base_that_can_carry_no_reward_model(monkeypatch):
 
 def test_on_the_dashboard_a_row_stands_at_its_step():
     callback = QuietTrackio()
-    callback._trackio, callback._initialized = Mock(), True
-    callback.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=7), None, logs={"loss": 1.0})
-    assert callback._trackio.log.call_args.kwargs == {"step": 7}
+    callback._trackio, callback.setup = Mock(), Mock()
+    callback.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=7), None, logs={"loss": 1.0, "train_loss": 9})
+    assert callback.setup.called and callback._trackio.log.call_args == (({"train/loss": 1.0},), {"step": 7})
 
 
 def test_a_folder_called_like_a_tracker_is_no_package(monkeypatch, tmp_path):
