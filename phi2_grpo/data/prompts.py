@@ -77,8 +77,8 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
     `reference`, `pairs`, and the other columns.
     """
     turns = _turns(row.get(form.prompt))
-    if turns and form.input and isinstance(row.get(form.input), str) and row[form.input].strip():
-        turns[-1]["content"] += f"\n\n{row[form.input].strip()}"
+    if turns and form.input and (more := _text(row.get(form.input))):
+        turns[-1]["content"] += f"\n\n{more}"
     reference = _text(row.get(form.reference)) if form.reference else None
     pairs = []
     if form.pairs and turns:

@@ -34,7 +34,7 @@ FORMS = [  # row, prompt, reference
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, BOT]}, [USER], "So."),
     ({"conversations": SHAREGPT}, [SYSTEM, USER], "So."),
     ({"instruction": "Why?", "input": "", "output": "So."}, [USER], "So."),
-    ({"instruction": "Why?", "input": "The sky.", "output": "So."}, [{"role": "user", "content": "Why?\n\nThe sky."}], "So."),
+    ({"instruction": "Why?", "input": "Sky\ud800", "output": "So."}, [{"role": "user", "content": "Why?\n\nSky?"}], "So."),
     ({"question": "Why?", "answer": 18}, [USER], "18"),
     # odd ones
     ({"prompt": None}, None, None),
