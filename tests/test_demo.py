@@ -82,7 +82,7 @@ def test_numbers_are_the_measured_ones():
             for number in re.findall(r"[+-]?\d\.\d+", rows[2]):
                 assert number in README.split("## Two commands")[0], f"{number} of seed 0 is missing at the top"
     tiny = RESULTS.split("## The tiny run, over seeds\n")[1].split("\n| 0 | ")[1].split(" | ")
-    assert f"({tiny[0]} to {tiny[1]}, seed 0)" in README
+    assert f"({tiny[0]} to {tiny[1]}, seed 0)" in " ".join(README.split())
     pages, results = " ".join(pages.split()), " ".join(RESULTS.split())
     for pattern in (r"step \d\.\d+ \[[^]]+\] times stock TRL", r"two processes \d\.\d+ \[[^]]+\] times one",
                     r"\d+ kills \(kill -9\), \d+ of them in a save"):  # fmt: skip
