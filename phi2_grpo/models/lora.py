@@ -115,6 +115,11 @@ def check_adapter(folder: str) -> Path:
         text = "changes weights of its base, which is another model then, the adapter off. Give a plain LoRA"
         raise UserError(f"{folder} {text} (bias none, init_lora_weights true).")
     check_finite(weights)
+    with safe_open(weights, "pt") as tensors:
+        ranks = [tensors.get_slice(key).get_shape()[0] for key in tensors.keys() if ".lora_A." in key]  # noqa: SIM118, no dict
+    rank = saved.get("r")
+    if ranks and isinstance(rank, int) and rank > max(ranks) and not saved.get("rank_pattern"):  # PEFT would allocate it
+        raise UserError(f"{folder} names the rank {rank}, and its weights have {max(ranks)}. {REMEDY}")
     return path
 
 

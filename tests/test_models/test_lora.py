@@ -94,6 +94,7 @@ BROKEN = {  # what is done to the folder, and what the message names
     "biases": (change_config(bias="all"), "bias none"),
     "PiSSA": (change_config(init_lora_weights="pissa_niter_4"), "plain LoRA"),
     "another rank": (change_config(r=3), "--model"),
+    "a rank beyond memory": (change_config(r=10**12), "the rank 1000000000000, and its weights have 4"),
     "other targets": (change_config(target_modules=["fc1"]), "--model"),
     "NaN": (change_weights(lambda t: {k: v * float("nan") for k, v in t.items()}), "not finite"),
     "one is missing": (change_weights(lambda t: dict(list(t.items())[1:])), "1 of 8 are missing"),

@@ -14,7 +14,6 @@ GSM8K = SHARED / "gsm8k"
 CASES = [  # answer, reference, right
     ("She has 16 - 3 - 4 = 9 eggs, so 9 * 2 = $18", "reasoning\n#### 18", 1),  # the last one counts
     ("1,234,567 people", "1234567", 1),
-    ("1,2", "12", 0),  # no thousands separator
     ("Das macht 12,5 €.", "12,50 €", 1),
     ("12,50", "7,50", 0),
     ("10,000", "10 000", 1),
