@@ -136,7 +136,8 @@ def _object_rows(text: str) -> Iterable:
         value = json.loads(text)
     except ValueError:
         return map(json.loads, filter(str.strip, text.split("\n")))
-    tables = [item for key, item in value.items() if key not in ("messages", "conversations") and _is_table(item)]
+    columns = value.items() if isinstance(value, dict) else ()
+    tables = [item for key, item in columns if key not in ("messages", "conversations") and _is_table(item)]
     return tables[0] if tables else [value]
 
 
