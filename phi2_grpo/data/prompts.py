@@ -1,13 +1,17 @@
 """Prompts of the user's own: rows of the usual forms to conversations, references and pairs.
 
 The forms are TRL's (https://huggingface.co/docs/trl/dataset_formats), OpenAI's messages, ShareGPT's conversations, Alpaca's
-instructions, and questions with answers. What a row has beside them is kept, and reaches the rewards by its name.
+instructions, HH-RLHF's dialogues, and questions with answers. What a row has beside them reaches the rewards by its name.
 """
 
+import ast
+import json
 import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +23,8 @@ ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"
     ("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"
 )
 # Columns that hold a prompt, alone or with those beside it, in the order in which they are looked for.
-PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "question", "chosen")
+PROMPT_COLUMNS = ("messages", "conversations", "prompt", "instruction", "question", "chosen")
+FOLLOWING = ("input", "context", "passage")  # what an instruction or a question is about; read behind it
 REFERENCE_COLUMNS = ("reference", "answer", "completion", "output", "response", "solution", "ground_truth")
 # Names under which rewards get something else than a column.
 TAKEN = {"pairs", "prompts", "completions", "completion", "completion_ids", "answers", "answer_ids", "answer_tokens", "ended",
@@ -31,7 +36,8 @@ class Form(NamedTuple):
     """Which columns of the rows are read as what; an empty name where there is none."""
 
     prompt: str
-    input: str  # Alpaca's, which follows the instruction
+    follows: str  # one of FOLLOWING
+    system: str  # a system message of the row's own
     reference: str
     pairs: bool  # chosen and rejected are there
     lang: str
@@ -39,7 +45,7 @@ class Form(NamedTuple):
     others: tuple[str, ...]  # all further columns: rewards get them by their names, but those of TAKEN
 
     def __str__(self) -> str:
-        used = {"prompt": self.prompt, "input": self.input, "reference": self.reference, "language": self.lang, "id": self.id}
+        used = dict(zip(("prompt", "with", "system", "reference", "pairs", "language", "id"), self, strict=False))
         used["pairs"] = "chosen and rejected" if self.pairs else ""
         used["for rewards"] = " and ".join(column for column in self.others if column not in TAKEN)
         used["left out, a reserved name"] = " and ".join(column for column in self.others if column in TAKEN)
@@ -54,7 +60,7 @@ def find_form(rows: list[dict], prompt_column: str, reference_column: str) -> Fo
         return next((name for name in names if name in columns), "")
 
     for flag, name in (("prompt_column", prompt_column), ("reference_column", reference_column)):
-        if name and name not in columns:
+        if name and not {name, name.partition(".")[0]} & columns.keys():
             raise UserError(f"--{flag} {name}: there is no such column. There are: {', '.join(columns)}.")
     pairs = {"chosen", "rejected"} <= columns.keys()
     prompt = prompt_column or first(*PROMPT_COLUMNS[: None if pairs else -1])
@@ -64,8 +70,8 @@ def find_form(rows: list[dict], prompt_column: str, reference_column: str) -> Fo
             f"and --reference_column COLUMN for the right or best answer. Known: {', '.join(PROMPT_COLUMNS[:-1])}."
         )
     reference = reference_column or first(*(name for name in REFERENCE_COLUMNS if name != prompt))
-    follows = first("input") if prompt == "instruction" else ""
-    used = (prompt, follows, reference, pairs, first("lang"), first("message_id", "id"))
+    follows = first(*FOLLOWING) if prompt in ("instruction", "question") else ""
+    used = (prompt, follows, first("system", "system_prompt"), reference, pairs, first("lang"), first("message_id", "id"))
     others = columns.keys() - {*used, *(("chosen", "rejected") if pairs else ())}
     return Form(*used, tuple(sorted(others)))
 
@@ -77,9 +83,11 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
     `reference`, `pairs`, and the other columns.
     """
     turns = _turns(row.get(form.prompt))
-    if turns and form.input and (more := _text(row.get(form.input))):
+    if turns and form.follows and (more := _text(row.get(form.follows))):
         turns[-1]["content"] += f"\n\n{more}"
-    reference = _text(row.get(form.reference)) if form.reference else None
+    reference = _reference(row, form.reference) if form.reference else None
+    if form.reference == "completion" and row.get("label") is False:
+        reference = None  # of TRL's unpaired preferences, a bad reply
     pairs = []
     if form.pairs and turns:
         chosen, rejected = _turns(row.get("chosen")), _turns(row.get("rejected"))
@@ -92,10 +100,10 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
     prompt, reply = _cut(turns or [])
     if not prompt:
         return None
-    if system_prompt and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": system_prompt}, *prompt]
+    if (system := _text(row.get(form.system)) or system_prompt) and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
     lang, own_id = (row.get(column) if column else None for column in (form.lang, form.id))
-    used = {form.prompt, form.input, "chosen", "rejected", *TAKEN} if form.pairs else {form.prompt, form.input, *TAKEN}
+    used = {form.prompt, form.follows, form.system, *TAKEN, *(("chosen", "rejected") if form.pairs else ())}
     return {
         **{column: value for column, value in row.items() if column not in used},
         "prompt": prompt,
@@ -106,20 +114,47 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
     }
 
 
+def _reference(row: dict, name: str) -> str | None:
+    """The text of a column, or of a key of a column of objects (verl's reward_model.ground_truth); of several, the first."""
+    column, _, key = (name, "", "") if name in row else name.partition(".")
+    value = row.get(column)
+    value = value.get(key) if key and isinstance(value, dict) else value
+    value = value[0] if isinstance(value, list) and value and not isinstance(value[0], dict) else value
+    return str(value) if isinstance(value, bool) else _text(value)
+
+
+def _conversation(value):
+    """A turn alone, or a conversation stored as a text, as a list: in JSON, in Python (by pandas), or as HH-RLHF has it."""
+    if isinstance(value, dict):
+        return [value]
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                turns = read(value)
+                return turns if all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns) else value
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant):", value)[1:]
+        return [{"role": role, "content": text} for role, text in zip(parts[::2], parts[1::2], strict=True)]
+    return value
+
+
 def _turns(value) -> list[dict] | None:
     """A text as a question, or a list of turns as `role` and `content`; turns of one role in a row become one.
 
     None where the value is neither, or has a role that is no speaker's or a content that is no text.
     """
+    value = _conversation(value)
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return [{"role": "user", "content": text}] if (text := _text(value)) else []
     turns: list[dict] = []
     for turn in value if isinstance(value, list) else [None]:
         turn = turn if isinstance(turn, dict) else {}
-        role, content = turn.get("role") or turn.get("from"), _text(turn.get("content", turn.get("value")))
+        role, given = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or (role := ROLES.get(role.lower())) is None:
             return None
-        if not content:
+        if not (content := _text(given)):
+            if isinstance(given, (list, dict)) and given:  # an image, or anything else that is no text
+                return None
             continue
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += f"\n\n{content}"
@@ -135,6 +170,8 @@ def _text(value) -> str | None:
         value = "\n".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
     if value is None or isinstance(value, (bool, dict)) or value != value:
         return None
+    if isinstance(value, float) and abs(value) < float("inf"):
+        value = f"{Decimal(repr(value)):f}"  # 5e-05 is no text that people write
     return str(value).encode("utf-8", "replace").decode().strip() or None
 
 
@@ -150,7 +187,7 @@ def _cut(turns: list[dict]) -> tuple[list[dict], str | None]:
     return (system + turns, None) if turns else ([], None)
 
 
-def peek(splits: dict[str, Iterable[dict]], count: int = 100) -> tuple[list[dict], dict[str, Iterable[dict]]]:
+def peek(splits: dict[str, Iterable[dict]], count: int = 1000) -> tuple[list[dict], dict[str, Iterable[dict]]]:
     """Some of the first rows of each split, and all of them again."""
     firsts, again = [], {}
     for name, rows in splits.items():
@@ -246,6 +283,7 @@ def deduplicate(rows: list[dict], held_out: set[str]) -> tuple[list[dict], list[
     for row in rows:
         first = distinct.setdefault(normalize(row["prompt"]), row)
         if first is not row:  # the same question with another pair of answers
+            first["reference"] = first["reference"] or row["reference"]
             first["pairs"] = first["pairs"] + [pair for pair in row["pairs"] if pair not in first["pairs"]]
     prompts = []
     for row in distinct.values():

@@ -18,8 +18,9 @@ from phi2_grpo.common.cli import UserError, first_lines
 
 # In a folder the first of these that is there: a download from the Hub may have exports of the same rows beside its tables.
 FORMATS = tuple(end + gz for end in (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt") for gz in ("", ".gz"))
-SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-          "test": "test"}  # fmt: skip
+SPLITS = {word: split for split, words in (("train", "train training"), ("test", "test testing"),
+                                           ("validation", "validation valid val dev eval evaluation"))
+          for word in words.split()}  # fmt: skip
 
 
 def read_rows(source: str, revision: str, subset: str = "") -> tuple[dict[str, Iterator], str | None]:
@@ -34,6 +35,8 @@ def read_rows(source: str, revision: str, subset: str = "") -> tuple[dict[str, I
         path = Path(config.__file__).parent / source  # the script was called from another folder
     try:
         if path.exists() or source.startswith((".", "/")) or source.lower().endswith(FORMATS):
+            if subset:
+                raise UserError(f"--dataset_config {subset} is for the Hub. Give that part's place: --dataset {path / subset}")
             parts = _local_parts(path)
         else:
             parts, commit = _hub_parts(source, revision, subset)
@@ -122,27 +125,31 @@ def _text_rows(path: Path) -> Iterator:
             yield from ({"prompt": line.strip()} for line in lines if line.strip())
             return
         first = next(lines, "")
-        if first.lstrip().startswith("["):
-            yield from json.loads(first + lines.read())
-        elif kind == "json":
-            yield from _object_rows(first + lines.read())
-        else:
-            yield from (json.loads(line) for line in chain([first], lines) if line.strip())
+        one = kind == "json" or first.lstrip().startswith("[")
+        rows = _object_rows(first + lines.read()) if one else map(json.loads, filter(str.strip, chain([first], lines)))
+        yield from ({"prompt": row} if isinstance(row, str) else row for row in rows)
 
 
 def _object_rows(text: str) -> Iterable:
-    """Of {"data": [{...}, ...]}, or of JSON lines by another name."""
+    """Of a JSON array, of {"data": [{...}, ...]}, or of JSON lines by another name."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except ValueError as error:
+        if "Extra data" not in str(error):  # one value, and another behind it
+            raise
         return map(json.loads, filter(str.strip, text.split("\n")))
-    columns = value.items() if isinstance(value, dict) else ()
-    tables = [item for key, item in columns if key not in ("messages", "conversations") and _is_table(item)]
-    return tables[0] if tables else [value]
-
-
-def _is_table(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+    if isinstance(value, list):
+        return value
+    columns = {key: item for key, item in value.items() if item} if isinstance(value, dict) else {}
+    tables = [key for key, item in columns.items() if isinstance(item, list) and all(isinstance(row, dict) for row in item)]
+    if not set(tables) & {"messages", "conversations", "prompt"}:  # of a single row
+        if len(tables) > 1:
+            raise ValueError(f"it holds several tables ({', '.join(tables)}): give each a file of its own")
+        if tables:
+            return columns[tables[0]]
+        if columns and all(isinstance(item, list) or (isinstance(item, dict) and "0" in item) for item in columns.values()):
+            raise ValueError("it holds columns, not rows (pandas writes rows with orient='records', lines=True)")
+    return [value]
 
 
 def _table_rows(lines: Iterator[str], kind: str) -> Iterator[dict]:

@@ -1,6 +1,7 @@
 """Rewards of tasks whose answers are right or wrong, in the same signature as functions.py."""
 
 import re
+import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 from itertools import accumulate
@@ -10,14 +11,21 @@ import regex
 from phi2_grpo.common.cli import UserError
 
 # A minus sign belongs to a number where nothing stands before it that could be subtracted from.
-NUMBER = re.compile(r"(?<![\w.)])[-+\u2212](?=[$€£]?\d)|\d")
-DIGITS = re.compile(r"[-+\u2212]?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?(?:\s?/\s?(\d{1,99})(?![\d.]))?")
-# A right answer that is a number with a decimal comma (12,50 € or 1.000,5), or with thousands set apart by spaces (10 000).
-COMMA = re.compile(r"[-+\u2212$€£]*\s?(?:\d{1,3}(?:[.\s]\d{3})+|\d+),\d{1,2}[^\d,]*")
-SPACED = re.compile(r"[-+\u2212$€£]*\s?\d{1,3}(?:\s\d{3})+[^\d,]*")
+NUMBER = re.compile(r"(?<![\w.)])[-+](?=[$€£]?\d)|\d")
+DIGITS = re.compile(
+    r"[-+]?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?(?:[eE]([-+]?\d{1,3})(?!\w))?(?:\s?/\s?(\d{1,99})(?![\d.]))?"
+)
+# A right answer that ends with a number with a decimal comma (12,50 € or 1.000,5), or with thousands set apart by spaces.
+COMMA = re.compile(r"(?:^|\s)[-+$€£]*\s?(?:\d{1,3}(?:[.\s]\d{3})+|\d+),(?:\d{1,2}|\d{4,})[^\d,]*$")
+SPACED = re.compile(r"(?:^|\s)[-+$€£]*\s?\d{1,3}(?:\s\d{3})+[^\d,]*$")
 GROUPS = {COMMA: re.compile(r"(?<=\d)[.\s](?=\d{3}(?!\d))"), SPACED: re.compile(r"(?<=\d)\s(?=\d{3}(?!\d))")}
-FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-ENDS = " .,;:!?\"'*`$“”‘’«»"  # punctuation at the ends of a text
+# LaTeX's fractions, powers of ten (3 x 10^8), and the exponent of a unit at the end (9.8 m/s^2), which is no number.
+REWRITTEN = (
+    (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
+    (re.compile(r"(?<=\d)\s*(?:x|×|·|\*|\\times|\\cdot)\s*10\^\{?(-?\d{1,3})\}?"), r"e\1"),
+    (re.compile(r"(?<=\d)(\s+[A-Za-z/]+)\^\{?-?\d\}?(?=\D*$)"), r"\1"),
+)
+ENDS = " .,;:!?¿¡\"'*`$“”‘’«»。，、！？；：「」（）"  # punctuation at the ends of a text
 TIMEOUT = 1.0  # seconds for one answer: a pattern may need exponential time
 
 
@@ -35,17 +43,18 @@ def correct(answers: list[str], reference: list[str | None], **_) -> list[float 
 
 def _read(text: str, right: str) -> Fraction | str:
     """The final answer; where the right answer is a number with a decimal comma or spaces, with numbers in that form."""
-    form = next((form for form in GROUPS if form.fullmatch(right.strip())), None)
+    form = next((form for form in GROUPS if form.search(_marked(right))), None)
     text = GROUPS[form].sub("", text) if form else text
     return final_answer(text.replace(",", ".") if form is COMMA else text)
 
 
 def final_answer(text: str) -> Fraction | str:
-    """What of a text is compared: what stands behind GSM8K's ####, or in the last \\boxed{}, or else all of it; of that the
+    """What of a text is compared: of what is marked as its answer (GSM8K's ####, \\boxed{}), or else of all of it, the
     last number, with thousands separators, currency and units left out; where there is no number, the text without case,
     white space and punctuation at its ends."""
-    marked = text.rpartition("####")[2].strip().split("\n")[0] if "####" in text else _boxed(text)
-    part = FRACTION.sub(r"\1/\2", text if marked is None else marked)
+    part = _marked(text)
+    for pattern, shorter in REWRITTEN:
+        part = pattern.sub(shorter, part)
     numbers = list(_numbers(part))
     if numbers:
         return numbers[-1]
@@ -54,14 +63,22 @@ def final_answer(text: str) -> Fraction | str:
     return (bare[1:-1] if len(bare) > 2 and bare[0] + bare[-1] in ("()", "[]", "{}") else bare) or text
 
 
+def _marked(text: str) -> str:
+    """What stands behind ####, or in the last \\boxed{}, or else all; without what was thought before the answer."""
+    text = unicodedata.normalize("NFC", text.rpartition("</think>")[2]).replace("\u2212", "-").strip()
+    if "####" in text:
+        return text.rpartition("####")[2].strip().split("\n")[0]
+    return text if (boxed := _boxed(text)) is None else boxed.strip()
+
+
 def _numbers(text: str):
     position = 0
     while start := NUMBER.search(text, position):
         match = DIGITS.match(text, start.start())
         position = match.end()
-        value = Fraction(Decimal(match[1].replace(",", "") + (match[2] or "")))
-        value = value / int(match[3]) if match[3] and int(match[3]) else value
-        yield -value if match[0][0] in "-\u2212" else value
+        value = Fraction(Decimal(f"{match[1].replace(',', '')}{match[2] or ''}e{match[3] or 0}"))
+        value = value / int(match[4]) if match[4] and int(match[4]) else value
+        yield -value if match[0][0] == "-" else value
 
 
 def _boxed(text: str) -> str | None:

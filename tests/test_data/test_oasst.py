@@ -30,15 +30,11 @@ def choose(rows: list[dict], held_out: set | None = None, **options):
 
 
 NOT_KEPT = {
-    "deleted": row("b", "x", deleted=True),
-    "rejected, by pandas": row("b", "spam", review_result=0.0),
-    "empty": row("b", "   \n"),
-    "too long": row("b", "word " * 51),
-    "another language": row("b", "Hallo", lang="de"),
-    "a duplicate": row("b", " Why   IS it\u00a0so? "),
-    "not a prompt": row("b", "answer", role="assistant"),
+    "deleted": row("b", "x", deleted=True), "rejected, by pandas": row("b", "spam", review_result=0.0),
+    "empty": row("b", "   \n"), "too long": row("b", "word " * 51), "another language": row("b", "Hallo", lang="de"),
+    "a duplicate": row("b", " Why   IS it\u00a0so? "), "not a prompt": row("b", "answer", role="assistant"),
     "an orphan": row("b", "x", parent="nobody", role="prompter"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("reason", NOT_KEPT)

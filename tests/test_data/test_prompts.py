@@ -36,22 +36,27 @@ FORMS = [  # row, prompt, reference
     ({"instruction": "Why?", "input": "", "output": "So."}, [USER], "So."),
     ({"instruction": "Why?", "input": "Sky\ud800", "output": "So."}, [{"role": "user", "content": "Why?\n\nSky?"}], "So."),
     ({"question": "Why?", "answer": 18}, [USER], "18"),
+    ({"question": "Why?", "context": "Sky", "answer": ["So.", "Hm."]}, [{"role": "user", "content": "Why?\n\nSky"}], "So."),
+    ({"prompt": "Why?", "messages": [SYSTEM, USER, BOT]}, [SYSTEM, USER], "So."),
+    ({"system": "Be brief.", "question": "Why?", "answer": True}, [SYSTEM, USER], "True"),
+    ({"question": "Why?", "answer": 0.00005}, [USER], "0.00005"),
+    ({"messages": json.dumps([SYSTEM, USER, BOT])}, [SYSTEM, USER], "So."),
+    ({"messages": str([USER, BOT])}, [USER], "So."),  # as pandas writes it
+    ({"prompt": "[{'a': 1}]"}, [{"role": "user", "content": "[{'a': 1}]"}], None),
+    ({"prompt": "\n\nHuman: Why?\n\nAssistant:"}, [USER], None),
+    ({"prompt": "Why?", "completion": "No.", "label": False}, [USER], None),
     # odd ones
-    ({"prompt": None}, None, None),
-    ({"prompt": 7}, [{"role": "user", "content": "7"}], None),
-    ({"prompt": {"text": "Why?"}}, None, None),
-    ({"messages": [BOT]}, None, None),
+    ({"prompt": None}, None, None), ({"prompt": 7}, [{"role": "user", "content": "7"}], None),
+    ({"prompt": {"text": "Why?"}}, None, None), ({"messages": [BOT]}, None, None),
     ({"messages": [BOT, USER]}, [USER], None),  # no question stands before that answer
     ({"messages": [USER, MORE, BOT]}, [{"role": "user", "content": "Why?\n\nAnd?"}], "So."),
     ({"messages": [USER, {"role": "assistant", "content": None}, MORE]}, [{"role": "user", "content": "Why?\n\nAnd?"}], None),
-    ({"messages": [USER, {"role": "tool", "content": "{}"}]}, None, None),
-    ({"messages": [[USER, BOT]]}, None, None),
-    ({"messages": "Why?"}, [USER], None),
-    ({"messages": [{"role": "User", "content": "Why?"}]}, [USER], None),
+    ({"messages": [USER, {"role": "tool", "content": "{}"}]}, None, None), ({"messages": [[USER, BOT]]}, None, None),
+    ({"messages": "Why?"}, [USER], None), ({"messages": [{"role": "User", "content": "Why?"}]}, [USER], None),
     ({"question": "Why?", "answer": float("nan")}, [USER], None),
-    ({"question": "Why?", "answer": ["So."]}, [USER], None),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}, BOT, MORE]}, None, None),
     ({"prompt": "Why?\ud800"}, [{"role": "user", "content": "Why??"}], None),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "prompt", "reference"), FORMS)
@@ -66,6 +71,8 @@ def test_other_columns_are_kept_and_named_ones_win():
     assert parsed["prompt"] == [SYSTEM, USER] and parsed["reference"] == "So." and parsed["level"] == 3
     assert parsed["lang"] == "en" and parsed["message_id"] == "9" and "answers" not in parsed
     assert parse({"prompt": [SYSTEM, USER]}, system_prompt="Another.")["prompt"] == [SYSTEM, USER]
+    nested = {"prompt": "Why?", "reward_model": {"ground_truth": "So."}}  # verl's
+    assert parse(nested, "", "reward_model.ground_truth")["reference"] == "So."
     with pytest.raises(UserError, match="ask, right"):
         parse({"ask": "Why?", "right": "So."})
     with pytest.raises(UserError, match="--reference_column rihgt.*ask, right"):
@@ -76,26 +83,26 @@ def test_chosen_and_rejected_become_pairs():
     pair = {"chosen": [BOT], "rejected": [{"role": "assistant", "content": "No."}]}
     both = {side: [USER, *turns] for side, turns in pair.items()}
     texts = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
-    for row in (texts, {"prompt": [USER], **pair}, both, {"prompt": "Why?", **both}):
+    talk = {side: f"\n\nHuman: Why?\n\nAssistant: {texts[side]}" for side in pair}  # HH-RLHF's
+    alone = {"prompt": "Why?", **{side: turns[0] for side, turns in pair.items()}}
+    for row in (texts, {"prompt": [USER], **pair}, both, {"prompt": "Why?", **both}, talk, alone):
         parsed = parse(row)
         assert parsed["prompt"] == [USER] and parsed["pairs"] == [pair] and parsed["reference"] == "So.", row
     rows = [parse({**texts, "chosen": good}) for good in ("So.", "Because.")]
     kept, pairs, _ = prompts.deduplicate(rows, set())
+    assert prompts.deduplicate([parse({"prompt": "Why?"}), *rows], set())[0][0]["reference"] == "So."
     assert len(kept) == 1 and [pair["chosen"][0]["content"] for pair in pairs] == ["So.", "Because."]
 
 
 QUESTIONS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(10)]
 TABLE = "\r\n".join(["question;answer", *(f'"{row["question"]}";{row["answer"]}' for row in QUESTIONS)])
 FILES = {
-    "q.jsonl": "\r\n".join(map(json.dumps, QUESTIONS)),
-    "q.json": json.dumps(QUESTIONS, indent=1),
-    "q.csv": TABLE,
-    "Q.CSV": f"sep=;\r\n{TABLE}",
-    "data.json": json.dumps({"version": 1, "columns": ["question"], "data": QUESTIONS}),
+    "q.jsonl": "\r\n".join(map(json.dumps, QUESTIONS)), "q.json": json.dumps(QUESTIONS, indent=1), "q.csv": TABLE,
+    "Q.CSV": f"sep=;\r\n{TABLE}", "data.json": json.dumps({"version": 1, "columns": ["question"], "data": QUESTIONS}),
     "lines.json": "\n".join(map(json.dumps, QUESTIONS)),
-    "q.tsv": TABLE.replace(";", "\t"),
+    "txt.json": "\n" + json.dumps([row["question"] for row in QUESTIONS]), "q.tsv": TABLE.replace(";", "\t"),
     "q.txt": "\r\n".join(row["question"] for row in QUESTIONS),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*FILES, "q.parquet", "q.csv.gz", "q.jsonl.gz"])
@@ -115,12 +122,8 @@ def test_files(name, tmp_path):
 
 def test_a_folder_keeps_its_splits(tmp_path):
     for name in (
-        "dev/gsm8k_Train.csv",
-        "test/0.csv",
-        "trains.csv",
-        "more.csv",
-        ".ipynb_checkpoints/train-0.csv",
-    ):  # two are splits
+        "dev/gsm8k_Train.csv", "eval/0.csv", "trains.csv", "more.csv", ".ipynb_checkpoints/train-0.csv",
+    ):  # two are splits  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TABLE)
     splits, _ = sources.read_rows(str(tmp_path), "main")
@@ -167,6 +170,10 @@ def test_what_cannot_be_prepared(call, micro, tmp_path):
     refused(call("prepare_data", *flags, tmp_path / "b.jsonl", "--validation_fraction", 0), "column n")
     (tmp_path / "c.json").write_text("5\n")
     refused(call("prepare_data", *flags, tmp_path / "c.json"), "holds no rows")
+    for text, expected in (({"train": QUESTIONS, "test": QUESTIONS}, "train, test"), ({"question": {"0": "Why?"}}, "orient")):
+        (tmp_path / "o.json").write_text(json.dumps(text))
+        refused(call("prepare_data", *flags, tmp_path / "o.json"), expected)
+    refused(call("prepare_data", *flags, tmp_path, "--dataset_config", "main"), f"{tmp_path}/main")
     (tmp_path / "d.csv").write_text('question,answer\nWhy?,So.\n"Unclosed, and\n')
     refused(call("prepare_data", *flags, tmp_path / "d.csv"), "past row 1", "end of data", "doubled")
     (tmp_path / "t.csv").write_text("question,answer,answer\nWhy?,So.,\n")
