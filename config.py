@@ -1,14 +1,14 @@
 """Every setting of every script, once.
 
 Each key is also a flag (`--learning_rate 2e-5`), its comment is the flag's help, its value the default. A key that sets
-a field of `GRPOConfig` or `LoraConfig` bears that field's name (LoRA's with `lora_` before it), so TRL's and PEFT's
-documentation applies; only evaluation, and which checkpoints stay, are callbacks of our own. Order: CONFIG, then the preset
+a field of `GRPOConfig` or `LoraConfig` bears that field's name (PEFT's `r` is `lora_r`), so TRL's and PEFT's
+documentation applies; only eval_steps and save_total_limit are read by callbacks of our own. Order: CONFIG, then the preset
 laid over it, then the flags.
 """
 
 CONFIG = {
     # --- model
-    "model": "microsoft/phi-2",  # Hub id or local folder of the base model; or smollm2, tiny: embedded ones
+    "model": "microsoft/phi-2",  # Hub id or local folder of the base model; or smollm2, tiny: made here, without the Hub
     "model_revision": "main",  # branch, tag or commit of a Hub model
     "device": "auto",  # auto (CUDA, else MPS, else the CPU for a base under 1B parameters), cuda, mps, cpu
     "dtype": "auto",  # of the frozen base: auto (bfloat16 on CUDA from Ampere on, else float32), bfloat16, float32
@@ -34,7 +34,7 @@ CONFIG = {
     # --- rollout
     "rollout": "auto",  # auto (fast where it supports the model), fast (ours), generate (transformers' own)
     "rollout_batch_size": 0,  # completions decoded at once; 0: what fits. With fast it changes samples by rounding alone
-    "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); in colocate mode the base drifts (docs/rollout.md)
+    "use_vllm": False,  # TRL's vLLM instead (pip install trl[vllm]); the base drifts (docs/rollout.md)
     "vllm_mode": "colocate",  # colocate (in this process, a second copy of the weights) or server (trl vllm-serve)
     "vllm_server_base_url": "",  # of that server, http://HOST:8000
     "vllm_gpu_memory_utilization": 0.3,  # share of the GPU's memory for vLLM in colocate mode
@@ -52,7 +52,7 @@ CONFIG = {
     # --- reward model (train_reward.py; what is not here is as in training below)
     "reward_dir": "./results/reward-model",  # folder of the finished reward model
     "reward_learning_rate": 1e-4,  # TRL's for a LoRA reward model; the head starts at random, the adapter at zero
-    "reward_epochs": 1,  # passes over the ranked pairs; more than 2 overfit
+    "reward_epochs": 1,  # passes over the ranked pairs; of a large base more than 2 overfit
     "reward_max_length": 1024,  # tokens of prompt and reply; pairs with a longer one are left out of the training
     # --- training (sources: TRL's LoRA and paper guides, Dr. GRPO arXiv 2503.20783, DeepSeekMath 2402.03300)
     "max_steps": 100,  # optimizer steps: 100 to see it work, 200-300 for a demo, 500 and more for a claim
@@ -62,11 +62,11 @@ CONFIG = {
     "beta": 0.03,  # weight of the KL to the base; 0.02-0.04 where length is the only reward
     "loss_type": "dr_grpo",  # no length bias in the loss (TRL's default is dapo)
     "scale_rewards": "none",  # advantage = reward - group mean, not divided by the group's std: rewards are bounded
-    "per_device_train_batch_size": 4,  # completions in one forward and backward pass; what training memory depends on
-    "gradient_accumulation_steps": 8,  # x the above = 32 completions in one optimizer step
+    "per_device_train_batch_size": 4,  # completions, or pairs, in one forward and backward pass; training memory depends on it
+    "gradient_accumulation_steps": 8,  # x the above: completions, in whole groups, or pairs of one optimizer step
     "activation_checkpointing": True,  # (gradient checkpointing) recompute them in the backward pass: slower, far less memory
     "max_grad_norm": 0.5,  # gradients are clipped to this norm
-    "seed": 0,  # of sampling, data order and the adapter's initial values
+    "seed": 0,  # of sampling, data order, the adapter's initial values, and which held-out prompts are taken
     # --- what a run leaves
     "output_dir": "./results/phi2-grpo",  # checkpoints; the finished adapter goes to <output_dir>-final
     "save_steps": 25,  # optimizer steps between checkpoints
@@ -77,7 +77,7 @@ CONFIG = {
     "stop_on_collapse": False,  # stop at the first collapse alert, as Ctrl-C does; the checkpoints stay
     "report_to": "trackio",  # trackio (local, offline: make dashboard), tensorboard, wandb, none
     # --- validation
-    "adapter": "./results/phi2-grpo-final",  # adapter folder that validate_model.py compares with its base
+    "adapter": "./results/phi2-grpo-final",  # adapter folder to validate, export or deploy
     "max_prompts": 200,  # held-out prompts used
     "samples_per_prompt": 1,  # completions per held-out prompt and model; more narrows the interval
     "validation_dir": "./results/validation",  # folder of the validation report

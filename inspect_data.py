@@ -16,7 +16,7 @@ KEYS = ("model", "model_revision", "data_dir")
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS)
+    parser = cli.make_parser(__doc__, KEYS, dict.fromkeys(KEYS[:2], "the data's"))
     parser.add_argument("--language", metavar="CODE", help="only prompts in this language")
     parser.add_argument("--samples", metavar="N", default="5", help="prompts shown in full (default: 5)")
     parser.add_argument("--search", metavar="WORD", default="", help="only prompts that contain this text")

@@ -7,9 +7,9 @@
   python train_grpo.py --preset tiny       # a 2M-parameter model on the CPU, in minutes
 
 GRPO samples a group of completions for each prompt, scores them, and makes those above their group's mean likelier. What
-differs from the textbook (DeepSeekMath, arXiv 2402.03300): the loss divides by a constant instead of each answer's length,
-and the advantage is not divided by the group's std (Dr. GRPO, arXiv 2503.20783), so that neither long answers nor easy
-prompts weigh more. One update per batch (TRL's num_iterations 1), so the ratio is 1 and nothing is ever clipped.
+differs from the textbook (DeepSeekMath, arXiv 2402.03300): the loss divides by a constant instead of each completion's length,
+and the advantage is not divided by the group's std (Dr. GRPO, arXiv 2503.20783), so that neither short completions nor groups
+of nearly equal rewards weigh more. One update per batch (TRL's num_iterations 1), so the ratio is 1 and is never clipped.
 """
 
 import math
@@ -104,6 +104,9 @@ def make_trainer(config: dict, ready, base):
         "ddp_find_unused_parameters": False,  # every adapter weight is in every forward pass
         "ddp_broadcast_buffers": False,  # all are constant; and processes may differ in how many passes an update takes
     }
+    ends = base.generation_config.eos_token_id = ready.tokenizer.all_eos_ids  # TRL's rollouts end at the base's own
+    if config["use_vllm"]:
+        own["generation_kwargs"] = {"stop_token_ids": ends}
     trainer = Trainer(
         model=base,
         reward_funcs=ready.scorer.functions,

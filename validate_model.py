@@ -3,10 +3,10 @@
   python validate_model.py                                      # results/phi2-grpo-final on data/
   python validate_model.py --preset tiny
   python validate_model.py --against OTHER_ADAPTER              # two adapters on one base
-  python validate_model.py --prompt "Why is the sky blue?"      # this question, as a chat
+  python validate_model.py --prompt "Why is the sky blue?"      # answers this as a chat, then measures as ever
 
 Base answers come from the same model with the adapter off. Everything is measured on held-out prompts, prompt by prompt, with
-intervals over prompts: the rewards of the training at its temperature, the other built-in rewards, and what the tuning cost
+intervals over prompts: the rewards of the training at its temperature, rewards of any answer, and what the tuning cost
 (KL to the base, negative log-likelihood of human replies).
 """
 
@@ -23,9 +23,11 @@ TRAINED_WITH = ("temperature", "top_p", "top_k", "max_completion_length", "targe
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS, TRAINED_WITH)
+    parser = cli.make_parser(__doc__, KEYS, dict.fromkeys((*TRAINED_WITH, "model", "model_revision"), "the training's"))
     parser.add_argument("--against", metavar="DIR", help="compare with another adapter on the same base, instead of the base")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="show answers to this instead; may be repeated")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="the sample question to answer as a chat; may be repeated"
+    )
     config, arguments = cli.parse(parser)
     if any(not prompt.strip() for prompt in arguments.prompt or []):
         raise cli.UserError("--prompt is empty. Give it a question.")
@@ -71,7 +73,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     from phi2_grpo.models.answers import saved_generation_config
     from phi2_grpo.models.base import choose_device, context_length, describe_base, meta_model, use_adapter_base
     from phi2_grpo.models.lora import check_adapter, check_same_base
-    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, check_context, check_vocabulary, load_tokenizer
+    from phi2_grpo.models.tokenizer import SAMPLE_PROMPTS, check_context, check_prompt_format, check_vocabulary, load_tokenizer
     from phi2_grpo.rewards.functions import BUILT_IN
     from phi2_grpo.rewards.scorer import Scorer, add_built_in, describe_rewards, parse_rewards, try_rewards
     from phi2_grpo.rollout.engine import make_engine
@@ -81,13 +83,16 @@ def validate(config: dict, arguments, trained: dict) -> None:
     console.print(f"validate_model: {cli.differences(config, KEYS)}")
     folder = Path(config["validation_dir"])
     adapters = [check_adapter(path) for path in (config["adapter"], arguments.against) if path is not None]
-    use_adapter_base(adapters[0], config)
-    check_same_base(adapters, None if arguments.model else config)
+    use_adapter_base(adapters[0], config, arguments)
+    if not arguments.model:
+        check_same_base(adapters, config)
     files.check_writable(folder)
     files.check_replaceable(folder, report.is_report)
     device, dtype = choose_device(config)
     tokenizer, base = load_tokenizer(config), meta_model(config)
     check_vocabulary(tokenizer, base)
+    for adapter in adapters:
+        check_prompt_format(adapter, tokenizer)
     table, funnel, seen = load_held_out(config, tokenizer, adapters)
     if seen:
         console.print(seen, style="yellow")
@@ -169,8 +174,8 @@ def update_card(console, adapter: Path, config: dict, arguments, trained: dict, 
     from phi2_grpo.evaluation.report import levels, metric_table
     from phi2_grpo.training.model_card import add_validation
 
-    as_trained = all(config[key] == trained.get("config", {}).get(key) for key in TRAINED_WITH)
-    needed = {"the base as the other side": not arguments.against, "the training's settings and data": as_trained,
+    same = (config[key] == trained.get("config", {}).get(key) for key in TRAINED_WITH if key != "rewards")  # compared before
+    needed = {"the base as the other side": not arguments.against, "the training's settings and data": all(same),
               f"{FEW} prompts": numbers["prompts"] >= FEW}  # fmt: skip
     if missing := [what for what, there in needed.items() if not there]:
         console.print(f"The model card was not changed. That takes {' and '.join(missing)}.")

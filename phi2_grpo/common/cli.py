@@ -76,17 +76,19 @@ def _comments() -> dict[str, str]:
     return dict(re.findall(r'^    "(\w+)": .*?,  # (.+)$', source, flags=re.MULTILINE))
 
 
-def make_parser(doc: str, keys: tuple[str, ...], trained_with: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+def make_parser(doc: str, keys: tuple[str, ...], defaults: dict[str, str] | None = None) -> argparse.ArgumentParser:
     """A parser with `--preset` and a flag for each of `keys`; a script adds its own arguments to it.
 
-    `trained_with`: keys that are taken from an adapter's training where no flag says otherwise.
+    `defaults`: in words, for keys whose value comes from elsewhere where no flag gives it.
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", default="phi2", choices=settings.PRESETS, help="values laid over CONFIG (default: phi2)")
+    parser.add_argument(
+        "--preset", default="phi2", choices=settings.PRESETS, help="a set of values laid over the defaults (default: phi2)"
+    )
     comments = _comments()
     for key in keys:
         default = settings.CONFIG[key]
-        shown = "the training's" if key in trained_with else ",".join(default) if isinstance(default, list) else default
+        shown = (defaults or {}).get(key, ",".join(default) if isinstance(default, list) else default)
         text = f"{comments[key]} (default: {shown})" if shown != "" else comments[key]
         # No default here: a flag that is absent must not overwrite the preset's value.
         switch = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}  # --key alone is --key true
@@ -196,9 +198,10 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Whether `error` is Python's, or torch's (which is not imported here): of a GPU by its type, of the CPU by its text."""
+    """Whether `error` is Python's, or torch's (which is not imported here), by its type or its text."""
+    texts = ("can't allocate memory", "MPS backend out of memory", "CUDA error: out of memory")
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return out_of_memory or "can't allocate memory" in str(error)
+    return out_of_memory or any(text in str(error) for text in texts)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, plot_i
 
 COLORS = {"base": GREY, "tuned": BLUE}
 VERDICTS = {"better": GREEN, "worse": RED}  # others are grey
-# Metrics that are not rewards: whether more is better (None: neither); they have no win rate.
+# Metrics that are not rewards: whether more is better (None: neither).
 DIRECTION = {"answer tokens": None, "distinct-2": None, "KL to base": None, "reference NLL": False}
 
 

@@ -42,7 +42,7 @@ def summarize(
     values = _values(samples, len(prompts), scorer, trained) | costs
     # A reward of negative weight is trained for less of it.
     direction = {**DIRECTION, **{reward.name: reward.weight >= 0 for reward in scorer.chosen}}
-    if BUILT_IN["correct"] in scorer.trained:  # right answers may be worded otherwise than a bare result
+    if BUILT_IN["correct"] in scorer.weighted:  # right answers may be worded otherwise than a bare result
         direction |= {"reference NLL": None}
     usable = [name for name, sides in values.items() if paired(sides["base"], sides["tuned"])]
     headline = next((name for name in ("total reward", *trained) if name in usable), None)

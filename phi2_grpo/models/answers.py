@@ -1,7 +1,7 @@
-"""What an answer is: one definition, for the rewards, the validation and the printed samples.
+"""What an answer is: one definition, for the rewards, the lengths and the scores of a validation.
 
 A base model often goes on after its answer with "Exercise 3:", a new "Instruct:" or another dialogue. A length reward on all
-its tokens would reward exactly that, so everything here sees the trimmed answer only.
+its tokens would reward exactly that, so rewards and lengths are of the trimmed answer; loss and KL of the whole completion.
 """
 
 from dataclasses import dataclass

@@ -51,17 +51,18 @@ def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
     return str(saved.get("base_model_name_or_path") or ""), saved.get("revision")
 
 
-def use_adapter_base(adapter: Path, config: dict) -> None:
-    """Where no other --model was given, take the base that the adapter names; where no --model_revision, at its revision.
+def use_adapter_base(adapter: Path, config: dict, given) -> None:
+    """Where neither flag (`given`: the flags) nor preset names another --model, take the base that the adapter names, and where
+    no --model_revision was given, at its revision.
 
     Where smollm2 is on the disk, it stands for the Hub's SmolLM2.
     """
     name, revision = base_of_adapter(adapter)
     if name == SMOLLM2_ID and EMBEDDED["smollm2"].exists():
         name, revision = "smollm2", None
-    if config["model"] == CONFIG["model"] and name:
+    if given.model is None and config["model"] == CONFIG["model"] and name:
         config["model"] = name
-        if revision and config["model_revision"] == CONFIG["model_revision"]:
+        if revision and given.model_revision is None:
             config["model_revision"] = revision
 
 
@@ -113,7 +114,9 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
             "  --device cpu runs this very job in float32: by estimate 15 GB of memory or more for Phi-2, and days on two cores"
         )
     # Under accelerate or torchrun each process has its own GPU, and loads the base straight to it.
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    device = torch.device(name)
+    if name == "cuda":  # a scheduler may show each process one GPU alone
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if config["dtype"] != "auto":
         return device, getattr(torch, config["dtype"])
     if name != "cuda":
@@ -182,10 +185,12 @@ class Float32Linear(torch.nn.Linear):
 def meta_model(config: dict):
     """The base without its weights (on the meta device), to count and check before anything is loaded.
 
-    Raises UserError where a folder's weights are missing or cut; those of the Hub are downloaded later.
+    Raises UserError where it is quantized, or a folder's weights are missing or cut; those of the Hub are downloaded later.
     """
     name, revision = resolve_model(config)
     model_config = load_pretrained(AutoConfig, config)
+    if getattr(model_config, "quantization_config", None):
+        raise UserError(f"{name} is quantized. Give the model that it was made of: --model; an adapter of one fits the other.")
     with base_load_errors(config), torch.device("meta"):
         if revision is None:
             index = files.read_json(Path(name) / "model.safetensors.index.json").get("weight_map", {})

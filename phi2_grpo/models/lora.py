@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from config import CONFIG
-from phi2_grpo.common import files
+from phi2_grpo.common import files, hub
 from phi2_grpo.common.cli import UserError, load_errors
 from phi2_grpo.models.base import base_name, base_of_adapter, is_same_base, meta_model
 
@@ -58,6 +58,7 @@ def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig
         r=config["lora_r"],
         lora_alpha=config["lora_alpha"],
         target_modules=modules,
+        exclude_modules=None if model.config.get_text_config() is model.config else r".*(vision|visual|audio|multi_modal).*",
         base_model_name_or_path=name,
         revision=revision,
         task_type=task_type,
@@ -86,23 +87,25 @@ def lora_summary(model: PeftModel) -> str:
     """One line: how many modules of which kind carry LoRA, and the trainable share."""
     kinds, trainable, base = lora_counts(model)
     listing = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    return f"{sum(kinds.values())} modules ({listing}); {trainable:,} trainable of {base:,}, {trainable / base:.2%}"
+    experts = sum(weight.numel() for weight in model.parameters() if weight.dim() == 3)  # of a mixture: no linear layers
+    frozen = f"; {experts:,} in experts stay as they are" * bool(experts)
+    return f"{sum(kinds.values())} modules ({listing}); {trainable:,} trainable of {base:,}, {trainable / base:.2%}{frozen}"
 
 
-def check_same_base(adapters: list[Path], config: dict | None) -> None:
-    """Raise UserError unless all adapters name the same base, at the same revision; with `config`, the base that it names."""
+def check_same_base(adapters: list[Path], config: dict) -> None:
+    """Raise UserError unless all adapters name the same base, at the same revision, which is that of `config`."""
     named = [(base, revision or "main") for base, revision in map(base_of_adapter, adapters)]
-    if len(set(named)) > 1 or (config and not is_same_base(named[0], config)):
+    if len(set(named)) > 1 or not is_same_base(named[0], config):
         bases = [f"{adapter} on {base} ({revision})" for adapter, (base, revision) in zip(adapters, named, strict=True)]
-        bases += [f"--model {config['model']} is another base"] if config else []
-        raise UserError(f"different bases cannot be compared: {', '.join(bases)}. Give the adapters' own base: --model")
+        raise UserError(f"different bases, or not the preset's: {', '.join(bases)}. Give one that fits them: --model")
 
 
 def check_adapter(folder: str) -> Path:
     """The folder of a complete LoRA adapter. Raises UserError saying what is missing or wrong."""
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"no adapter at {folder}. train_grpo.py makes one; or give another folder.")
+        fetch = f"; of the Hub: hf download {folder} --local-dir FOLDER" * hub.is_id(str(path))
+        raise UserError(f"no adapter at {folder}. train_grpo.py makes one; or give another folder{fetch}.")
     saved, weights = files.read_json(path / "adapter_config.json"), path / "adapter_model.safetensors"
     if not saved or not weights.is_file():
         raise UserError(
@@ -163,7 +166,7 @@ def check_keys(model: PeftModel, folder: Path, name: str = "default") -> None:
     expected = {(key, tuple(value.shape)) for key, value in state.items()}
     missing = {key for key, _ in expected - saved}
     # Beside an adapted embedding PEFT saves the embedding itself, a weight of the base.
-    unexpected = {key for key, _ in saved - expected} - model.state_dict().keys()
+    unexpected = {key for key, _ in saved - expected - {(key, tuple(value.shape)) for key, value in model.state_dict().items()}}
     if missing or unexpected:
         raise UserError(
             f"the weights of {folder} do not fit {model.config.name_or_path}: {len(missing)} of {len(expected)} are missing, "

@@ -1,10 +1,11 @@
 """What the model sees: the chat template, prompts rendered by it, and their lengths."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from phi2_grpo.common.cli import UserError
+from phi2_grpo.common.cli import UserError, load_errors
 from phi2_grpo.models.base import base_load_errors, load_pretrained, resolve_model
 
 # Answered by validate_model.py and export_model.py, and offered by the app.
@@ -112,6 +113,19 @@ def check_vocabulary(tokenizer, base) -> None:
     if highest >= (rows := base.config.get_text_config().vocab_size):
         name = base.config.name_or_path
         raise UserError(f"the tokenizer has a token {highest:,}, and {name} {rows:,} rows: copy both again, from one place.")
+
+
+def check_prompt_format(adapter: Path, tokenizer) -> None:
+    """Raise UserError where an adapter brings a chat template under which a prompt reads otherwise than under its base's."""
+    if (adapter / "tokenizer_config.json").is_file():
+        with load_errors(f"the tokenizer in {adapter} is broken", "Copy it again, or remove it: the base's is used then."):
+            own = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+            if own.chat_template is None or (text := render(own, [QUESTION])) == render(tokenizer, [QUESTION]):
+                return
+        raise UserError(
+            f"{adapter} was trained with prompts like {text[0]!r}, and its base has another chat template. Put the adapter's "
+            "tokenizer files into a copy of the base (hf download NAME --local-dir FOLDER), and give that: --model FOLDER"
+        )
 
 
 def batches_by_length(lengths: list[int]) -> Iterator[list[int]]:

@@ -45,15 +45,15 @@ class Alert:
     text: str
 
 
-def alerts(rows: list[dict], raised: set[tuple[str, str]]) -> list[Alert]:
-    """The ranges that the last steps have left. `rows`: metrics, a dict a step; `raised`: (kind, metric) of earlier alerts."""
+def alerts(rows: list[dict], earlier: set[tuple[str, str]]) -> list[Alert]:
+    """The ranges that the last steps have left. `rows`: metrics, a dict a step; `earlier`: (kind, metric) of earlier alerts."""
     new = []
     for kind, ranges in (("warning", HEALTHY), ("collapse", COLLAPSE)):
         for metric, (low, high, meaning) in ranges.items():
             values = [row[metric] for row in rows if row.get(metric) is not None]
             relative = metric in SINCE_START
             window = SINCE_WINDOW if relative else WINDOW
-            if len(values) < window * (1 + relative) or (kind, metric) in raised:
+            if len(values) < window * (1 + relative) or (kind, metric) in earlier:
                 continue
             recent = mean(values[-window:]) - relative * mean(values[:window])
             if not low <= recent <= high:

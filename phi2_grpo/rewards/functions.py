@@ -66,8 +66,8 @@ def reference(answers: list[str], reference: list[str | None], **_) -> list[floa
     ]
 
 
-ANY_ANSWER = {function.__name__: function for function in (length, ending, repetition, language, reference)}
-BUILT_IN = ANY_ANSWER | {"correct": tasks.correct, "format": tasks.format}
+ALWAYS_MEASURED = {function.__name__: function for function in (length, ending, repetition, language, reference)}
+BUILT_IN = ALWAYS_MEASURED | {"correct": tasks.correct, "format": tasks.format}
 
 
 def untrusted_rewards(items: list[str]) -> list[str]:

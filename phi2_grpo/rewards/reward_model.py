@@ -104,7 +104,6 @@ class RewardModel:
                 model = PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
                 check_keys(model, self.folder)
             self.tokenizer = self._load_tokenizer()
-        # Where the last token of a text is found; an answer never holds it, for it is trimmed.
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(device).eval().requires_grad_(False)
 
@@ -114,6 +113,8 @@ class RewardModel:
         tokenizer = AutoTokenizer.from_pretrained(self.folder if own else self.base[0], **options)
         if tokenizer.chat_template is None:
             raise UserError(f"the tokenizer of the reward model {self.name} has no chat template, so its input is unknown.")
+        # The model reads the last token that is no padding, and a template may end an answer by the end token.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.bos_token or tokenizer.unk_token
         prepare_tokenizer(tokenizer)
         tokenizer.padding_side = "right"  # the head reads the last token
         return tokenizer

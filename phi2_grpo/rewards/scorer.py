@@ -20,8 +20,10 @@ from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, memory_ran_out, split_weight
 from phi2_grpo.models.answers import Answer, trim
 from phi2_grpo.rewards import collapse
-from phi2_grpo.rewards.functions import ANY_ANSWER, BUILT_IN
+from phi2_grpo.rewards.functions import ALWAYS_MEASURED, BUILT_IN
 from phi2_grpo.rewards.reward_model import RewardModel
+
+LOOP = asyncio.Runner()  # one for the whole run, as TRL has it: a client or a semaphore belongs to its event loop
 
 
 class BadReward(UserError):
@@ -60,9 +62,9 @@ def parse_rewards(items: list[str]) -> list[Reward]:
 
 
 def add_built_in(chosen: list[Reward]) -> list[Reward]:
-    """`chosen`, and with weight 0 those of any answer that are not among them: measured, though they were not trained for."""
+    """`chosen`, and with weight 0 each of ALWAYS_MEASURED that is not among them."""
     names = {reward.name for reward in chosen}
-    return chosen + [Reward(name, 0.0, function) for name, function in ANY_ANSWER.items() if name not in names]
+    return chosen + [Reward(name, 0.0, function) for name, function in ALWAYS_MEASURED.items() if name not in names]
 
 
 def describe_rewards(chosen: list[Reward]) -> list[dict]:
@@ -123,10 +125,18 @@ def _import_function(where: str, name: str) -> Callable:
 
 
 def _import_file(path: Path):
-    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    """The module of a file, once for all of its functions; what stands beside the file can be imported by it."""
+    name = f"reward_file_{path.stem}_{files.digest(path)}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+        sys.path.append(str(path.resolve().parent))
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def _import_module(name: str):
@@ -143,7 +153,7 @@ class Scorer:
         self.tokenizer, self.target_tokens, self.format_regex, self.chosen = tokenizer, target_tokens, format_regex, chosen
         self.functions = [self._wrap_for_trl(reward) for reward in chosen]
         self.last_batch: list[dict] = []
-        self.state = TrainerState(global_step=1, max_steps=1)  # outside of a training rewards are told that it has ended
+        self.state = TrainerState(global_step=1, max_steps=1)  # outside training, rewards see step 1 of 1
 
     @property
     def models(self) -> list[RewardModel]:
@@ -151,19 +161,19 @@ class Scorer:
         return [reward.function for reward in self.chosen if isinstance(reward.function, RewardModel)]
 
     @property
-    def trained(self) -> list[Callable]:
-        """The rewards that are trained for."""
+    def weighted(self) -> list[Callable]:
+        """The rewards that have a weight: those that are trained for."""
         return [reward.function for reward in self.chosen if reward.weight]
 
     @property
     def has_target(self) -> bool:
         """Whether one of them asks for `target_tokens`."""
-        return any("target_tokens" in inspect.signature(function).parameters for function in self.trained)
+        return any("target_tokens" in inspect.signature(function).parameters for function in self.weighted)
 
     def collapse_metrics(self, answers: list[Answer], languages: list[str]) -> dict[str, float]:
         """`collapse.measure`, of what says something under the rewards that are trained for."""
         target = self.target_tokens if self.has_target else None
-        return collapse.measure(answers, languages, target, BUILT_IN["correct"] in self.trained)
+        return collapse.measure(answers, languages, target, BUILT_IN["correct"] in self.weighted)
 
     def score(self, rows: list[dict], completion_ids: list[list[int]]) -> list[dict]:
         """Completions outside training, of `rows` of the data set, one each; returns `last_batch`.
@@ -246,7 +256,7 @@ def _call(reward: Reward, arguments: dict, count: int) -> list[float | None]:
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # a reward that switches it off does so for itself
             scores = reward.function(**arguments)
-        scores = asyncio.run(scores) if inspect.iscoroutine(scores) else scores
+        scores = LOOP.run(scores) if inspect.iscoroutine(scores) else scores
         scores = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in scores]
     except BaseException as error:  # the user's own code may raise anything
         if memory_ran_out(error) or isinstance(error, (KeyboardInterrupt, UserError)):

@@ -38,8 +38,6 @@ def unsupported_reason(model) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if model.config.is_encoder_decoder:
         return "it has an encoder"
-    if getattr(model.config, "quantization_config", None):
-        return "its weights are quantized"
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
         return "its layers do not keep all keys and values (sliding windows, linear attention)"
     if getattr(config, "kv_lora_rank", None):

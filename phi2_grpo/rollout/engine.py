@@ -20,7 +20,7 @@ from phi2_grpo.rollout.decode_step import DecodeStep, unsupported_reason
 from phi2_grpo.rollout.phi_step import PhiDecodeStep, is_phi
 from phi2_grpo.rollout.sampling import Sampling, generation_eos_ids, truncate_at_eos
 
-BATCH = 64  # prompts with a seed of their own in `complete`; fixed, for what is sampled depends on it
+BATCH = 64  # prompts that share a seed in `complete`; fixed, for what is sampled depends on it
 FINISHED_CHECK_STEPS = 16  # decode steps on a GPU between two checks for finished rows, each of which waits for the device
 
 

@@ -42,7 +42,7 @@ REWARD_MODEL_COLUMNS = (("loss", "  loss", ".3f"), ("accuracy", "accuracy", ".0%
 
 
 class LogCallback(TrainerCallback):
-    """Prints a line a step under a header that comes back, and writes metrics.jsonl; of a GRPO run also alerts and samples.
+    """Prints a line a step under a repeated header, and writes metrics.jsonl; of a GRPO run also alerts and samples.
 
     `columns`: GRPO_COLUMNS or REWARD_MODEL_COLUMNS. `scorer`: that of a GRPO trainer's rewards, which keeps the last batch.
     `seconds_before`: wall time of the earlier parts of a resumed run. `collapsed_at`: the step that `stop_on_collapse` ended
@@ -67,8 +67,8 @@ class LogCallback(TrainerCallback):
         rows = outputs.log_rows(state.log_history, self.key)
         if state.is_world_process_zero:
             files.write_rows(self.metrics_file, rows)
-        # Not again after a resume; but a collapse that the run is to stop at is looked for anew.
-        self.raised = {(kind, metric) for row in rows for kind, metric in row.get("alerts", [])
+        # A resumed run repeats no alert but a collapse that it is to stop at.
+        self.printed = {(kind, metric) for row in rows for kind, metric in row.get("alerts", [])
                        if kind == "warning" or not self.config["stop_on_collapse"]}  # fmt: skip
 
     def on_step_begin(self, args, state, control, **_):
@@ -86,7 +86,7 @@ class LogCallback(TrainerCallback):
         rows = outputs.log_rows(state.log_history, self.key)
         self.print_step(state, rows[-1])
         if self.scorer:
-            self.raise_alerts(args, state, control, rows)
+            self.print_alerts(args, state, control, rows)
             if state.global_step % self.config["sample_steps"] == 0:
                 self.show_samples(state.global_step)
         if state.is_world_process_zero:
@@ -104,10 +104,10 @@ class LogCallback(TrainerCallback):
         self.console.print(f"{step:>9}", *cells, f"{now - self.last_log:6.1f}", f"{left:>7}", sep="  ")
         self.last_log = now
 
-    def raise_alerts(self, args, state, control, rows: list[dict]) -> None:
+    def print_alerts(self, args, state, control, rows: list[dict]) -> None:
         """Say what is new, and note it in the log history: for checkpoints, the curve and a resumed run."""
-        for each in collapse.alerts(rows, self.raised):
-            self.raised.add((each.kind, each.metric))
+        for each in collapse.alerts(rows, self.printed):
+            self.printed.add((each.kind, each.metric))
             rows[-1]["alerts"] = state.log_history[-1].setdefault("alerts", [])
             rows[-1]["alerts"].append([each.kind, each.metric])
             collapsed = each.kind == "collapse"

@@ -26,7 +26,7 @@ from phi2_grpo.models.base import (
     meta_model,
 )
 from phi2_grpo.models.lora import lora_counts, lora_summary, meta_lora_model
-from phi2_grpo.models.tokenizer import check_context, check_vocabulary, load_tokenizer
+from phi2_grpo.models.tokenizer import check_context, check_prompt_format, check_vocabulary, load_tokenizer
 from phi2_grpo.rewards.reward_model import render_conversations
 from phi2_grpo.rewards.scorer import Scorer, parse_rewards, try_rewards
 from phi2_grpo.rollout.cache import free_memory
@@ -169,6 +169,8 @@ def lora(config: dict, tokenizer):
         )
     policy = meta_lora_model(config)
     check_vocabulary(tokenizer, policy)
+    if start:
+        check_prompt_format(Path(start), tokenizer)
     if isinstance(policy.get_output_embeddings(), BaseTunerLayer):
         raise UserError("LoRA on lm_head is not supported: TRL reads the head's own weight. Leave lm_head out.")
     text = lora_summary(policy)

@@ -94,7 +94,7 @@ class RunMixin:
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _end(self, error: Exception, output: Path) -> str:
-        """Save, or make room, after what ended the training; what it was and how to go on, in words, "" for a bug."""
+        """Save, or make room. Returns in words what ended the training and how to go on; "" for a bug."""
         if isinstance(error, BadReward) or memory_ran_out(error):
             self._save_now(output)
         elif disk_is_full(error):
@@ -107,6 +107,8 @@ class RunMixin:
         # gloo raises a plain RuntimeError, NCCL a DistError.
         if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             text = f"another process of this run is gone, or its machine: {first_lines(error)[:200]}"
+        elif type(error).__module__.startswith("wandb"):
+            text = f"wandb: {first_lines(error)}. `wandb login`, WANDB_MODE=offline, or --report_to none."
         else:
             text = explain(error)
         return text and f"{text}\n  {checkpoints.resume_hint(output)}"
@@ -134,8 +136,8 @@ class Trainer(RunMixin, GRPOTrainer):
         return self.sampler
 
     def _run_epoch(self, *arguments, epoch: int, **keywords):
-        """TRL's, with the order of an epoch fixed by seed and epoch: the sampler's generator is in no checkpoint, so that a run
-        resumed after an epoch would begin the first order again.
+        """TRL's, with the order of an epoch fixed by seed and epoch. No checkpoint has the sampler's generator: a run resumed
+        after an epoch would repeat the first order.
         """
         # Not by `set_epoch`, which accelerate does not pass on through all that it wraps a sampler in.
         self.sampler.generator.manual_seed(self.sampler.seed + 1_000_003 * epoch)
@@ -195,7 +197,7 @@ class Trainer(RunMixin, GRPOTrainer):
     def _compute_loss(self, model, inputs: dict) -> torch.Tensor:
         """TRL's; and logs how far the sampled tokens' log-probs moved from rollout to update, under TRL's own names.
 
-        And by how much the rollout is nearer to the reference: it is, where it does not sample from the policy.
+        And by how much nearer the rollout is to the reference; above 0, it did not sample from the policy.
         """
         loss, sampled = super()._compute_loss(model, inputs), inputs.get("sampling_per_token_logps")
         if sampled is not None and not self.use_vllm:

@@ -76,23 +76,15 @@ def test_order_is_config_then_preset_then_flags():
     assert cli.parse(parser, [*flags.split(), "--stop_on_collapse"])[0] == expected
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("--lerning_rate=1", ["--lerning_rate", "--learning_rate"]),  # the value, and the nearest flag
-        ("--languages es", ["--languages", "train_grpo.py"]),
-        ("--preset huge", ["huge", "phi2-24gb", "tiny"]),  # the value, and the rule
-        ("--learning_rate fast", ["'fast'", "a number"]),
-        ("--learning_rate 7", ["'7'", "1e-09 to 1.0"]),
-        ("--num_generations 2.5", ["'2.5'", "whole number"]),
-        ("--activation_checkpointing perhaps", ["'perhaps'", "true or false"]),
-        ("--device tpu", ["'tpu'", "auto, cpu, cuda"]),
-        ("--max_steps", ["--max_steps", "--help"]),
-        ("--model=", ["--model", "''"]),
-        ("--output_dir \udcff", ["--output_dir"]),
-        ("0", ["--max_steps", "'0'"]),
-    ],
-)
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("--lerning_rate=1", ["--lerning_rate", "--learning_rate"]),  # the value, and the nearest flag
+    ("--languages es", ["--languages", "train_grpo.py"]),
+    ("--preset huge", ["huge", "phi2-24gb", "tiny"]),  # the value, and the rule
+    ("--learning_rate fast", ["'fast'", "a number"]), ("--learning_rate 7", ["'7'", "1e-09 to 1.0"]),
+    ("--num_generations 2.5", ["'2.5'", "whole number"]),
+    ("--activation_checkpointing perhaps", ["'perhaps'", "true or false"]),
+    ("--device tpu", ["'tpu'", "auto, cpu, cuda"]), ("--max_steps", ["--max_steps", "--help"]),
+    ("--model=", ["--model", "''"]), ("--output_dir \udcff", ["--output_dir"]), ("0", ["--max_steps", "'0'"])])  # fmt: skip
 def test_wrong_flags(call, flags, expected):
     refused(call("train_grpo", *flags.split(" ")), *expected)
 
@@ -100,17 +92,16 @@ def test_wrong_flags(call, flags, expected):
 @pytest.mark.parametrize(
     ("error", "code", "expected"),
     [
-        (cli.UserError("do this"), 2, "do this"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "Make room"),
+        (cli.UserError("do this"), 2, "do this"), (OSError(errno.ENOSPC, "No space left on device"), 2, "Make room"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), 2, "Make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x"),
         (MemoryError(), 2, "--per_device_train_batch_size"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 2, "--max_completion_length"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (cli.Terminated(), 143, "interrupted"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), 2, "--max_completion_length"),
+        (KeyboardInterrupt(), 130, "interrupted"), (cli.Terminated(), 143, "interrupted"),
         (KeyError("a bug"), KeyError, ""),  # which keeps its traceback
     ],
-)
+)  # fmt: skip
 def test_what_ends_a_script(capfd, error, code, expected):
     def main():
         with cli.load_errors("the model x"):  # what is explained better elsewhere passes through it

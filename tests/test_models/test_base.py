@@ -1,6 +1,7 @@
 """The base: where it is, what is refused, where it runs."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ BROKEN = {  # what is done to the folder, and what the message names
     "tokenizer cut": (lambda base: cut(base / "tokenizer.json"), "Copy it again"),
     "no end token": (lambda base: change_json(base / "tokenizer_config.json", eos_token=None), "eos_token"),
     "a template that fails": (write("chat_template.jinja", "{{ 1 / 0 }}"), "division by zero"),
+    "quantized": (lambda base: change_json(base / "config.json", quantization_config={"quant_method": "gptq"}), "is quantized"),
     "too small a vocabulary": (lambda base: change_json(base / "config.json", vocab_size=99), "copy both again"),
     "fewer weights than layers": (lambda base: change_json(base / "config.json", num_hidden_layers=4), "model.layers.2"),
 }
@@ -89,27 +91,19 @@ def test_the_same_base(micro):
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, ("some/base", "v1")), ({"model_revision": "v2"}, ("some/base", "v2")),
-    ({"model": "other/base"}, ("other/base", "main"))])  # fmt: skip
+    ({"model": "other/base"}, ("other/base", "main")), ({"model": "microsoft/phi-2"}, ("microsoft/phi-2", "main"))])  # fmt: skip
 def test_an_adapter_names_its_base(tmp_path, given, expected):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "revision": "v1"}')
     config = {**CONFIG, **given}
-    use_adapter_base(tmp_path, config)
+    use_adapter_base(tmp_path, config, SimpleNamespace(**{"model": None, "model_revision": None, **given}))
     assert (config["model"], config["model_revision"]) == expected
 
 
-@pytest.mark.parametrize(
-    ("capability", "device", "dtype", "expected"),
-    [
-        (None, "auto", "auto", "--preset tiny"),
-        ((7, 5), "auto", "auto", "compute capability 7.5"),
-        ((6, 1), "auto", "auto", ("cuda:0", torch.float32)),
-        ("mps", "auto", "auto", ("mps", torch.float32)),
-        ("small", "auto", "auto", ("cpu", torch.float32)),
-        ((7, 5), "auto", "float32", ("cuda:0", torch.float32)),
-        ((8, 0), "auto", "auto", ("cuda:0", torch.bfloat16)),
-        ((9, 0), "cpu", "auto", ("cpu", torch.float32)),
-    ],
-)
+@pytest.mark.parametrize(("capability", "device", "dtype", "expected"), [
+    (None, "auto", "auto", "--preset tiny"), ((7, 5), "auto", "auto", "compute capability 7.5"),
+    ((6, 1), "auto", "auto", ("cuda:0", torch.float32)), ("mps", "auto", "auto", ("mps", torch.float32)),
+    ("small", "auto", "auto", ("cpu", torch.float32)), ((7, 5), "auto", "float32", ("cuda:0", torch.float32)),
+    ((8, 0), "auto", "auto", ("cuda:0", torch.bfloat16)), ((9, 0), "cpu", "auto", ("cpu", torch.float32))])  # fmt: skip
 def test_device_and_dtype(capability, device, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: isinstance(capability, tuple))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: capability == "mps")
@@ -117,6 +111,8 @@ def test_device_and_dtype(capability, device, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8e9, 8e9))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of a scheduler that shows each process one GPU
     config = {"device": device, "dtype": dtype}
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):

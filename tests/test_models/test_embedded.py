@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, ok, read_json, script
@@ -58,7 +59,7 @@ def test_its_adapter_names_the_hub_s_model_and_takes_the_one_on_disk(folder, tmp
     files.write_json(adapter / "adapter_config.json", {"base_model_name_or_path": SMOLLM2_ID, "revision": "main"})
     for there in (False, True):
         used = dict(CONFIG)
-        use_adapter_base(adapter, used)
+        use_adapter_base(adapter, used, SimpleNamespace(model=None, model_revision=None))
         assert resolve_model(used) == ((str(folder), None) if there else (SMOLLM2_ID, "main"))
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -29,6 +29,19 @@ def adapter(micro, tmp_path_factory):
     return make_adapter(micro, tmp_path_factory.mktemp("adapter") / "sft")
 
 
+def test_of_a_model_that_sees_its_language_part_alone():
+    text = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99,
+        "head_dim": 16,
+    }  # fmt: skip
+    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3", text_config=text, vision_config=sight))
+    wrapped = get_peft_model(base, lora_config(CONFIG, base))
+    adapted = [name for name, module in wrapped.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == 7 and all("language_model" in name for name in adapted)
+
+
 def test_full_size_phi2_is_covered():
     with torch.device("meta"):
         base = models.full_size_phi2()
@@ -43,14 +56,12 @@ def test_full_size_phi2_is_covered():
     [
         ("phi", ["Wqkv", "out_proj"], {"q_proj", "k_proj", "v_proj", "dense"}),
         ("phi", ["all-linear"], {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
-        ("llama", ["gate_proj", "q_proj"], {"gate_proj", "q_proj"}),
-        ("gpt2", ["c_attn"], {"c_attn"}),  # no nn.Linear
+        ("llama", ["gate_proj", "q_proj"], {"gate_proj", "q_proj"}), ("gpt2", ["c_attn"], {"c_attn"}),  # no nn.Linear
         ("llama", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-        ("phi", ["Wqkv", "fc3"], UserError),
-        ("phi", [], UserError),
+        ("phi", ["Wqkv", "fc3"], UserError), ("phi", [], UserError),
         ("llama", ["Wqkv", "q_proj"], UserError),  # Phi's old names are Phi's alone
     ],
-)
+)  # fmt: skip
 def test_targets(kind, targets, expected):
     base, config = one_layer(kind), {**CONFIG, "lora_target_modules": targets}
     if expected is UserError:
@@ -85,13 +96,11 @@ def change_config(**values):
 
 
 BROKEN = {  # what is done to the folder, and what the message names
-    "gone": (shutil.rmtree, "no adapter at"),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "gone": (shutil.rmtree, "no adapter at"), "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
     "weights cut": (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50]), WEIGHTS),
     "a Git LFS pointer": (lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs"), "git lfs pull"),
-    "IA3": (change_config(peft_type="IA3"), "kind IA3"),
-    "biases": (change_config(bias="all"), "bias none"),
+    "IA3": (change_config(peft_type="IA3"), "kind IA3"), "biases": (change_config(bias="all"), "bias none"),
     "PiSSA": (change_config(init_lora_weights="pissa_niter_4"), "plain LoRA"),
     "another rank": (change_config(r=3), "--model"),
     "a rank beyond memory": (change_config(r=10**12), "the rank 1000000000000, and its weights have 4"),
@@ -99,8 +108,9 @@ BROKEN = {  # what is done to the folder, and what the message names
     "NaN": (change_weights(lambda t: {k: v * float("nan") for k, v in t.items()}), "not finite"),
     "one is missing": (change_weights(lambda t: dict(list(t.items())[1:])), "1 of 8 are missing"),
     "one more": (change_weights(lambda t: {**t, "more.lora_A.weight": torch.zeros(4, 32)}), "more.lora_A"),
+    "an embedding of more rows": ( change_weights(lambda t: {**t, "base_model.model.model.embed_tokens.weight": torch.zeros(9, 32)}), "embed_tokens",),
     "other names": (change_weights(lambda t: {k.replace("layers.", "h."): v for k, v in t.items()}), "do not fit"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -122,7 +132,7 @@ def test_adapters_that_are_compared_have_one_base(micro, adapter, tmp_path):
     check_same_base([adapter, adapter], {**CONFIG, "model": str(micro)})
     branch = shutil.copytree(adapter, tmp_path / "branch")
     change_config(revision="main")(branch)  # as this project writes it; PEFT leaves it out
-    check_same_base([adapter, branch], None)
-    for adapters, config in (([adapter, other], None), ([other], {**CONFIG, "model": str(micro)})):
+    check_same_base([adapter, branch], {**CONFIG, "model": str(micro)})
+    for adapters in ([adapter, other], [other]):
         with pytest.raises(UserError, match="some/other.*--model"):
-            check_same_base(adapters, config)
+            check_same_base(adapters, {**CONFIG, "model": str(micro)})

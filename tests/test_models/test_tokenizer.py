@@ -4,14 +4,15 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_micro
+from conftest import make_micro, ok, rows_of
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from config import CONFIG
+from phi2_grpo.common.cli import UserError
 from phi2_grpo.models.answers import chat_generation_config, stop_strings, trim
 from phi2_grpo.models.base import load_base
-from phi2_grpo.models.tokenizer import QUESTION, count_tokens, load_tokenizer, prepare_tokenizer, render
+from phi2_grpo.models.tokenizer import QUESTION, check_prompt_format, count_tokens, load_tokenizer, prepare_tokenizer, render
 from phi2_grpo.rollout.engine import complete, make_engine
 from phi2_grpo.rollout.sampling import rollout_generation_config
 
@@ -58,7 +59,7 @@ def test_every_end_token_ends_an_answer(chat_model, tmp_path):
     assert chat_generation_config(tokenizer, config, 512).eos_token_id == eos_ids
 
 
-def test_what_a_base_model_s_tokenizer_keeps_to_itself(chat_model, tmp_path):
+def test_what_a_base_model_s_tokenizer_keeps_to_itself(call, quick, chat_model, tmp_path):
     """The end of a turn that the chat template alone names (Qwen's bases), and the token that begins every text (Llama's)."""
     config, end = chat_model
     folder = shutil.copytree(config["model"], tmp_path / "base")
@@ -67,6 +68,14 @@ def test_what_a_base_model_s_tokenizer_keeps_to_itself(chat_model, tmp_path):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}"
     tokenizer.save_pretrained(folder)
     assert load_tokenizer({**config, "model": str(folder)}).all_eos_ids == [tokenizer.eos_token_id, end]
+    (tmp_path / "q.txt").write_text("Why?\nHow?\nWho?\n")
+    own = ("--model", folder, "--data_dir", tmp_path / "d")
+    ok(call("prepare_data", *own, "--dataset", tmp_path / "q.txt", "--validation_fraction", 0))
+    ok(call("train_grpo", 1, *quick, *own, "--output_dir", tmp_path / "o"))
+    (row,) = rows_of(tmp_path / "o-final")
+    assert row["answers/ended"] == 1 - row["completions/clipped_ratio"] > 0, "a rollout ends there, too"
+    with pytest.raises(UserError, match="another chat template"):
+        check_prompt_format(tmp_path / "o-final", load_tokenizer(config))
     tokenizer.chat_template, tokenizer.bos_token = None, "<|end|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", end)])
     prepare_tokenizer(tokenizer)

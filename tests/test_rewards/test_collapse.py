@@ -35,20 +35,14 @@ HEALTHY = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 
            "collapse/empty": 0.0, "sampling/sampling_logp_difference/mean": 0.0, "sampling/nearer_to_reference": -0.1}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({}, []),
-        ({"kl": 1.0}, [("warning", "kl")]),
-        ({"kl": 3.0}, [("warning", "kl"), ("collapse", "kl")]),
-        ({"entropy": 0.001}, [("collapse", "entropy")]),
-        ({"collapse/repetition": 0.9}, [("collapse", "collapse/repetition")]),
-        ({"collapse/distinct_2": 0.01}, [("collapse", "collapse/distinct_2")]),
-        ({"collapse/at_target": 0.9}, [("collapse", "collapse/at_target")]),
-        ({"collapse/empty": 0.9}, [("collapse", "collapse/empty")]),
-        ({"frac_reward_zero_std": 1.0}, [("warning", "frac_reward_zero_std")]),
-    ],
-)
+@pytest.mark.parametrize(("values", "expected"), [
+    ({}, []), ({"kl": 1.0}, [("warning", "kl")]), ({"kl": 3.0}, [("warning", "kl"), ("collapse", "kl")]),
+    ({"entropy": 0.001}, [("collapse", "entropy")]),
+    ({"collapse/repetition": 0.9}, [("collapse", "collapse/repetition")]),
+    ({"collapse/distinct_2": 0.01}, [("collapse", "collapse/distinct_2")]),
+    ({"collapse/at_target": 0.9}, [("collapse", "collapse/at_target")]),
+    ({"collapse/empty": 0.9}, [("collapse", "collapse/empty")]),
+    ({"frac_reward_zero_std": 1.0}, [("warning", "frac_reward_zero_std")])])  # fmt: skip
 def test_each_alert_once_and_not_by_one_step(values, expected):
     rows = [HEALTHY] * 20 + [{**HEALTHY, **values}] * collapse.WINDOW
     alerts = collapse.alerts(rows, set())

@@ -205,6 +205,12 @@ def test_on_another_base_it_is_loaded_beside(call, quick, trained_reward, config
     model = loaded(tmp_path / "whole", config)
     expected = score_alone(whole.eval(), load_tokenizer({**config, "model": str(other)}), PROMPTS, ANSWERS)
     assert model(prompts=PROMPTS, answers=ANSWERS) == pytest.approx(expected, abs=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(other)  # Llama's way: no padding token, and answers end by the end token
+    tokenizer.pad_token, tokenizer.bos_token = None, "Q"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "whole")
+    expected = score_alone(whole, tokenizer, PROMPTS, ANSWERS)
+    assert loaded(tmp_path / "whole", config)(prompts=PROMPTS, answers=ANSWERS) == pytest.approx(expected, abs=1e-5)
 
 
 def change_base(new):

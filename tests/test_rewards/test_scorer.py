@@ -27,6 +27,9 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
     other += "import functools\npart = functools.partial(lambda answers, **_: [1.0])\n"
     (tmp_path / "other.py").write_text(other)
     assert parse_rewards([f"{tmp_path}/other.py:part"])[0].name == "part"
+    (tmp_path / "beside.py").write_text("made = []\n")
+    (tmp_path / "two.py").write_text("import beside\nbeside.made.append(1)\na = b = lambda **_: beside.made\n")
+    assert [each.function() for each in parse_rewards([f"{tmp_path}/two.py:a", f"{tmp_path}/two.py:b:2"])] == [[1], [1]], "once"
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "inner.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
@@ -129,13 +132,18 @@ def test_a_step_without_a_score_is_shown_and_a_score_that_is_no_number_ends_the_
 def test_rewards_as_trl_documents_them(call, quick, tmp_path):
     """With the trainer's state, as a tensor, and async; on the human replies, in training, held out and in validation."""
     (tmp_path / "mine.py").write_text(
-        "import torch\n"
+        "import asyncio\nimport torch\n"
         "def curriculum(completions, trainer_state, log_metric, log_extra, **_):\n"
         "    log_metric('part', 0.5)\n"
         "    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]\n"
         "def tensor(completions, **_):\n"
         "    return torch.tensor([float(len(c[0]['content'])) for c in completions], dtype=torch.bfloat16)\n"
+        "one = asyncio.Semaphore(1)\n"
         "async def later(answers, **_):\n"
+        "    async def wait(): await asyncio.sleep(0)\n"
+        "    async def score():\n"
+        "        async with one: await wait()\n"
+        "    await asyncio.gather(*[score() for _ in answers])\n"
         "    return [torch.tensor(float(len(answer))) for answer in answers]\n"
     )
     names = ("curriculum", "tensor", "later")

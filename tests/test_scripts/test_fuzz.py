@@ -132,7 +132,7 @@ def test_adapters_of_any_kind(base, final, tmp_path_factory, data):
     with contextlib.suppress(cli.UserError):
         use_training_settings({**CONFIG, "adapter": str(folder)}, SimpleNamespace(**dict.fromkeys(TRAINED_WITH)))
     with contextlib.suppress(cli.UserError):
-        use_adapter_base(check_adapter(str(folder)), {**CONFIG})
+        use_adapter_base(check_adapter(str(folder)), {**CONFIG}, SimpleNamespace(model=None, model_revision=None))
     with contextlib.suppress(cli.UserError):
         load_adapter(copy.deepcopy(base), str(folder))
 
