@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="the Space exists: replace all of its files, keep its settings")
     parser.add_argument("--dry_run", action="store_true", help="send nothing: list the files and what would stop a deployment")
     config, arguments = cli.parse(parser)
+    if arguments.update and arguments.private:
+        raise cli.UserError("--private is for a new Space, and --update keeps its settings. Change them on the Space's page.")
     setup.prepare()
 
     from rich.filesize import decimal
@@ -118,13 +120,8 @@ def deploy(name: str, folder: Path, arguments) -> None:
 
     with hub.clear_errors(name):
         if not arguments.update:
-            HfApi().create_repo(
-                name,
-                repo_type="space",
-                space_sdk="gradio",
-                space_hardware=arguments.hardware,
-                private=arguments.private,
-            )
+            private = arguments.private or None  # None: as an organization has it
+            HfApi().create_repo(name, repo_type="space", space_sdk="gradio", space_hardware=arguments.hardware, private=private)
     message = "The app and its adapter"
     with hub.clear_errors(f"{name} (the Space exists; go on with --update)"):
         HfApi().upload_folder(repo_id=name, repo_type="space", folder_path=folder, commit_message=message, delete_patterns="*")

@@ -2,7 +2,7 @@
 
   python export_model.py --out results/phi2-grpo-merged                 # full weights: vLLM, llama.cpp, transformers
   python export_model.py --push_to_hub USER/NAME                        # the adapter with its card
-  python export_model.py --out DIR --push_to_hub USER/NAME --merged     # the full weights
+  python export_model.py --out DIR --push_to_hub USER/NAME-merged --merged    # the full weights
 
 Merged in float32 and rounded once. What was merged, and again what was written, is compared with the adapter on the sample
 prompts; another model is not written.
@@ -17,7 +17,8 @@ KEYS = ("model", "model_revision", "dtype", "adapter")
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS)
+    defaults = {**dict.fromkeys(("model", "model_revision"), "the adapter's"), "dtype": "as the base, bfloat16 for float16"}
+    parser = cli.make_parser(__doc__, KEYS, defaults)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for the merged model")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="send the adapter there, or with --merged the merged model")
@@ -39,7 +40,7 @@ def main() -> None:
     console = Console()
     embedded.prepare(config["model"], oasst.sample_dialogues)
     adapter = check_adapter(config["adapter"])
-    use_adapter_base(adapter, config)
+    use_adapter_base(adapter, config, arguments)
     console.print(f"export_model: {cli.differences(config, KEYS)}")
     if name:
         hub.check_account(name)
@@ -62,10 +63,11 @@ def merge(console, config: dict, adapter: Path, out: Path) -> None:
     from phi2_grpo.models.answers import saved_generation_config
     from phi2_grpo.models.base import context_length, load_base, meta_model
     from phi2_grpo.models.lora import load_adapter
-    from phi2_grpo.models.tokenizer import load_tokenizer
+    from phi2_grpo.models.tokenizer import check_prompt_format, load_tokenizer
     from phi2_grpo.training.model_card import merged_card
 
     tokenizer, base = load_tokenizer(config), meta_model(config)
+    check_prompt_format(adapter, tokenizer)
     # As the base is stored, but bfloat16 for float16: Phi-2 overflows in it.
     stored = torch.float32 if base.config.dtype in (None, torch.float32) else torch.bfloat16
     dtype = stored if config["dtype"] == "auto" else getattr(torch, config["dtype"])
@@ -78,7 +80,7 @@ def merge(console, config: dict, adapter: Path, out: Path) -> None:
             tuned = load_adapter(load_base(config, torch.device("cpu"), torch.float32), str(adapter)).eval()
             prompts, answers = greedy_answers(tuned, tokenizer)
             expected = log_probs(tuned, tokenizer, prompts, answers)
-            merged = merge_untied(tuned)
+            merged = tuned.merge_and_unload()
             refuse_if_other(log_probs(merged, tokenizer, prompts, answers) - expected, "merged in float32")
             merged = merged.to(dtype)
             rounded = log_probs(merged, tokenizer, prompts, answers)
@@ -135,24 +137,6 @@ def refuse_if_other(differences, when: str) -> None:
         )
 
 
-def merge_untied(tuned):
-    """The adapter merged into its base. A head that shares the embedding's weight gets its own where they differ then."""
-    import torch
-
-    base = tuned.get_base_model()
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    tied = head.weight.data_ptr() == embedding.weight.data_ptr()
-    if tied:  # PEFT merges in place, into both at once
-        plain = getattr(head, "base_layer", head)
-        plain.weight = torch.nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
-    merged = tuned.merge_and_unload()
-    if tied:
-        head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
-        merged.config.tie_word_embeddings = torch.equal(head.weight, embedding.weight)
-        merged.tie_weights()
-    return merged
-
-
 def readable_by_transformers_4(folder: Path) -> None:
     """Say in the written files, beside transformers 5's own words, what transformers 4 and engines built on it look for.
 
@@ -179,9 +163,12 @@ def send(console, name: str, paths: list[Path], private: bool) -> None:
 
     public, left_out = hub.public_files(paths)
     with hub.clear_errors(name):
-        HfApi().create_repo(name, private=private, exist_ok=True)
+        HfApi().create_repo(name, private=private or None, exist_ok=True)
         if private and not HfApi().repo_info(name).private:  # it was there before
             raise cli.UserError(f"{name} exists and is public. Make it private on the Hub, or give another name.")
+        other = "config.json" if "adapter_config.json" in public else "adapter_config.json"
+        if other in HfApi().list_repo_files(name):  # transformers would read the adapter beside a merged model
+            raise cli.UserError(f"{name} holds {other}: adapter and merged model need a name each. Give another.")
         operations = [CommitOperationAdd(file, content) for file, content in public.items()]
         HfApi().create_commit(name, operations, commit_message="Upload")
     for each in left_out:

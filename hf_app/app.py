@@ -4,7 +4,7 @@
   python app.py --adapter DIR --base DIR         # other folders
   python app.py --check                          # load, answer one question, print what answers, and end
 
-Listens on this machine only, unless --host says otherwise. APP_AUTH=user:password asks for a password.
+Listens on this machine only, unless --host or --share says otherwise. APP_AUTH=user:password asks for a password.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from typing import NoReturn
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+for name in ("NO_PROXY", "no_proxy"):  # Gradio calls its own page before it opens: past any proxy
+    os.environ[name] = f"{os.environ.get(name) or 'localhost'},127.0.0.1,localhost"
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 
@@ -45,12 +47,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options.auth = (user, password) if user else None
     if bool(user) != bool(password):
         fail("APP_AUTH must be user:password, both not empty.")
-    if options.port is not None and not options.check:
-        host = options.host or "127.0.0.1"
+    if (options.port is not None or options.host) and not options.check:
+        host, port = options.host or "127.0.0.1", options.port or 0
         try:
-            socket.create_server((host, options.port)).close()
+            socket.create_server((host, port)).close()
         except (OSError, OverflowError) as error:
-            fail(f"cannot listen on {host}:{options.port}: {error}. Choose another --port (1 to 65535), or leave it out.")
+            fail(f"cannot listen on {host}:{port}: {error}. Choose another --host or --port (1 to 65535), or leave them out.")
     return options
 
 
@@ -75,7 +77,7 @@ EXAMPLES = [
     "What are the benefits of exercise?",
     "Tengo un problema con mi coche, hace un ruido extraño.",
 ]
-GPU_START = 20  # seconds that ZeroGPU may take to bring the model onto its GPU
+GPU_START = 10  # seconds that ZeroGPU may take to bring the model onto its GPU
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # one queue for chat, comparison and API
 MAX_WAITING = 32  # people in the queue; more are told to come back
 
@@ -83,8 +85,8 @@ engine: Engine  # set by main, before the page opens; ZeroGPU's processes are fo
 
 
 def gpu_seconds(messages: list[dict], model: str, settings: Settings) -> int:
-    """How long ZeroGPU reserves its GPU for an answer: moving the model there, and ten tokens a second at worst."""
-    return GPU_START + settings.max_new_tokens // 10
+    """How long ZeroGPU reserves its GPU for an answer: a visitor with less time left of the day is refused."""
+    return GPU_START + settings.max_new_tokens // 20
 
 
 def answer_seconds(settings: Settings) -> float:
@@ -165,9 +167,7 @@ def from_page(message: dict) -> dict:
 
 def show_exact_text(chatbot: gr.Chatbot) -> gr.Chatbot:
     """gr.Chatbot reads HTML in messages even with render_markdown=False: escape on the way to the page, undo on the way back.
-
-    By wrapping, not in a subclass: Gradio writes an app.pyi beside any file that defines a component.
-    """
+    By wrapping, not in a subclass: Gradio writes an app.pyi beside any file that defines a component."""
     to, back = chatbot.postprocess, chatbot.preprocess
     chatbot.postprocess = lambda messages: to([to_page(message) for message in messages or []])
     chatbot.preprocess = lambda payload: [from_page(message) for message in back(payload) or []]
@@ -314,9 +314,8 @@ def conversation(parameters: list) -> None:
     look = {"height": "55vh", "min_height": 280, "show_label": False, "buttons": []}
     chatbot = gr.Chatbot(examples=[{"text": example} for example in EXAMPLES], elem_id="chat", **exact, **look)
     show_exact_text(chatbot)
-    box = gr.Textbox(
-        label="Question", show_label=False, placeholder="Ask something", submit_btn=True, max_lines=8, elem_id="ask"
-    )
+    look = {"label": "Question", "show_label": False, "placeholder": "Ask something", "max_lines": 8}
+    box = gr.Textbox(submit_btn=True, elem_id="ask", **look)
     at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     asked = [
         # Through the queue, though it has nothing to wait for: the page shows the errors of queued events only.

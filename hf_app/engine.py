@@ -121,10 +121,8 @@ class StopGeneration(StoppingCriteria):
 
 
 def trim(text: str, stop_strings: list[str], finished: bool) -> tuple[str, str]:
-    """The answer in a decoded completion: what stands before the first stop string, and that string.
-
-    Until it is finished, an end that could still become a stop string or a complete character is held back.
-    """
+    """The answer in a decoded completion: what stands before the first stop string, and that string. Until it is finished, an
+    end that could still become a stop string or a complete character is held back."""
     first = min(((i, stop) for stop in stop_strings if (i := text.find(stop)) >= 0), default=None)
     if first:
         return text[: first[0]].strip(), first[1].strip()
@@ -172,7 +170,8 @@ class Engine:
                 self._load_base()
         self.model.to(self._device)  # last: on ZeroGPU, CUDA seems to be there and comes with the first call
         self.tuned = isinstance(self.model, PeftModel)
-        self.context = getattr(self.model.config, "max_position_embeddings", None) or 2048  # tokens of prompt and answer
+        text_config = self.model.config.get_text_config()
+        self.context = getattr(text_config, "max_position_embeddings", None) or 2048  # tokens of prompt and answer
         self.longest_answer = min(MAX_NEW_TOKENS, self.context // 2)  # half of the context is for the question
         self._describe(problem)
 
@@ -194,8 +193,11 @@ class Engine:
                     raise NoBase(f"{text}\n  Give a Hub id (offline: one in the cache) or a local folder: --base.") from None
         bos = "{{ bos_token }}" * (self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id])
         self.tokenizer.chat_template = self.tokenizer.chat_template or bos + CHAT_TEMPLATE
-        # Most chat models name several end tokens; a Phi-2 runs on, which others do not.
-        self.eos_ids = unique_ids(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        # Most chat models name several end tokens, some the turn's in their template alone; a Phi-2 runs on.
+        said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+        turn_end = self.tokenizer.apply_chat_template(said, tokenize=False).rpartition("So.")[2].strip()
+        named = (self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        self.eos_ids = unique_ids(*named, self.tokenizer.get_added_vocab().get(turn_end))
         self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids or None)  # without the base's top_k
         stops = STOP_STRINGS if str(self.tokenizer.chat_template).endswith(CHAT_TEMPLATE) else None
         self.defaults = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, stop_strings=stops)
@@ -228,11 +230,10 @@ class Engine:
     def _describe(self, problem: str) -> None:
         """Sets `kind` (tuned, base: no adapter, or broken: one that is not loaded), `status` and `device`, in words."""
         self.kind = TUNED if self.tuned else "broken" if problem else BASE
+        reason = f"Adapter {self.adapter.name} not loaded: {problem}" if problem else f"No adapter in {self.adapter.name}/"
+        self.status = f"Base model only: {self.base_name}. {reason}"
         if self.tuned:
             self.status = f"Tuned: {self.base_name} with the adapter {self.adapter.name}, LoRA on {self.layers} modules"
-        else:
-            reason = f"Adapter {self.adapter.name} not loaded: {problem}" if problem else f"No adapter in {self.adapter.name}/"
-            self.status = f"Base model only: {self.base_name}. {reason}"
         slow = self._device.type == "cpu" and self.model.num_parameters() > 1e9
         note = ", about 2 tokens/s on two cores: long answers take minutes" if slow else ""
         device = torch.cuda.get_device_name() if self._device.type == "cuda" else "CPU"
@@ -287,11 +288,9 @@ class Engine:
         )
 
     def stream(self, messages: list[dict], model: str, settings: Settings, seconds: float | None = None) -> Iterator[Answer]:
-        """Answers the last of `messages` ({"role", "content"}, oldest first); yields the answer as it grows.
-
-        Yields at least five times a second: closing this ends the generation at its next token; so do `seconds` (default:
-        MAX_SECONDS). Where there is no adapter, the base answers. Raises BadInput before the first answer.
-        """
+        """Answers the last of `messages` ({"role", "content"}, oldest first); yields the answer as it grows, at least five
+        times a second: closing this ends the generation at its next token; so do `seconds` (default: MAX_SECONDS). Where
+        there is no adapter, the base answers. Raises BadInput before the first answer."""
         if model not in (TUNED, BASE):
             raise BadInput(f"model is {model!r}, but it takes {TUNED!r} or {BASE!r}.")
         text, left_out = self.prompt(messages, settings.max_new_tokens)

@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return self.answer({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
         if not rest or rest[0] == "revision":
-            private = any(made["name"] == name and made["visibility"] == "private" for made in hub.created)
+            private = any(made["name"] == name and made.get("visibility") == "private" for made in hub.created)
             siblings = [{"rfilename": path} for path in repo]
             about = {"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": siblings, "private": private, "tags": []}
             return self.answer(about)

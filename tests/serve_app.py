@@ -22,12 +22,10 @@ CODE = 'def f(x):\n    if x < 3 and x<y:\n        return ["a",  \'b\']\n\n\tretu
 SAYS = {
     "plain": ("Water it once a week.\nThen wait, and look at it every day.", 0.02),
     "stop": ("Four.\n\nExercise 3: What is five and five?", 0.02),
-    "near": ("Exercises help.\nInstructors say so:\nExercise daily.\nInstru", 0.02),
-    "hostile": (HOSTILE, 0.0),
-    "code": (CODE, 0.0),
-    "scripts": ("שלום עולם, مرحبا 👋🏽 e\u0301 \u202eabc", 0.0),
+    "near": ("Exercises help.\nInstructors say so:\nExercise daily.\nInstru", 0.02), "hostile": (HOSTILE, 0.0),
+    "code": (CODE, 0.0), "scripts": ("שלום עולם, مرحبا 👋🏽 e\u0301 \u202eabc", 0.0),
     "slow": ("It goes on and on. " * 60, 0.05),
-}
+}  # fmt: skip
 
 
 def main() -> None:

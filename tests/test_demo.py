@@ -23,7 +23,8 @@ FLAGS = {"against", "preset", "check", "resume", "overwrite", "help", "language"
          "out", "push_to_hub", "merged", "host", "share", "port", "base", "update", "reward_model", "private",
          "hardware", "torch-backend", "extra-index-url", "outfile", "seed", "multi_gpu", "num_processes", "nproc_per_node",
          "nnodes", "node_rank", "master_addr", "master_port", "config_file", "rdzv-conf", "model", "mixed_precision",
-         "steps", "seeds", "no_grpo", "build", "repo-type", "reports", "kills", "turns", "lora_"}  # fmt: skip
+         "steps", "seeds", "no_grpo", "build", "repo-type", "reports", "kills", "turns", "lora_",
+         "generation-config"}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from phi2_grpo.common.cli import UserError, first_lines, load_errors
+from phi2_grpo.common.cli import UserError, first_lines, load_errors, split_weight
 
 # What of an adapter folder is sent; evaluation.jsonl, which has held-out prompts in it, stays.
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -22,9 +22,10 @@ REFUSALS = {
     401: ("the Hub does not know the token", LOG_IN),
     402: (
         "the Hub wants a paid plan for this",
-        "A free account can host Gradio Spaces on ZeroGPU (--hardware zero-a10g); CPU ones need PRO. Here it is free: make app",
+        "A verified free account can host two Gradio Spaces on ZeroGPU (the default hardware); CPU ones need PRO. Or: make app",
     ),
-    403: ("the token may not write there", LOG_IN),
+    400: ("the Hub does not take this", "Correct what it names."),
+    403: ("the Hub does not allow this", f"If it is the token: {LOG_IN}"),
     409: ("the name is taken", "Choose another name, or --update to replace the files there."),
     429: ("too many requests", "Wait some minutes, then run this again."),
 }
@@ -49,8 +50,8 @@ def clear_errors(name: str) -> Iterator[None]:
         text = f"{name}: {meaning} ({error.server_message or first_lines(error)}). {step}"
     except ValueError as error:  # a name or a model card that the Hub does not take
         text = f"the Hub does not take {name!r}: {error}"
-    except (OSError, HTTPError) as error:
-        text = f"the Hub cannot be reached: {error}. Check the network, then run this again."
+    except (OSError, HTTPError, RuntimeError, ImportError) as error:  # of an upload that broke off, and of a proxy
+        text = f"the Hub cannot be reached: {error}. Check the network, a proxy and the token, then run this again."
     raise UserError(text.replace(get_token() or "hf_***", "hf_***"))
 
 
@@ -81,7 +82,7 @@ def public_files(paths: list[Path]) -> tuple[dict[str, Path | bytes], list[str]]
         with load_errors(f"{public[name]} is broken", "Copy it again."):
             data = json.loads(public[name].read_text(encoding="utf-8"))
             of_hub = {"model": data.get("model_commit"), "dataset": data.get("data", {}).get("commit")}
-        local = {"init_adapter", "merged_from", "rewards", *(key for key, commit in of_hub.items() if not commit)}
+        local = {"init_adapter", "merged_from", *(key for key, commit in of_hub.items() if not commit)}
         if (cleaned := _without_paths(data, local)) != data:
             public[name] = json.dumps(cleaned, indent=2, ensure_ascii=False).encode()
             left_out.append(f"{name}: paths of this machine, but for their last part")
@@ -99,5 +100,6 @@ def _without_paths(value, local: set[str], key: str = ""):
         return [_without_paths(item, local, key) for item in value]
     if not isinstance(value, str) or re.match("https?://", value):
         return "" if isinstance(value, str) else value
-    is_path = key in local or key.endswith("_dir") or re.match(r"~|\.{0,2}/|[A-Za-z]:\\", value) or os.path.exists(value)
+    is_path = key in local or key.endswith("_dir") or re.match(r"~|\.{0,2}/|[A-Za-z]:\\", value)
+    is_path = is_path or ".py:" in value or os.path.exists(split_weight(value)[0])  # a reward's file or folder
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value

@@ -49,7 +49,8 @@ def _reachable() -> bool:
         return True  # only the proxy knows
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=5).close()
     except OSError:
         return False
     return True

@@ -93,6 +93,11 @@ def test_the_base_s_own_ways_to_sample_are_not_used(engine, loud, micro, tmp_pat
         assert [ask(other, seed=i, model=model).text for i in range(3)] == [
             ask(engine, seed=i, model=model).text for i in range(3)
         ]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}"  # names a turn's end, as Qwen's
+    tokenizer.save_pretrained(base)
+    assert app_engine.Engine(tmp_path / "none", str(base)).eos_ids[-1] == tokenizer.convert_tokens_to_ids("<|end|>")
 
 
 def test_base_and_tuned_do_not_mix_under_concurrent_use(engine):
@@ -122,21 +127,16 @@ def test_earlier_turns_are_seen_and_the_oldest_leave_first(engine):
     assert f"{left_out} earlier messages left out" in ask(engine, long, max_new_tokens=200, seed=0).summary()
 
 
-@pytest.mark.parametrize(
-    ("question", "given", "expected"),
-    [
-        ("\x00\x01\x7f", {}, "empty"),  # control characters are no question
-        ("x" * 100_000, {}, "100,000 characters, and 20,000 are the limit"),
-        ("plant " * 2_000, {}, "there is room for"),
-        ("Why?", {"temperature": 0.0}, "temperature is 0.0, but it takes a number from 0.05 to 2.0"),
-        ("Why?", {"temperature": float("nan")}, "temperature is nan"),
-        ("Why?", {"temperature": "hot"}, "temperature is 'hot'"),
-        ("Why?", {"max_new_tokens": 10_000}, "a whole number from 1 to 256"),
-        ("Why?", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
-        ("Why?", {"seed": -2}, "seed is -2"),
-        ("Why?", {"model": "gpt"}, "model is 'gpt'"),
-    ],
-)
+@pytest.mark.parametrize(("question", "given", "expected"), [
+    ("\x00\x01\x7f", {}, "empty"),  # control characters are no question
+    ("x" * 100_000, {}, "100,000 characters, and 20,000 are the limit"),
+    ("plant " * 2_000, {}, "there is room for"),
+    ("Why?", {"temperature": 0.0}, "temperature is 0.0, but it takes a number from 0.05 to 2.0"),
+    ("Why?", {"temperature": float("nan")}, "temperature is nan"),
+    ("Why?", {"temperature": "hot"}, "temperature is 'hot'"),
+    ("Why?", {"max_new_tokens": 10_000}, "a whole number from 1 to 256"),
+    ("Why?", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"), ("Why?", {"seed": -2}, "seed is -2"),
+    ("Why?", {"model": "gpt"}, "model is 'gpt'")])  # fmt: skip
 def test_bad_input_to_the_engine(engine, question, given, expected):
     with pytest.raises(app_engine.BadInput, match=re.escape(expected)):
         ask(engine, question, **given)
@@ -216,6 +216,7 @@ def test_check_answers_and_ends(command, final, micro):
         (("--base", "/nope/base"), "the base model /nope/base cannot be loaded"),
         (("--port", "70000"), "cannot listen on 127.0.0.1:70000"),
         (("--port", "TAKEN"), "cannot listen on 127.0.0.1"),
+        (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1"),
         (("--adapter", "/nope", "--base", "MICRO", "--check"), "the adapter did not answer"),
     ],
 )

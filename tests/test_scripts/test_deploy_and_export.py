@@ -72,6 +72,7 @@ def test_a_space_gets_exactly_its_files_and_is_replaced_only_by_update(run, hub,
     sent["old.py"] = b"1"
     dry = run("deploy_space", "me/demo", "--adapter", adapter, "--dry_run", hub=hub)
     refused(dry, "--update")
+    refused(run("deploy_space", "me/demo", "--adapter", adapter, "--update", "--private", hub=hub), "--private is for a new")
     refused(run("deploy_space", "me/demo", "--adapter", adapter, hub=hub), "--update")
     assert set(sent) == {*expected, "old.py"}
     ok(run("deploy_space", "me/demo", "--adapter", adapter, "--update", hub=hub))
@@ -97,19 +98,16 @@ def test_what_would_not_run_there_is_not_sent(run, hub, adapter, name, text, exp
 @pytest.mark.parametrize(
     ("name", "token", "refuse", "role", "expected"),
     [
-        ("me/demo", "", {}, "write", "hf auth login"),
-        ("me/demo", "hf_wrong", {}, "write", "401|hf auth login"),
-        ("me/demo", TOKEN, {}, "read", "hf auth login"),
-        ("you/demo", TOKEN, {}, "write", "me or lab"),
+        ("me/demo", "", {}, "write", "hf auth login"), ("me/demo", "hf_wrong", {}, "write", "401|hf auth login"),
+        ("me/demo", TOKEN, {}, "read", "hf auth login"), ("you/demo", TOKEN, {}, "write", "me or lab"),
         ("me/demo", TOKEN, {"/api/repos/create": (402, "Payment required")}, "write", "Payment required.*ZeroGPU"),
         ("me/demo", TOKEN, {"/api/repos/create": (403, "Forbidden")}, "write", "Forbidden.*hf auth login"),
         ("me/demo", TOKEN, {"/api/spaces/me/demo/commit": (500, "Oops")}, "write", "--update.*Oops"),
         ("lab/demo", TOKEN, {"/api/whoami-v2": (429, "Slow down")}, "write", "Wait"),
-        ("demo", TOKEN, {}, "write", "USER/NAME"),
-        ("me/../x", TOKEN, {}, "write", "me/../x"),
+        ("demo", TOKEN, {}, "write", "USER/NAME"), ("me/../x", TOKEN, {}, "write", "me/../x"),
         ("me/demo", TOKEN, None, "write", "network"),  # no answer at all
     ],
-)
+)  # fmt: skip
 def test_refusals_of_the_hub_give_the_next_step(run, hub, adapter, name, token, refuse, role, expected):
     hub.refuse, hub.role = refuse, role
     done = run("deploy_space", name, "--adapter", adapter, hub=None if refuse is None else hub, token=token)
@@ -167,17 +165,18 @@ def test_what_is_published_holds_no_path_and_no_held_out_prompt(run, hub, adapte
     config = json.loads(hub.repos[("models", "me/adapter")]["run.json"])["config"]
     assert config["model"] == micro.name and config["learning_rate"] > 0
     refused(run("export_model", *push[:-1], "me/merged", "--private", hub=hub), "public")  # it is, since the push above
+    refused(run("export_model", *push[:-1], "me/merged", hub=hub), "a name each")
 
 
 def test_names_that_only_look_like_the_hub_s_are_paths(tmp_path):
     config = {"model": "clients/acme", "init_adapter": "runs/acme", "data_dir": "clients/acme", "learning_rate": 1e-5,
-              "rewards": ["clients/acme/rewards.py:polite:0.5", "length:1.0"]}  # fmt: skip
+              "rewards": ["clients/acme/rewards.py:polite:0.5", "user/reward-model:2"]}  # fmt: skip
     data = {"dataset": "clients/acme.csv", "commit": None}
     (tmp_path / "run.json").write_text(json.dumps({"config": config, "model_commit": None, "data": data}))
     texts, _ = hub_files.public_files([tmp_path / "run.json"])
     sent = json.loads(texts["run.json"])
     assert sent["config"] == {"model": "acme", "init_adapter": "acme", "data_dir": "acme", "learning_rate": 1e-5,
-                              "rewards": ["rewards.py:polite:0.5", "length:1.0"]} and sent["data"]["dataset"] == "acme.csv"  # fmt: skip
+                              "rewards": ["rewards.py:polite:0.5", "user/reward-model:2"]} and sent["data"]["dataset"] == "acme.csv"  # fmt: skip
     config, data = {"model": "microsoft/phi-2"}, {"dataset": "OpenAssistant/oasst1", "commit": "1" * 40}
     (tmp_path / "run.json").write_text(json.dumps({"config": config, "model_commit": "1" * 40, "data": data}))
     assert hub_files.public_files([tmp_path / "run.json"])[1] == [], "of the Hub's own names nothing is left out"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import make_adapter, ok, refused
 from engine import Engine, NoBase
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,21 +33,17 @@ def test_lora_that_cannot_be_trained_is_refused_before_the_start(call, quick, mi
     refused(call(*own, "--overwrite", "--init_adapter", tmp_path / "o" / "checkpoint-4"), "output_dir")
 
 
-@pytest.mark.parametrize(("targets", "still_tied"), [(["lm_head", "fc1"], False), (["embed_tokens"], False), (["fc1"], True)])
-def test_a_head_that_is_the_embedding_is_untied_where_they_differ(call, micro, tmp_path, targets, still_tied):
+@pytest.mark.parametrize(("targets", "merges"), [(["lm_head", "fc1"], False), (["embed_tokens"], False), (["fc1"], True)])
+def test_a_head_that_is_the_embedding_cannot_differ_from_it(call, micro, tmp_path, targets, merges):
     base = AutoModelForCausalLM.from_pretrained(micro)
     base.config.tie_word_embeddings = True
     base.lm_head.weight = base.model.embed_tokens.weight
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(micro).save_pretrained(tmp_path / "base")
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=targets)
-    ok(call("export_model", "--adapter", adapter, "--out", tmp_path / "merged"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        assert torch.allclose(merged(ids).logits, tuned(ids).logits, atol=1e-4)
-    assert merged.config.tie_word_embeddings is still_tied
+    done = call("export_model", "--adapter", adapter, "--out", tmp_path / "merged")
+    ok(done) if merges else refused(done, "another model")
+    assert (tmp_path / "merged").exists() is merges
 
 
 def test_a_merged_model_that_is_another_is_not_written(call, micro, tmp_path, monkeypatch):
