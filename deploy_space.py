@@ -22,12 +22,13 @@ def main() -> None:
     parser = cli.make_parser(__doc__, KEYS)
     parser.add_argument("name", metavar="USER/NAME", help="the Space; the app will stand at its address")
     parser.add_argument("--private", action="store_true", help="only you see a new Space")
-    parser.add_argument("--hardware", default="zero-a10g", help="of a new Space (default: zero-a10g, which is ZeroGPU)")
+    parser.add_argument("--hardware", help="of a new Space (default: zero-a10g, which is ZeroGPU)")
     parser.add_argument("--update", action="store_true", help="the Space exists: replace all of its files, keep its settings")
     parser.add_argument("--dry_run", action="store_true", help="send nothing: list the files and what would stop a deployment")
     config, arguments = cli.parse(parser)
-    if arguments.update and arguments.private:
-        raise cli.UserError("--private is for a new Space, and --update keeps its settings. Change them on the Space's page.")
+    if arguments.update and (arguments.private or arguments.hardware):
+        text = "--private and --hardware are for a new Space, and --update keeps its settings. Change them on the Space's page."
+        raise cli.UserError(text)
     setup.prepare()
 
     from rich.filesize import decimal
@@ -37,12 +38,12 @@ def main() -> None:
     console, adapter, name = Console(), Path(config["adapter"]), arguments.name
     with tempfile.TemporaryDirectory(prefix="space-") as temporary:
         folder = Path(temporary)
-        left_out = stage(folder, adapter)
+        changed = stage(folder, adapter)
         console.print(f"The Space {name} gets:")
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             console.print(f"  {decimal(path.stat().st_size):>9}  {path.relative_to(folder)}")
-        for each in left_out:
-            console.print(f"left out: {each}")
+        for each in changed:
+            console.print(f"changed: {each}")
         problems = []
         for check in (check_adapter, check_hub):
             try:
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def stage(folder: Path, adapter: Path) -> list[str]:
-    """Copy exactly what the Space needs into an empty folder; returns what was left out. The header names the base."""
+    """Copy exactly what the Space needs into an empty folder; returns what was changed. The header names the base."""
     from huggingface_hub import RepoCard
 
     from phi2_grpo.common import hub
@@ -71,7 +72,7 @@ def stage(folder: Path, adapter: Path) -> list[str]:
     for name in APP_FILES:
         shutil.copyfile(APP / name, folder / name)
     (folder / "model_adapters").mkdir()
-    public, left_out = hub.public_files(hub.adapter_files(adapter))
+    public, changed = hub.public_files(hub.adapter_files(adapter))
     for file, content in public.items():
         (folder / "model_adapters" / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     base, _ = base_of_adapter(adapter)
@@ -80,7 +81,7 @@ def stage(folder: Path, adapter: Path) -> list[str]:
         for key, value in {"models": [base], "preload_from_hub": [base], "title": f"{base.split('/')[-1]} GRPO"}.items():
             card.data[key] = value
         card.save(folder / "README.md")
-    return left_out
+    return changed
 
 
 def check_adapter(adapter: Path, *_) -> None:
@@ -120,8 +121,8 @@ def deploy(name: str, folder: Path, arguments) -> None:
 
     with hub.clear_errors(name):
         if not arguments.update:
-            private = arguments.private or None  # None: as an organization has it
-            HfApi().create_repo(name, repo_type="space", space_sdk="gradio", space_hardware=arguments.hardware, private=private)
+            private, hardware = arguments.private or None, arguments.hardware or "zero-a10g"  # None: as the organization has it
+            HfApi().create_repo(name, repo_type="space", space_sdk="gradio", space_hardware=hardware, private=private)
     message = "The app and its adapter"
     with hub.clear_errors(f"{name} (the Space exists; go on with --update)"):
         HfApi().upload_folder(repo_id=name, repo_type="space", folder_path=folder, commit_message=message, delete_patterns="*")

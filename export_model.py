@@ -28,7 +28,7 @@ def main() -> None:
     out, name = arguments.out, arguments.push_to_hub
     if not (out or name) or (arguments.merged and not (out and name)):
         raise cli.UserError("give --out DIR to merge, --push_to_hub USER/NAME to send the adapter, or both with --merged.")
-    setup.prepare(config["model"])
+    setup.prepare(*([] if name else [config["model"]]))  # an upload says itself what stands in its way
 
     from phi2_grpo.common import hub
     from phi2_grpo.common.console import Console
@@ -44,6 +44,7 @@ def main() -> None:
     console.print(f"export_model: {cli.differences(config, KEYS)}")
     if name:
         hub.check_account(name)
+        check_repository(name, arguments.merged, arguments.private)
     if out:
         files.check_writable(out)
         if files.check_replaceable(out, lambda folder: "merged_from" in files.read_run(folder)) and not arguments.overwrite:
@@ -155,24 +156,34 @@ def readable_by_transformers_4(folder: Path) -> None:
     files.write_json(folder / "tokenizer_config.json", {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
+def check_repository(name: str, merged: bool, private: bool) -> None:
+    """Raise UserError for a repository that is there and is public, or holds the other kind: an adapter or a merged model."""
+    from huggingface_hub import HfApi
+
+    from phi2_grpo.common import hub
+
+    with hub.clear_errors(name):
+        if HfApi().repo_exists(name):
+            if private and not HfApi().repo_info(name).private:
+                raise cli.UserError(f"{name} exists and is public. Make it private on the Hub, or give another name.")
+            if (other := "adapter_config.json" if merged else "config.json") in HfApi().list_repo_files(name):
+                # Of the two, transformers reads the adapter.
+                raise cli.UserError(f"{name} holds {other}: adapter and merged model need a name each. Give another.")
+
+
 def send(console, name: str, paths: list[Path], private: bool) -> None:
     """Upload files in one commit, without what is private; makes the repository at the first time."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     from phi2_grpo.common import hub
 
-    public, left_out = hub.public_files(paths)
+    public, changed = hub.public_files(paths)
     with hub.clear_errors(name):
         HfApi().create_repo(name, private=private or None, exist_ok=True)
-        if private and not HfApi().repo_info(name).private:  # it was there before
-            raise cli.UserError(f"{name} exists and is public. Make it private on the Hub, or give another name.")
-        other = "config.json" if "adapter_config.json" in public else "adapter_config.json"
-        if other in HfApi().list_repo_files(name):  # transformers would read the adapter beside a merged model
-            raise cli.UserError(f"{name} holds {other}: adapter and merged model need a name each. Give another.")
         operations = [CommitOperationAdd(file, content) for file, content in public.items()]
         HfApi().create_commit(name, operations, commit_message="Upload")
-    for each in left_out:
-        console.print(f"left out: {each}")
+    for each in changed:
+        console.print(f"changed: {each}")
     console.print(f"https://huggingface.co/{name}")
 
 

@@ -38,6 +38,7 @@ def inspect(config: dict, language: str | None, search: str, samples: int) -> No
     from phi2_grpo.models.tokenizer import count_tokens, load_tokenizer, render
 
     console = Console()
+    store.find(config)  # before a tokenizer is looked for
     embedded.prepare(config["model"], oasst.sample_dialogues)
     tokenizer = load_tokenizer(config)
     prompts, funnel = store.load_prompts(config, tokenizer)
@@ -53,9 +54,9 @@ def inspect(config: dict, language: str | None, search: str, samples: int) -> No
     conversations = [row["prompt"] for row in rows]
     for row, text, tokens in zip(rows, render(tokenizer, conversations), count_tokens(tokenizer, conversations), strict=True):
         row |= {"text": text, "tokens": tokens}
-    show_languages(console, rows)
+    show_languages(console, rows, language or "all")
     show_samples(console, rows, samples)
-    picture = Path(config["data_dir"]) / "inspect.png"
+    picture = Path(config["data_dir"]) / ("inspect-selected.png" if language or search else "inspect.png")
     try:
         draw(rows, picture)
         console.print(f"Picture: {picture}")
@@ -63,8 +64,8 @@ def inspect(config: dict, language: str | None, search: str, samples: int) -> No
         console.print(f"No picture: cannot write {picture}: {error.strerror}", style="yellow")
 
 
-def show_languages(console, rows: list[dict]) -> None:
-    """Per language: how many, how long, how many with a human reply."""
+def show_languages(console, rows: list[dict], name: str) -> None:
+    """Per language: how many, how long, how many with a human reply; and of all of them, called `name`."""
     import numpy
 
     from phi2_grpo.common.console import make_table
@@ -72,8 +73,8 @@ def show_languages(console, rows: list[dict]) -> None:
     columns = ("language", "train", "validation", "median", "95th percentile", "longest", "with a reference")
     cells = []
     languages = [language for language, _ in Counter(row["lang"] for row in rows).most_common()]
-    for language in [*(languages if len(languages) > 1 else []), "all"]:
-        members = [row for row in rows if language in ("all", row["lang"])]
+    for language in [*(languages if len(languages) > 1 else []), name]:
+        members = [row for row in rows if language in (name, row["lang"])]
         splits = Counter(row["split"] for row in members)
         lengths = numpy.percentile([row["tokens"] for row in members], [50, 95, 100])
         replied = sum(row["reference"] is not None for row in members) / len(members)

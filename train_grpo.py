@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     config, arguments = cli.parse(parser)
     if arguments.steps:
+        if not arguments.steps.isdecimal():
+            raise cli.UserError(f"{arguments.steps!r} stands where MAX_STEPS may stand, a number. A list has no spaces in it.")
         config["max_steps"] = cli.parse_value("max_steps", arguments.steps)
     setup.prepare(config["model"], *config["rewards"])
 

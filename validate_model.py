@@ -180,7 +180,7 @@ def update_card(console, adapter: Path, config: dict, arguments, trained: dict, 
     if missing := [what for what, there in needed.items() if not there]:
         console.print(f"The model card was not changed. That takes {' and '.join(missing)}.")
     else:
-        add_validation(adapter, numbers["line"], [*metric_table(numbers), "", levels(numbers)])
+        add_validation(adapter, numbers["line"], [*metric_table(numbers), "", f"\\*: reward trained for. {levels(numbers)}"])
 
 
 if __name__ == "__main__":

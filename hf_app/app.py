@@ -23,8 +23,8 @@ from typing import NoReturn
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-for name in ("NO_PROXY", "no_proxy"):  # Gradio calls its own page before it opens: past any proxy
-    os.environ[name] = f"{os.environ.get(name) or 'localhost'},127.0.0.1,localhost"
+local = f"{os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or 'localhost'},127.0.0.1,localhost"  # Gradio calls itself
+os.environ |= {"no_proxy": local, "NO_PROXY": local}
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 
@@ -43,6 +43,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers, for a week")
     parser.add_argument("--check", action="store_true", help="load, answer one question, print what answers, and end")
     options = parser.parse_args(argv)
+    if options.adapter and not Path(options.adapter).is_dir():
+        fail(f"there is no folder {options.adapter}. Give an adapter's; or none: then the base answers.")
     user, _, password = os.environ.get("APP_AUTH", "").partition(":")
     options.auth = (user, password) if user else None
     if bool(user) != bool(password):
@@ -50,7 +52,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     if (options.port is not None or options.host) and not options.check:
         host, port = options.host or "127.0.0.1", options.port or 0
         try:
-            socket.create_server((host, port)).close()
+            socket.create_server((host.strip("[]"), port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         except (OSError, OverflowError) as error:
             fail(f"cannot listen on {host}:{port}: {error}. Choose another --host or --port (1 to 65535), or leave them out.")
     return options
@@ -85,7 +87,7 @@ engine: Engine  # set by main, before the page opens; ZeroGPU's processes are fo
 
 
 def gpu_seconds(messages: list[dict], model: str, settings: Settings) -> int:
-    """How long ZeroGPU reserves its GPU for an answer: a visitor with less time left of the day is refused."""
+    """How long ZeroGPU reserves its GPU for an answer, at 20 tokens a second. A visitor with less left is refused."""
     return GPU_START + settings.max_new_tokens // 20
 
 
@@ -174,8 +176,7 @@ def show_exact_text(chatbot: gr.Chatbot) -> gr.Chatbot:
     return chatbot
 
 
-# The question's box, while an answer is being written and after it.
-BUSY = gr.update(interactive=False, submit_btn=False, stop_btn=True)
+BUSY = gr.update(interactive=False, submit_btn=False, stop_btn=True)  # the question's box, while an answer is being written
 READY = gr.update(interactive=True, submit_btn=True, stop_btn=False)
 
 
@@ -279,7 +280,7 @@ def status_line() -> str:
 
 def make_page() -> gr.Blocks:
     own = engine.settings()
-    title = f"{engine.base_name.split('/')[-1]} GRPO"
+    title = engine.base_name.split("/")[-1] + " GRPO" * engine.tuned
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {html.escape(title)}")
         gr.HTML(status_line(), elem_id="status", padding=False)
@@ -336,7 +337,7 @@ def conversation(parameters: list) -> None:
 
 
 def comparison(sampling_params: list) -> None:
-    question = gr.Textbox(label="One question to both, with the same seed", value=EXAMPLES[2], lines=2, max_lines=8)
+    question = gr.Textbox(label="One question to both, with the same seed", value=EXAMPLES[2], max_lines=8)
     with gr.Row():
         go = gr.Button("Compare", variant="primary", min_width=100, elem_id="compare")
         halt = gr.Button("Stop", min_width=100, elem_id="halt")
@@ -369,7 +370,7 @@ An answer ends at the model's end token{f", or before the first of: {stops}" if 
 
 **Limits.** {MAX_CHARACTERS:,} characters of question; {engine.context:,} tokens of question and answer together, at most
 {engine.longest_answer:,} of them answer; {answer_seconds(Settings(engine.longest_answer)):.0f} seconds an answer;
-one answer at a time, {MAX_WAITING} waiting. A small model states false things fluently. It was trained for its reward alone.
+one answer at a time, {MAX_WAITING} waiting. A small model states false things fluently; tuning is for its reward alone.
 
 **Privacy.** Nothing you write is stored or sent on: no log, no analytics. On a Space it passes through Hugging Face's servers.
 """

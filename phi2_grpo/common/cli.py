@@ -106,6 +106,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tup
         name = unknown[0].split("=")[0].lstrip("-")
         nearest = difflib.get_close_matches(name, vars(arguments), n=1, cutoff=0.5)
         hint = f"did you mean --{nearest[0]}?" if nearest else f"see: {script_command(parser.prog)} --help"
+        if not unknown[0].startswith("-"):
+            hint = "a value with a space in it is put in quotation marks, and a list has none"
         if name in settings.CONFIG:
             hint = f"it is a setting, but {parser.prog} does not read it"
         raise UserError(f"unknown argument {unknown[0]!r}: {hint}")
@@ -230,6 +232,8 @@ def explain(error: Exception) -> str:
         advice = "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much) or"
         new_run = "--rollout_batch_size; in a new run also --max_completion_length or --reward_max_length."
         return f"out of memory: {first_lines(error)}\n  {advice} {new_run}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}. Packages are missing in this Python: make setup, then source .venv/bin/activate"
     if disk_is_full(error):
         return (
             f"no room is left on a disk: {first_lines(error)}\n  Existing files were not changed. Make room and run it again."

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from phi2_grpo.common.cli import UserError, process_index
 
 # What is read of a run.json, and its types. Other programs write files of that name too.
@@ -134,6 +132,8 @@ def check_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> bool:
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """No other run writes to `folder` meanwhile. A killed process leaves no lock (flock(2)). Raises UserError."""
+    from filelock import FileLock, Timeout
+
     lock = FileLock(sibling(folder.resolve(), ".{}.lock"), timeout=0)
     try:
         if process_index() == 0:  # of several processes of one run, the first holds the lock for all

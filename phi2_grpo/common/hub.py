@@ -73,11 +73,11 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def public_files(paths: list[Path]) -> tuple[dict[str, Path | bytes], list[str]]:
-    """What of `paths` may leave the machine, by name: a path as it is, or bytes without what is private; and what was left out.
+    """What of `paths` may leave the machine, by name: as a path, or as bytes without what is private; and which were changed.
 
     A path of this machine becomes the last part of its name (the other files have no paths in them).
     """
-    public, left_out = {path.name: path for path in paths}, []
+    public, changed = {path.name: path for path in paths}, []
     for name in sorted(public.keys() & {"run.json", "adapter_config.json"}):
         with load_errors(f"{public[name]} is broken", "Copy it again."):
             data = json.loads(public[name].read_text(encoding="utf-8"))
@@ -85,8 +85,8 @@ def public_files(paths: list[Path]) -> tuple[dict[str, Path | bytes], list[str]]
         local = {"init_adapter", "merged_from", *(key for key, commit in of_hub.items() if not commit)}
         if (cleaned := _without_paths(data, local)) != data:
             public[name] = json.dumps(cleaned, indent=2, ensure_ascii=False).encode()
-            left_out.append(f"{name}: paths of this machine, but for their last part")
-    return public, left_out
+            changed.append(f"{name}: of paths only the last part, no address of a server")
+    return public, changed
 
 
 def _without_paths(value, local: set[str], key: str = ""):

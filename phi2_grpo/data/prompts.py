@@ -55,13 +55,14 @@ class Form(NamedTuple):
 def find_form(rows: list[dict], prompt_column: str, reference_column: str) -> Form:
     """The form of the rows, of which some of the first are enough. Raises UserError where none fits, or a column is missing."""
     columns = {column: None for row in rows for column in row}
+    keys = {f"{column}.{key}" for row in rows for column, value in row.items() if isinstance(value, dict) for key in value}
 
     def first(*names: str) -> str:
         return next((name for name in names if name in columns), "")
 
-    for flag, name in (("prompt_column", prompt_column), ("reference_column", reference_column)):
-        if name and not {name, name.partition(".")[0]} & columns.keys():
-            raise UserError(f"--{flag} {name}: there is no such column. There are: {', '.join(columns)}.")
+    for flag, name, known in (("prompt_column", prompt_column, columns), ("reference_column", reference_column, keys)):
+        if name and name not in columns and name not in known:
+            raise UserError(f"--{flag} {name}: there is no such column. There are: {', '.join([*columns, *sorted(keys)])}.")
     pairs = {"chosen", "rejected"} <= columns.keys()
     prompt = prompt_column or first(*PROMPT_COLUMNS[: None if pairs else -1])
     if not prompt:
@@ -70,9 +71,10 @@ def find_form(rows: list[dict], prompt_column: str, reference_column: str) -> Fo
             f"and --reference_column COLUMN for the right or best answer. Known: {', '.join(PROMPT_COLUMNS[:-1])}."
         )
     reference = reference_column or first(*(name for name in REFERENCE_COLUMNS if name != prompt))
-    follows = first(*FOLLOWING) if prompt in ("instruction", "question") else ""
-    used = (prompt, follows, first("system", "system_prompt"), reference, pairs, first("lang"), first("message_id", "id"))
-    others = columns.keys() - {*used, *(("chosen", "rejected") if pairs else ())}
+    texts = (name for name in FOLLOWING if prompt in ("instruction", "question") and any(_text(row.get(name)) for row in rows))
+    follows, system = next(texts, ""), first("system", "system_prompt")
+    used = (prompt, follows, system, reference, pairs, first("lang"), first("message_id", "id"))
+    others = columns.keys() - {*used, "prompt", *(("chosen", "rejected") if pairs else ())}
     return Form(*used, tuple(sorted(others)))
 
 
@@ -82,11 +84,12 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
     Returns `prompt` (a conversation that ends with the user), `lang`, `message_id` (`number` where the row has no id),
     `reference`, `pairs`, and the other columns.
     """
-    turns = _turns(row.get(form.prompt))
+    value = row.get(form.prompt)
+    turns = _turns(row.get("prompt") if form.prompt in PROMPT_COLUMNS[:2] and not value else value)
     if turns and form.follows and (more := _text(row.get(form.follows))):
         turns[-1]["content"] += f"\n\n{more}"
     reference = _reference(row, form.reference) if form.reference else None
-    if form.reference == "completion" and row.get("label") is False:
+    if form.reference == "completion" and str(row.get("label")).lower() in ("false", "0"):
         reference = None  # of TRL's unpaired preferences, a bad reply
     pairs = []
     if form.pairs and turns:
@@ -118,7 +121,7 @@ def _reference(row: dict, name: str) -> str | None:
     """The text of a column, or of a key of a column of objects (verl's reward_model.ground_truth); of several, the first."""
     column, _, key = (name, "", "") if name in row else name.partition(".")
     value = row.get(column)
-    value = value.get(key) if key and isinstance(value, dict) else value
+    value = _conversation((value.get(key) if isinstance(value, dict) else None) if key else value)
     value = value[0] if isinstance(value, list) and value and not isinstance(value[0], dict) else value
     return str(value) if isinstance(value, bool) else _text(value)
 
@@ -127,10 +130,10 @@ def _conversation(value):
     """A turn alone, or a conversation stored as a text, as a list: in JSON, in Python (by pandas), or as HH-RLHF has it."""
     if isinstance(value, dict):
         return [value]
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         for read in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                turns = read(value)
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                turns = read(re.sub(r"\}\s+\{", "}, {", value))  # as numpy writes it
                 return turns if all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns) else value
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
         parts = re.split(r"\n\n(Human|Assistant):", value)[1:]

@@ -58,13 +58,12 @@ def read_rows(source: str, revision: str, subset: str = "") -> tuple[dict[str, I
     chosen = {"train": splits["train"], "validation": splits[held_out]}
     if not all(chosen.values()):
         chosen = {"": [rows for _, rows in parts]}
-    return {split: _checked(chain.from_iterable(rows), f"{source} {split}".strip()) for split, rows in chosen.items()}, commit
+    return {split: chain.from_iterable(rows) for split, rows in chosen.items()}, commit
 
 
 def _local_parts(path: Path) -> list[tuple[str, Iterable]]:
     """Names and rows of the splits, or of the files, that are there."""
     import datasets
-    from pyarrow.parquet import ParquetFile
 
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         saved = datasets.load_from_disk(str(path))
@@ -77,13 +76,11 @@ def _local_parts(path: Path) -> list[tuple[str, Iterable]]:
     if not paths:
         raise UserError(f"--dataset {path} is no file, no save_to_disk folder, and no folder of {', '.join(FORMATS)} files.")
     files.check_no_pointer(*paths)
-    return [
-        (
-            str(each.relative_to(path) if each != path else each.name),
-            _batch_rows(ParquetFile(each).iter_batches(1000)) if each.suffix.lower() == ".parquet" else _text_rows(each),
-        )
-        for each in paths
-    ]
+    for each in paths:
+        with each.open("rb") as file:
+            if file.read(4) == b"PK\3\4":
+                raise UserError(f"{each} is a workbook, or a zip file. Save it as CSV (Excel: CSV UTF-8), and give that.")
+    return [(str(each.relative_to(path)) if each != path else each.name, _checked(_file_rows(each), each)) for each in paths]
 
 
 def _hub_parts(source: str, revision: str, subset: str) -> tuple[list[tuple[str, Iterable]], str | None]:
@@ -102,7 +99,7 @@ def _hub_parts(source: str, revision: str, subset: str) -> tuple[list[tuple[str,
 
 
 def _table_parts(tables: dict) -> list[tuple[str, Iterable]]:
-    return [(name, _batch_rows(table.with_format("arrow").iter(1000))) for name, table in tables.items()]
+    return [(name, _checked(_batch_rows(table.with_format("arrow").iter(1000)), name)) for name, table in tables.items()]
 
 
 def _batch_rows(batches: Iterable) -> Iterator[dict]:
@@ -110,11 +107,16 @@ def _batch_rows(batches: Iterable) -> Iterator[dict]:
         yield from batch.to_pylist()
 
 
-def _text_rows(path: Path) -> Iterator:
-    """Of JSON lines, one JSON array, a table (CSV, TSV), or a text with a prompt on each line.
+def _file_rows(path: Path) -> Iterator:
+    """Of parquet, JSON lines, one JSON array, a table (CSV, TSV), or a text with a prompt on each line.
 
     With or without a byte order mark, which Windows writes. All that a table holds stays a text: 007 is no number.
     """
+    from pyarrow.parquet import ParquetFile
+
+    if path.suffix.lower() == ".parquet":
+        yield from _batch_rows(ParquetFile(path).iter_batches(1000))
+        return
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     with opened(path, "rt", encoding="utf-8-sig", newline="" if kind in ("csv", "tsv") else None) as lines:
@@ -127,7 +129,7 @@ def _text_rows(path: Path) -> Iterator:
         first = next(lines, "")
         one = kind == "json" or first.lstrip().startswith("[")
         rows = _object_rows(first + lines.read()) if one else map(json.loads, filter(str.strip, chain([first], lines)))
-        yield from ({"prompt": row} if isinstance(row, str) else row for row in rows)
+        yield from ({"prompt": row} if isinstance(row, (str, list)) else row for row in rows)
 
 
 def _object_rows(text: str) -> Iterable:
@@ -143,10 +145,10 @@ def _object_rows(text: str) -> Iterable:
     columns = {key: item for key, item in value.items() if item} if isinstance(value, dict) else {}
     tables = [key for key, item in columns.items() if isinstance(item, list) and all(isinstance(row, dict) for row in item)]
     if not set(tables) & {"messages", "conversations", "prompt"}:  # of a single row
-        if len(tables) > 1:
+        if len(tables) > 1 and "data" not in tables:
             raise ValueError(f"it holds several tables ({', '.join(tables)}): give each a file of its own")
         if tables:
-            return columns[tables[0]]
+            return columns["data" if "data" in tables else tables[0]]
         if columns and all(isinstance(item, list) or (isinstance(item, dict) and "0" in item) for item in columns.values()):
             raise ValueError("it holds columns, not rows (pandas writes rows with orient='records', lines=True)")
     return [value]
@@ -167,7 +169,7 @@ def _table_rows(lines: Iterator[str], kind: str) -> Iterator[dict]:
         yield {name: value for column, value in row.items() if (name := column.strip())}
 
 
-def _checked(rows: Iterable, name: str) -> Iterator:
+def _checked(rows: Iterable, name: str | Path) -> Iterator:
     """The same rows. Raises UserError naming the row past which they cannot be read."""
     number = 0
     try:
@@ -177,6 +179,12 @@ def _checked(rows: Iterable, name: str) -> Iterator:
         coding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
         advice = f'Save it anew (Excel: "CSV UTF-8"), or: iconv -f {coding} -t utf-8 FILE > NEW_FILE'
         raise UserError(f"{name} is not UTF-8: byte {error.object[error.start]:#x} past row {number}. {advice}") from None
-    except (OSError, ValueError, EOFError, csv.Error) as error:  # pyarrow's errors are OSError and ValueError
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        csv.Error,
+    ) as error:  # the middle three are pyarrow's, too
         advice = " Inside a quoted cell, quotation marks are doubled." if isinstance(error, csv.Error) else ""
         raise UserError(f"{name} cannot be read past row {number}: {first_lines(error)}.{advice}") from None

@@ -92,18 +92,26 @@ def _tables(rows: dict[str, list[dict]], features: Features, with_others: bool) 
     return DatasetDict({split: Dataset.from_dict(columns, features=features) for split, columns in tables.items()})
 
 
+def find(config: dict, kind: str = PROMPTS) -> tuple[Path, dict]:
+    """Where the prepared PROMPTS, or PREFERENCES, are, and the funnel. Raises UserError where something is missing."""
+    data_dir = Path(config["data_dir"])
+    funnel, path = files.read_json(data_dir / FUNNEL), folder(data_dir, kind)
+    if not path.exists() or "settings" not in funnel:
+        again = prepare_command(config, overwrite=exists(data_dir))
+        there = [str(place.parent) for place in sorted(data_dir.absolute().parent.glob(f"*/{FUNNEL}"))]
+        what = f"{path.name} or {FUNNEL} is missing" if data_dir.exists() else "there is no such folder"
+        known = f" (there are {', '.join(there)})" * bool(there)
+        elsewhere = f"If it lies elsewhere: --data_dir FOLDER{known}"
+        raise UserError(f"no prepared data in {data_dir}: {what}. {elsewhere}. Prepare it (your own with --dataset): {again}")
+    return path, funnel
+
+
 def load_prompts(config: dict, tokenizer, kind: str = PROMPTS) -> tuple[DatasetDict, dict]:
     """The prepared PROMPTS, or PREFERENCES, and the funnel, with the fingerprint of what was read.
 
     Raises UserError where the data is missing or incomplete, of another schema, or for another tokenizer.
     """
-    data_dir, funnel = Path(config["data_dir"]), files.read_json(Path(config["data_dir"]) / FUNNEL)
-    path = folder(data_dir, kind)
-    if not path.exists() or "settings" not in funnel:
-        again = prepare_command(config, overwrite=exists(data_dir))
-        what = f"{path.name} or {FUNNEL}"
-        text = f"no prepared data in {data_dir}, or not all of it: {what} is missing"
-        raise UserError(f"{text}. If it lies elsewhere: --data_dir FOLDER. Prepare it: {again}")
+    path, funnel = find(config, kind)
     own = {key: config[key] for key in ("model", "model_revision", "data_dir")}
     again = prepare_command({**config, **funnel["settings"], **own}, overwrite=True)  # as it was, but for this model
     try:
@@ -114,8 +122,8 @@ def load_prompts(config: dict, tokenizer, kind: str = PROMPTS) -> tuple[DatasetD
         raise UserError(f"{path} cannot be used: {first_lines(error)}. Prepare it again: {again}") from None
     if funnel["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
-            f"the data in {data_dir} was prepared for the tokenizer of {funnel['model']}, not of {config['model']}: its "
-            f"token limits do not hold. Prepare it again, or elsewhere with another --data_dir: {again}"
+            f"the data in {config['data_dir']} was prepared for the tokenizer of {funnel['model']}, not of {config['model']}: "
+            f"its token limits do not hold. Prepare it again, or elsewhere with another --data_dir: {again}"
         )
     return tables, {**funnel, "fingerprint": fingerprint(tables)}
 

@@ -151,18 +151,14 @@ def metric_rows(report: dict, most_places: int = 3) -> list[list[str]]:
     for name, m in report["metrics"].items():
         small = m["low"] is not None and max(abs(m["low"]), abs(m["high"])) < 0.1  # [-0.01, -0.00] would say nothing
         places = min(1 if name == "answer tokens" else 3, 3 if small else most_places)
-        rows.append([name + " *" * m["trained"], *_compared(m, places), f"{m['win_rate']:.0%}", m["verdict"]])
+        higher = "all equal" if m["low"] == m["high"] == 0 else f"{m['win_rate']:.0%}"
+        rows.append([name + " *" * m["trained"], *_compared(m, places), higher, m["verdict"]])
     return rows
 
 
 def metric_table(report: dict) -> list[str]:
     """The lines of that table in Markdown."""
     return markdown_table(("mean of", *report["names"], *METRIC_COLUMNS), metric_rows(report))
-
-
-def language_rows(report: dict) -> list[list[str]]:
-    """language, prompts, base, tuned, difference with its interval, verdict, of the headline's metric."""
-    return [[code, str(m["prompts"]), *_compared(m, 3), m["verdict"]] for code, m in report["languages"].items()]
 
 
 def _compared(m: dict, places: int) -> list[str]:
@@ -182,7 +178,8 @@ def more_tables(report: dict) -> Iterator[tuple[str, tuple[str, ...], list[list[
     names = report["names"]
     if report["languages"]:
         columns = ("language", "prompts", *names, METRIC_COLUMNS[0], "verdict")
-        yield f"{report['headline'].capitalize()} by language", columns, language_rows(report), ""
+        rows = [[code, str(m["prompts"]), *_compared(m, 3), m["verdict"]] for code, m in report["languages"].items()]
+        yield f"{report['headline'].capitalize()} by language", columns, rows, ""
     if accuracy := report.get("accuracy"):
         sentence = accuracy_sentence(accuracy, report["metrics"].get("correct", {}).get("verdict", ""))
         yield "Accuracy", ("accuracy", *names, "difference, 95 % interval"), accuracy_rows(accuracy), sentence

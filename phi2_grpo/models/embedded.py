@@ -67,7 +67,7 @@ def prepare(model: str, load_dialogues: Callable[[], list[dict]]) -> None:
             return
         with files.atomic_folder(target) as folder:
             if model == "tiny":
-                Console().print("Building the tiny base model (once, about a minute on two cores) ...")
+                Console().print("Building the tiny base model (once, a minute or more on two cores) ...")
                 with Console().status("training it"):
                     _build(load_dialogues(), folder)
             else:

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
-from config import CONFIG
-from phi2_grpo.common import files, hub
+from config import CONFIG, PRESETS
+from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, load_errors
 from phi2_grpo.models.base import base_name, base_of_adapter, is_same_base, meta_model
 
@@ -53,12 +53,13 @@ def lora_config(config: dict, model, task_type: str = "CAUSAL_LM") -> LoraConfig
             f"--lora_target_modules: {', '.join(missing) if modules else 'an empty list'} matches no linear layer of "
             f"{config['model']}. It has: {listing}; or give all-linear."
         )
+    sees_or_hears = any(hasattr(model.config, f"{kind}_config") for kind in ("vision", "audio"))
     name, revision = base_name(config)
     return LoraConfig(
         r=config["lora_r"],
         lora_alpha=config["lora_alpha"],
         target_modules=modules,
-        exclude_modules=None if model.config.get_text_config() is model.config else r".*(vision|visual|audio|multi_modal).*",
+        exclude_modules=r".*(vision|visual|image|audio|multi_modal).*" if sees_or_hears else None,
         base_model_name_or_path=name,
         revision=revision,
         task_type=task_type,
@@ -87,7 +88,8 @@ def lora_summary(model: PeftModel) -> str:
     """One line: how many modules of which kind carry LoRA, and the trainable share."""
     kinds, trainable, base = lora_counts(model)
     listing = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    experts = sum(weight.numel() for weight in model.parameters() if weight.dim() == 3)  # of a mixture: no linear layers
+    weights = (weight for name, weight in model.named_parameters() if "expert" in name and weight.dim() == 3)
+    experts = sum(map(torch.numel, weights))  # of a mixture: no linear layers
     frozen = f"; {experts:,} in experts stay as they are" * bool(experts)
     return f"{sum(kinds.values())} modules ({listing}); {trainable:,} trainable of {base:,}, {trainable / base:.2%}{frozen}"
 
@@ -97,15 +99,19 @@ def check_same_base(adapters: list[Path], config: dict) -> None:
     named = [(base, revision or "main") for base, revision in map(base_of_adapter, adapters)]
     if len(set(named)) > 1 or not is_same_base(named[0], config):
         bases = [f"{adapter} on {base} ({revision})" for adapter, (base, revision) in zip(adapters, named, strict=True)]
-        raise UserError(f"different bases, or not the preset's: {', '.join(bases)}. Give one that fits them: --model")
+        text = "different bases, or others than --preset and --model_revision name"
+        raise UserError(f"{text}: {', '.join(bases)}. Give one that fits them: --model")
 
 
 def check_adapter(folder: str) -> Path:
     """The folder of a complete LoRA adapter. Raises UserError saying what is missing or wrong."""
     path = Path(folder)
     if not path.is_dir():
-        fetch = f"; of the Hub: hf download {folder} --local-dir FOLDER" * hub.is_id(str(path))
-        raise UserError(f"no adapter at {folder}. train_grpo.py makes one; or give another folder{fetch}.")
+        run = path.with_name(path.name.removesuffix("-final"))
+        there = [f"the run in {run} has not ended (--resume)"] if any(run.glob("checkpoint-*")) else []
+        there += [f"--preset {name} has one" for name, its in PRESETS.items() if Path(its.get("adapter", "?")).is_dir()]
+        fetch = "`hf download USER/NAME --local-dir FOLDER` fetches one"
+        raise UserError(f"no adapter at {folder}. {'; '.join(['train_grpo.py makes one', fetch, *there])}.")
     saved, weights = files.read_json(path / "adapter_config.json"), path / "adapter_model.safetensors"
     if not saved or not weights.is_file():
         raise UserError(

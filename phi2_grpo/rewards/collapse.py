@@ -48,7 +48,9 @@ class Alert:
 def alerts(rows: list[dict], earlier: set[tuple[str, str]]) -> list[Alert]:
     """The ranges that the last steps have left. `rows`: metrics, a dict a step; `earlier`: (kind, metric) of earlier alerts."""
     new = []
-    for kind, ranges in (("warning", HEALTHY), ("collapse", COLLAPSE)):
+    alike = "the reward scores all completions alike, so it teaches nothing: it is always reached, or never"
+    each = {key: (1e-9, float("inf"), alike) for key in rows[-1] if key.startswith("rewards/") and key.endswith("/std")}
+    for kind, ranges in (("warning", HEALTHY | each), ("collapse", COLLAPSE)):
         for metric, (low, high, meaning) in ranges.items():
             values = [row[metric] for row in rows if row.get(metric) is not None]
             relative = metric in SINCE_START

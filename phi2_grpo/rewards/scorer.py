@@ -8,7 +8,7 @@ import inspect
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +113,8 @@ def _find(name: str) -> Callable:
 
 
 def _import_function(where: str, name: str) -> Callable:
+    if where in BUILT_IN:
+        raise UserError(f"--rewards: the weight of {where} is {name!r}, but it takes a number.")
     if where.endswith(".py") and not Path(where).expanduser().is_file():
         raise UserError(f"--rewards: there is no file {where}.")
     try:
@@ -131,11 +133,7 @@ def _import_file(path: Path):
         spec = importlib.util.spec_from_file_location(name, path)
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
         sys.path.append(str(path.resolve().parent))
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
+        spec.loader.exec_module(module)
     return sys.modules[name]
 
 
@@ -257,6 +255,8 @@ def _call(reward: Reward, arguments: dict, count: int) -> list[float | None]:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # a reward that switches it off does so for itself
             scores = reward.function(**arguments)
         scores = LOOP.run(scores) if inspect.iscoroutine(scores) else scores
+        if not isinstance(scores, Iterable):
+            raise TypeError(f"it returned {scores!r}, and takes a list, one number per completion")
         scores = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in scores]
     except BaseException as error:  # the user's own code may raise anything
         if memory_ran_out(error) or isinstance(error, (KeyboardInterrupt, UserError)):
@@ -283,8 +283,10 @@ def try_rewards(scorer: Scorer, rows: list[dict]) -> dict[str, list[float | None
     Raises BadReward, and UserError where all rewards that count read a reference, and no row has one.
     """
     rows = sorted(rows, key=lambda row: row["reference"] is None)[:8]
-    texts = [row["reference"] or "I do not know." for row in rows]
-    scored = scorer.score(rows, [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]])
+    others = ["I do not know.", ""]  # no right answers: a reward may treat them otherwise
+    texts = [row["reference"] or others[0] for row in rows] + others
+    ids = [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]]
+    scored = scorer.score([*rows, *rows[:1] * 2], ids)[: len(rows)]
     counting = [reward for reward in scorer.chosen if reward.weight]
     need = all("reference" in inspect.signature(reward.function).parameters for reward in counting)
     if need and rows[0]["reference"] is None and all(row["score"] is None for row in scored):

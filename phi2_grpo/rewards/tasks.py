@@ -15,15 +15,23 @@ NUMBER = re.compile(r"(?<![\w.)])[-+](?=[$€£]?\d)|\d")
 DIGITS = re.compile(
     r"[-+]?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?(?:[eE]([-+]?\d{1,3})(?!\w))?(?:\s?/\s?(\d{1,99})(?![\d.]))?"
 )
-# A right answer that ends with a number with a decimal comma (12,50 € or 1.000,5), or with thousands set apart by spaces.
-COMMA = re.compile(r"(?:^|\s)[-+$€£]*\s?(?:\d{1,3}(?:[.\s]\d{3})+|\d+),(?:\d{1,2}|\d{4,})[^\d,]*$")
-SPACED = re.compile(r"(?:^|\s)[-+$€£]*\s?\d{1,3}(?:\s\d{3})+[^\d,]*$")
-GROUPS = {COMMA: re.compile(r"(?<=\d)[.\s](?=\d{3}(?!\d))"), SPACED: re.compile(r"(?<=\d)\s(?=\d{3}(?!\d))")}
+# A right answer that is a number with a decimal comma (12,50 € or 1.000,5; also behind words), or with spaces in it.
+SPACE = "[ \u00a0\u202f]"
+WHOLE = rf"[-+$€£]*\s?(?:\d{{1,3}}(?:(?:\.|{SPACE})\d{{3}})+|\d+)"
+COMMA = re.compile(rf"(?s:.*[^\W\d_]\s)?{WHOLE},\d\d[^\d,]*|{WHOLE},(?:\d|\d{{4,}})[^\d,]*")
+SPACED = re.compile(rf"[-+$€£]*\s?\d{{1,3}}(?:{SPACE}\d{{3}})+[^\d,]*")
+GROUPS = {
+    COMMA: re.compile(rf"(?<=\d)(?:\.|{SPACE})(?=\d{{3}}(?!\d))"),
+    SPACED: re.compile(rf"(?<=\d){SPACE}(?=\d{{3}}(?!\d))"),
+}
+UNIT = r"(?:[kcdm]?m|s|ft|in|yd|mi|feet|inches|units?|met(?:er|re)s?|\\(?:text|mathrm)\{[^{}]*\})"
+POWER = r"10(?:\^|\*\*)[{(]?(-?\d{1,3})[})]?"
 # LaTeX's fractions, powers of ten (3 x 10^8), and the exponent of a unit at the end (9.8 m/s^2), which is no number.
 REWRITTEN = (
     (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
-    (re.compile(r"(?<=\d)\s*(?:x|×|·|\*|\\times|\\cdot)\s*10\^\{?(-?\d{1,3})\}?"), r"e\1"),
-    (re.compile(r"(?<=\d)(\s+[A-Za-z/]+)\^\{?-?\d\}?(?=\D*$)"), r"\1"),
+    (re.compile(rf"(?<=\d)\s*(?:x|×|·|\*|\\times|\\cdot)\s*{POWER}"), r"e\1 "),
+    (re.compile(rf"(?<![\w.]){POWER}"), r"1e\1 "),
+    (re.compile(rf"(?<=\d)([\s\\,]*(?:[A-Za-z]+(?:\s*/\s*|\s))*{UNIT})\^\{{?-?\d\}}?(?=\D*$)"), r"\1"),
 )
 ENDS = " .,;:!?¿¡\"'*`$“”‘’«»。，、！？；：「」（）"  # punctuation at the ends of a text
 TIMEOUT = 1.0  # seconds for one answer: a pattern may need exponential time
@@ -43,7 +51,7 @@ def correct(answers: list[str], reference: list[str | None], **_) -> list[float 
 
 def _read(text: str, right: str) -> Fraction | str:
     """The final answer; where the right answer is a number with a decimal comma or spaces, with numbers in that form."""
-    form = next((form for form in GROUPS if form.search(_marked(right))), None)
+    form = next((form for form in GROUPS if form.fullmatch(_marked(right))), None)
     text = GROUPS[form].sub("", text) if form else text
     return final_answer(text.replace(",", ".") if form is COMMA else text)
 

@@ -87,7 +87,7 @@ class LogCallback(TrainerCallback):
         self.print_step(state, rows[-1])
         if self.scorer:
             self.print_alerts(args, state, control, rows)
-            if state.global_step % self.config["sample_steps"] == 0:
+            if state.global_step % self.config["sample_steps"] == 0 or state.global_step == state.max_steps:
                 self.show_samples(state.global_step)
         if state.is_world_process_zero:
             with self.metrics_file.open("a", encoding="utf-8") as lines:
@@ -123,10 +123,11 @@ class LogCallback(TrainerCallback):
         rows = sorted(self.scorer.last_batch, key=lambda row: -math.inf if row["score"] is None else row["score"])
         for name, row, color in (("highest", rows[-1], "green"), ("lowest", rows[0], "red")):
             prompt, completion = render(self.scorer.tokenizer, [row["prompt"]])[0], row["completion_ids"]
-            body = Text.assemble((prompt, "dim"), self.scorer.tokenizer.decode(completion))
-            answer, scores = row["answer"], row["scores"] if len(row["scores"]) > 1 else {}
-            parts = [f"{key} {_format(value, '.3f')}" for key, value in {f"{name} reward": row["score"], **scores}.items()]
-            title = f"step {step}, {', '.join(parts)}; {answer.tokens} tokens, {answer.finish_reason}"
+            parts = ", ".join(f"{key} {_format(value, '.3f')}" for key, value in row["scores"].items())
+            of_each = f"{parts}\n\n" * (len(row["scores"]) > 1)
+            body = Text.assemble((of_each, "italic"), (prompt, "dim"), self.scorer.tokenizer.decode(completion))
+            answer, score = row["answer"], _format(row["score"], ".3f")
+            title = f"step {step}, {name} reward {score}; {answer.tokens} tokens, {answer.finish_reason}"
             self.console.print(Panel(body, border_style=color, title=Text(title), title_align="left"))
 
 
@@ -169,7 +170,9 @@ class EvaluationCallback(TrainerCallback):
         files.write_rows(Path(args.output_dir) / "evaluation.jsonl", outputs.log_rows(state.log_history, "eval_reward"))
         known = {key: value for key, value in means.items() if value is not None}
         mean, low, high = (_format(means[key], ".3f") for key in ("eval_reward", "eval_low", "eval_high"))
-        text = f"{state.global_step:>9}  held out: reward {mean}, 95 % interval [{low}, {high}], {len(scored)} prompts"
+        each = [f"{key.rpartition('/')[2]} {_format(value, '.3f')}" for key, value in means.items() if "rewards/" in key]
+        of_each = f" ({', '.join(each)})" * bool(each)
+        text = f"{state.global_step:>9}  held out: reward {mean}{of_each}; 95 % interval [{low}, {high}], {len(scored)} prompts"
         self.console.print(text, style="cyan")
         # To every tracker of --report_to; `trainer.log` would take the training's metrics with it.
         self.trainer.callback_handler.on_log(args, state, TrainerControl(), known)

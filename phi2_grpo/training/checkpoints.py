@@ -4,14 +4,16 @@ A checkpoint is complete when its run.json is there, which is written last (see 
 """
 
 import filecmp
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from config import CONFIG
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import num_processes
+from phi2_grpo.common.cli import num_processes, script_command
 
 # What a resumed run may change: how long it goes, what it prints and keeps, and how it is fitted into memory.
 RESUMABLE_KEYS = {"max_steps", "save_steps", "save_total_limit", "sample_steps", "eval_steps", "stop_on_collapse", "report_to",
@@ -65,7 +67,11 @@ def add_resume_hint(output: Path) -> Iterator[None]:
 
 def resume_hint(output: Path) -> str:
     newest = newest_complete(output)
-    return f"{newest} is complete: go on with --resume." if newest else "No checkpoint was written yet."
+    if not newest:
+        return "No checkpoint was written yet."
+    given = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
+    command = " ".join([script_command(Path(sys.argv[0]).name), *map(shlex.quote, given), "--resume"])
+    return f"{newest} is complete. Go on: {command if num_processes() == 1 else 'the same command, with --resume'}"
 
 
 def is_result_of(final: Path, checkpoint: Path) -> bool:
@@ -117,7 +123,8 @@ def changed_settings(then: dict, now: dict, facts: dict) -> list[str]:
         may_change |= {key for key in CONFIG if key.startswith("lora_")}  # the adapter's hold
     pairs = {key: (was[key], now[key]) for key in CONFIG if key in was and key in now and key not in may_change}
     pairs |= {key: (then[key], facts[key]) for key in ("dtype", "model_commit") if then.get(key) and facts.get(key)}
-    pairs["rewards"] = (reward_list(then), reward_list(facts))
+    same = " and ".join(_other_content(then, facts))
+    pairs["rewards"] = (same, f"{same} with another content") if same else (reward_list(then), reward_list(facts))
     pairs["completions of an update"] = (_update_size(was, then.get("processes", 1)), _update_size(now, num_processes()))
     return [f"{key}: was {old}, is {new}" for key, (old, new) in pairs.items() if old != new]
 
@@ -126,6 +133,13 @@ def reward_list(facts: dict) -> str:
     """The rewards of a run.json by name, weight and digest."""
     rewards = sorted(facts.get("rewards") or [], key=lambda reward: reward["name"])
     return ", ".join(f"{reward['name']} x {reward['weight']:g} {reward.get('digest') or ''}".strip() for reward in rewards)
+
+
+def _other_content(then: dict, facts: dict) -> list[str]:
+    """The rewards whose digests alone differ, where nothing else of them does."""
+    rewards = (facts.get("rewards") or [] for facts in (then, facts))
+    was, now = ({(each["name"], each["weight"]): each.get("digest") for each in of} for of in rewards)
+    return [name for name, weight in was if was[name, weight] != now[name, weight]] if was.keys() == now.keys() else []
 
 
 def _update_size(config: dict, processes: int) -> int:

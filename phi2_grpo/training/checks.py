@@ -82,7 +82,8 @@ def same_run(config: dict, output: Path, funnel: dict, dtype: torch.dtype, steps
         listing = "\n  ".join(changed)
         raise UserError(
             f"{newest} is of a run with other settings, and would not go on as it began:\n  {listing}\n"
-            "  Give those settings again, or start anew: --overwrite, or another folder."
+            f"  Give those settings again; or begin a run with these weights: --init_adapter {newest} --output_dir ANOTHER;\n"
+            "  or start anew: --overwrite, or another folder."
         )
     done = f"; nothing is left to train: it is at step {checkpoints.step_of(newest)} of {steps}"
     return True, f"settings and data are those of {newest.name}{done * (checkpoints.step_of(newest) >= steps)}"

@@ -84,7 +84,7 @@ def test_order_is_config_then_preset_then_flags():
     ("--num_generations 2.5", ["'2.5'", "whole number"]),
     ("--activation_checkpointing perhaps", ["'perhaps'", "true or false"]),
     ("--device tpu", ["'tpu'", "auto, cpu, cuda"]), ("--max_steps", ["--max_steps", "--help"]),
-    ("--model=", ["--model", "''"]), ("--output_dir \udcff", ["--output_dir"]), ("0", ["--max_steps", "'0'"])])  # fmt: skip
+    ("--model=", ["--model", "''"]), ("--output_dir \udcff", ["--output_dir"]), ("0", ["--max_steps", "'0'"]), ("mine.py:f", ["MAX_STEPS", "spaces"]), ("1 reply", ["quotation marks"])])  # fmt: skip
 def test_wrong_flags(call, flags, expected):
     refused(call("train_grpo", *flags.split(" ")), *expected)
 
@@ -103,6 +103,8 @@ def test_wrong_flags(call, flags, expected):
     ],
 )  # fmt: skip
 def test_what_ends_a_script(capfd, error, code, expected):
+    assert "make setup" in cli.explain(ModuleNotFoundError("No module named 'torch'"))
+
     def main():
         with cli.load_errors("the model x"):  # what is explained better elsewhere passes through it
             if not isinstance(error, KeyError):

@@ -41,10 +41,12 @@ FORMS = [  # row, prompt, reference
     ({"system": "Be brief.", "question": "Why?", "answer": True}, [SYSTEM, USER], "True"),
     ({"question": "Why?", "answer": 0.00005}, [USER], "0.00005"),
     ({"messages": json.dumps([SYSTEM, USER, BOT])}, [SYSTEM, USER], "So."),
-    ({"messages": str([USER, BOT])}, [USER], "So."),  # as pandas writes it
+    ({"messages": str([USER, BOT]).replace("}, {", "}\n {")}, [USER], "So."),  # as pandas writes it
+    ({"messages": None, "prompt": "Why?", "answer": "So."}, [USER], "So."), ({"prompt": "[{[1]: 2}]"}, [{"role": "user", "content": "[{[1]: 2}]"}], None),
+    ({"question": "Why?", "context": {"a": ["b"]}}, [USER], None),
     ({"prompt": "[{'a': 1}]"}, [{"role": "user", "content": "[{'a': 1}]"}], None),
     ({"prompt": "\n\nHuman: Why?\n\nAssistant:"}, [USER], None),
-    ({"prompt": "Why?", "completion": "No.", "label": False}, [USER], None),
+    ({"prompt": "Why?", "completion": "No.", "label": "False"}, [USER], None), ({"prompt": "Why?", "completion": json.dumps([BOT])}, [USER], "So."),
     # odd ones
     ({"prompt": None}, None, None), ({"prompt": 7}, [{"role": "user", "content": "7"}], None),
     ({"prompt": {"text": "Why?"}}, None, None), ({"messages": [BOT]}, None, None),
@@ -73,6 +75,8 @@ def test_other_columns_are_kept_and_named_ones_win():
     assert parse({"prompt": [SYSTEM, USER]}, system_prompt="Another.")["prompt"] == [SYSTEM, USER]
     nested = {"prompt": "Why?", "reward_model": {"ground_truth": "So."}}  # verl's
     assert parse(nested, "", "reward_model.ground_truth")["reference"] == "So."
+    with pytest.raises(UserError, match="reward_model.ground_truth"):
+        parse(nested, "", "reward_model.truth")
     with pytest.raises(UserError, match="ask, right"):
         parse({"ask": "Why?", "right": "So."})
     with pytest.raises(UserError, match="--reference_column rihgt.*ask, right"):
@@ -174,6 +178,8 @@ def test_what_cannot_be_prepared(call, micro, tmp_path):
         (tmp_path / "o.json").write_text(json.dumps(text))
         refused(call("prepare_data", *flags, tmp_path / "o.json"), expected)
     refused(call("prepare_data", *flags, tmp_path, "--dataset_config", "main"), f"{tmp_path}/main")
+    (tmp_path / "w.csv").write_bytes(b"PK\3\4 an Excel workbook")
+    refused(call("prepare_data", *flags, tmp_path / "w.csv"), "workbook", "CSV UTF-8")
     (tmp_path / "d.csv").write_text('question,answer\nWhy?,So.\n"Unclosed, and\n')
     refused(call("prepare_data", *flags, tmp_path / "d.csv"), "past row 1", "end of data", "doubled")
     (tmp_path / "t.csv").write_text("question,answer,answer\nWhy?,So.,\n")

@@ -25,18 +25,14 @@ def summary(base: list[list[int]], tuned: list[list[int]], *rewards: str, lang: 
     return report.summarize(samples, prompts, {}, scorer, ("base", "tuned"))
 
 
-@pytest.mark.parametrize(
-    ("base", "tuned", "rewards", "expected"),
-    [
-        (SHORT, RIGHT, (), "Tuned beats base on the reward length: 1.00 against 0.38, +0.62 [0.62, 0.62], 30 prompts"),
-        (RIGHT, SHORT, (), "Tuned is worse than base on the reward length"),
-        (SHORT, SHORT, (), "Tuned shows no difference from base on the reward length"),
-        (RIGHT, SHORT, ("length:-1",), "Tuned beats base on the reward length: 0.38 against 1.00"),  # less of it is better
-        (SHORT[:6], RIGHT[:6], (), "Tuned beats base on the reward length: 1.00 against 0.38, +0.62 [0.62, 0.62], 6 prompt"),
-        (SHORT[:3], RIGHT[:3], (), "Tuned shows no difference from base on the reward length: 1.00 against 0.38, +0.62, 3 p"),
-        (SHORT, RIGHT, ("language",), "No reward could be computed on these prompts."),
-    ],
-)
+@pytest.mark.parametrize(("base", "tuned", "rewards", "expected"), [
+    (SHORT, RIGHT, (), "Tuned beats base on the reward length: 1.00 against 0.38, +0.62 [0.62, 0.62], 30 prompts"),
+    (RIGHT, SHORT, (), "Tuned is worse than base on the reward length"),
+    (SHORT, SHORT, (), "Tuned shows no difference from base on the reward length"),
+    (RIGHT, SHORT, ("length:-1",), "Tuned beats base on the reward length: 0.38 against 1.00"),  # less of it is better
+    (SHORT[:6], RIGHT[:6], (), "Tuned beats base on the reward length: 1.00 against 0.38, +0.62 [0.62, 0.62], 6 prompt"),
+    (SHORT[:3], RIGHT[:3], (), "Tuned shows no difference from base on the reward length: 1.00 against 0.38, +0.62, 3 p"),
+    (SHORT, RIGHT, ("language",), "No reward could be computed on these prompts.")])  # fmt: skip
 def test_the_line(base, tuned, rewards, expected):
     numbers = summary(base, tuned, *rewards)
     assert numbers["line"].startswith(expected) and {"language", "reference"} <= set(numbers["missing"])

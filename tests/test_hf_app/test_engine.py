@@ -210,19 +210,16 @@ def test_check_answers_and_ends(command, final, micro):
     assert "tuned: " in done.out and "base: " in done.out and not done.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("--base", "/nope/base"), "the base model /nope/base cannot be loaded"),
-        (("--port", "70000"), "cannot listen on 127.0.0.1:70000"),
-        (("--port", "TAKEN"), "cannot listen on 127.0.0.1"),
-        (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1"),
-        (("--adapter", "/nope", "--base", "MICRO", "--check"), "the adapter did not answer"),
-    ],
-)
-def test_bad_commands(command, micro, arguments, expected):
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (("--base", "/nope/base"), "the base model /nope/base cannot be loaded"),
+    (("--port", "70000"), "cannot listen on 127.0.0.1:70000"),
+    (("--port", "TAKEN"), "cannot listen on 127.0.0.1"),
+    (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1"),
+    (("--adapter", "EMPTY", "--base", "MICRO", "--check"), "the adapter did not answer"),
+    (("--adapter", "/nope"), "no folder /nope")])  # fmt: skip
+def test_bad_commands(command, micro, tmp_path, arguments, expected):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        given = {"TAKEN": taken.getsockname()[1], "MICRO": micro}
+        given = {"TAKEN": taken.getsockname()[1], "MICRO": micro, "EMPTY": tmp_path}
         done = command(*(given.get(argument, argument) for argument in arguments))
     assert done.code == 2 and expected in done.err
 

@@ -134,5 +134,5 @@ def test_adapters_that_are_compared_have_one_base(micro, adapter, tmp_path):
     change_config(revision="main")(branch)  # as this project writes it; PEFT leaves it out
     check_same_base([adapter, branch], {**CONFIG, "model": str(micro)})
     for adapters in ([adapter, other], [other]):
-        with pytest.raises(UserError, match="some/other.*--model"):
+        with pytest.raises(UserError, match="different bases.*some/other.*--model"):
             check_same_base(adapters, {**CONFIG, "model": str(micro)})

@@ -14,17 +14,13 @@ ENGLISH = [answer(*range(9), text="The plants need a lot of water")]
 SPANISH = [answer(*range(9), text="Las plantas necesitan mucha agua")]
 
 
-@pytest.mark.parametrize(
-    ("answers", "languages", "expected"),
-    [
-        ([answer(*range(9))], [], {"repetition": 0, "distinct_2": 1}),
-        ([answer(*[7] * 10)], [], {"repetition": 7 / 8, "distinct_2": 1 / 9}),
-        ([answer(1)] * 3 + [answer(*range(20))], [], {"empty": 0.75, "at_target": 0.0, "repetition": 0}),
-        ([answer(*range(n)) for n in (31, 32, 33, 34)], [], {"at_target": 0.75}),
-        (ENGLISH * 8, ["es", "en"] * 4, {"one_language": 1.0}),
-        (ENGLISH * 6 + SPANISH * 4, ["en"] * 4 + ["es"] * 6, {"one_language": 2 / 6}),
-    ],
-)
+@pytest.mark.parametrize(("answers", "languages", "expected"), [
+    ([answer(*range(9))], [], {"repetition": 0, "distinct_2": 1}),
+    ([answer(*[7] * 10)], [], {"repetition": 7 / 8, "distinct_2": 1 / 9}),
+    ([answer(1)] * 3 + [answer(*range(20))], [], {"empty": 0.75, "at_target": 0.0, "repetition": 0}),
+    ([answer(*range(n)) for n in (31, 32, 33, 34)], [], {"at_target": 0.75}),
+    (ENGLISH * 8, ["es", "en"] * 4, {"one_language": 1.0}),
+    (ENGLISH * 6 + SPANISH * 4, ["en"] * 4 + ["es"] * 6, {"one_language": 2 / 6})])  # fmt: skip
 def test_collapse_metrics(answers, languages, expected):
     metrics = collapse.measure(answers, languages, 32)
     assert {key: metrics[key] for key in expected} == pytest.approx(expected)
@@ -39,6 +35,7 @@ HEALTHY = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 
     ({}, []), ({"kl": 1.0}, [("warning", "kl")]), ({"kl": 3.0}, [("warning", "kl"), ("collapse", "kl")]),
     ({"entropy": 0.001}, [("collapse", "entropy")]),
     ({"collapse/repetition": 0.9}, [("collapse", "collapse/repetition")]),
+    ({"rewards/serial/std": 0.0}, [("warning", "rewards/serial/std")]),
     ({"collapse/distinct_2": 0.01}, [("collapse", "collapse/distinct_2")]),
     ({"collapse/at_target": 0.9}, [("collapse", "collapse/at_target")]),
     ({"collapse/empty": 0.9}, [("collapse", "collapse/empty")]),

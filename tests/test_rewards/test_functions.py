@@ -23,17 +23,13 @@ def test_repetition(ids, penalty):
     assert repetition(answer_ids=[ids]) == [pytest.approx(penalty)]
 
 
-@pytest.mark.parametrize(
-    ("answer", "lang", "low", "high"),
-    [
-        ("Las plantas del jardín necesitan mucha agua en el verano.", "es", 0.9, 1.0),
-        ("Las plantas del jardín necesitan mucha agua en el verano.", "en", 0.0, 0.1),
-        ("As plantas do jardim não precisam de muita água no verão.", "pt-BR", 0.9, 1.0),
-        ("花园里的植物在夏天需要很多水。", "zh", 0.9, 1.0),
-        ("Plantene i hagen trenger mye vann om sommeren.", "nb", 0.5, 1.0),
-        ("", "en", 0.0, 0.0),
-    ],
-)
+@pytest.mark.parametrize(("answer", "lang", "low", "high"), [
+    ("Las plantas del jardín necesitan mucha agua en el verano.", "es", 0.9, 1.0),
+    ("Las plantas del jardín necesitan mucha agua en el verano.", "en", 0.0, 0.1),
+    ("As plantas do jardim não precisam de muita água no verão.", "pt-BR", 0.9, 1.0),
+    ("花园里的植物在夏天需要很多水。", "zh", 0.9, 1.0),
+    ("Plantene i hagen trenger mye vann om sommeren.", "nb", 0.5, 1.0),
+    ("", "en", 0.0, 0.0)])  # fmt: skip
 def test_language(answer, lang, low, high):
     (value,) = language(answers=[answer], lang=[lang])
     assert low <= value <= high

@@ -118,7 +118,7 @@ def test_resumed_it_ends_the_same(call, trained_reward, flags, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(reward_accuracy, "score_pairs", Mock(side_effect=KeyboardInterrupt))
         first = call("train_reward", *options, "--reward_dir", tmp_path / "rm")
-    assert first.code == 130 and "go on with --resume" in first.err
+    assert first.code == 130 and "--resume" in first.err
     shutil.copytree(tmp_path / "rm-run", tmp_path / "half-run")
     shutil.rmtree(tmp_path / "half-run" / "checkpoint-9")
     expected = load_file(trained_reward[0] / WEIGHTS)

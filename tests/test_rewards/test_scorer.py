@@ -37,7 +37,7 @@ def test_names_weights_and_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("text", "expected"), [("{dir}/good.py:polite,{dir}/good.py:polite:2", "polite"),
-    ("lenght", "Did you mean length?"), ("length:nan", "nan"), ("length:inf", "inf"),
+    ("lenght", "Did you mean length?"), ("length:high", "takes a number"), ("length:nan", "nan"), ("length:inf", "inf"),
     ("length:0,ending:0", "no reward has a weight"), ("none.py:f", "no file none.py"),
     ("no_such_package.x:f", "No module named 'no_such_package'"), ("{dir}/good.py:NUMBER", "no function 'NUMBER'"),
     ("{dir}/syntax.py:f", "syntax.py, line 2"), ("{dir}/leaves.py:f", "SystemExit"), ("{dir}/good.py", "file.py:FUNCTION"),
@@ -53,9 +53,10 @@ def test_what_cannot_be_chosen(tmp_path, text, expected):
 
 BROKEN = {  # a reward, and what the message says
     "no_keywords": (lambda completions: [0.0] * len(completions), "unexpected keyword"),
-    "too_few": (lambda **_: [0.0], "1 rewards for 3 completions"),
+    "too_few": (lambda **_: [0.0], "1 rewards for 5 completions"),
     "not_a_number": (lambda completions, **_: [float("nan")] * len(completions), "nan"),
-    "nothing": (lambda **_: None, "TypeError"),
+    "nothing": (lambda **_: None, "it returned None, and takes a list"),
+    "right_answers_only": (lambda answers, **_: [1.0 for answer in answers if answer == "Because."], "3 rewards for 5"),
     "leaves": (lambda **_: sys.exit(0), "SystemExit"),
     "raises": (lambda **_: 1 / 0, r"division by zero \(.*test_scorer\.py, line \d+\)"),
     "no_column": (lambda thema, **_: [0.0], "'thema'.* is given: .*reference"),

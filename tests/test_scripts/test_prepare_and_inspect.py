@@ -39,7 +39,7 @@ def test_inspect_shows_what_the_model_sees(call, prepared):
     options = ("--preset", "tiny", "--data_dir", prepared)
     done = ok(call("inspect_data", *options, "--language", "es", "--samples", 2, "--search", "cómo"))
     assert done.out.count("Instruct: ") == 2 and "Output:" in done.out and "⏎" in done.out and " tokens" in done.out
-    assert (prepared / "inspect.png").read_bytes().startswith(b"\x89PNG")
+    assert (prepared / "inspect-selected.png").read_bytes().startswith(b"\x89PNG")
     assert inspect_data.visible("a\tb\u00a0\u200b\r\n") == "a⇥b⍽\\u200b␍⏎\n"
 
 

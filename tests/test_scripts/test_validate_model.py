@@ -75,7 +75,7 @@ def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path, monkeypa
     (own / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6}')
     own = (*quick[4:6], "--adapter", own, "--validation_dir", tmp_path / "v", "--max_prompts", 5)  # --data_dir
     monkeypatch.setattr("phi2_grpo.models.embedded.prepare", lambda *_: None)  # the tiny base takes minutes to build
-    refused(call("validate_model", "--preset", "tiny", *own), "not the preset's")
+    refused(call("validate_model", "--preset", "tiny", *own), "others than --preset")
     ok(call("validate_model", "--device", "cpu", *own, "--temperature", 0.5))
     config = read_json(tmp_path / "v" / "report.json")["config"]
     assert (config["target_tokens"], config["max_completion_length"], config["temperature"]) == (6, 12, 0.5)
@@ -100,14 +100,10 @@ def test_what_is_no_report_is_not_replaced(call, options, tmp_path):
     assert (tmp_path / "v" / "report.md").read_text() == "my thesis"
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "flag", "expected"),
-    [
-        ("run.json", '{"config": {"temperature": "hot"}}', "--adapter", "--temperature is 'hot'"),
-        ("run.json", '{"config": {"rewards": ["theirs.py:steal"]}}', "--adapter", "--rewards theirs.py:steal"),
-        ("adapter_model.safetensors", "{", "--against", "damaged"),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "flag", "expected"), [
+    ("run.json", '{"config": {"temperature": "hot"}}', "--adapter", "--temperature is 'hot'"),
+    ("run.json", '{"config": {"rewards": ["theirs.py:steal"]}}', "--adapter", "--rewards theirs.py:steal"),
+    ("adapter_model.safetensors", "{", "--against", "damaged")])  # fmt: skip
 def test_adapters_that_are_refused(call, options, final, tmp_path, name, text, flag, expected):
     folder = shutil.copytree(final, tmp_path / "damaged")
     (folder / name).write_text(text)

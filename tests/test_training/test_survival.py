@@ -123,13 +123,9 @@ def test_the_step_counts_and_not_the_clock(call, quick, run):
     assert [row["step"] for row in rows_of(run)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize(
-    ("where", "error", "says"),
-    [
-        ("_generate_single_turn", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate."), "--rollout_batch_size"),
-        ("training_step", RuntimeError("[pytorch/third_party/gloo/pair.cc:553] Connection closed by peer"), "another process"),
-    ],
-)
+@pytest.mark.parametrize(("where", "error", "says"), [
+    ("_generate_single_turn", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate."), "--rollout_batch_size"),
+    ("training_step", RuntimeError("[pytorch/third_party/gloo/pair.cc:553] Connection closed by peer"), "another process")])  # fmt: skip
 def test_what_ends_a_run_and_is_no_bug(call, quick, tmp_path, monkeypatch, where, error, says):
     original = getattr(Trainer, where)
 
@@ -180,17 +176,13 @@ def mine(weight: float, digest: str) -> dict:
     return {"rewards": [{"name": "mine", "weight": weight, "digest": digest}]}
 
 
-@pytest.mark.parametrize(
-    ("then", "now", "facts", "changed"),
-    [
-        ({"config": {"max_steps": 10, "lr_scheduler_type": "linear"}}, {"max_steps": 20}, {}, ["max_steps: was 10, is 20"]),
-        ({"dtype": "float32"}, {}, {"dtype": "bfloat16"}, ["dtype: was float32, is bfloat16"]),
-        ({"model_commit": None}, {}, {"model_commit": "b"}, []),
-        ({**mine(1, "aa"), "config": {"rewards": ["old.py:mine"]}}, {"rewards": ["new.py:mine"]}, mine(1, "aa"), []),
-        (mine(1, "aa"), {}, mine(1, "bb"), ["rewards: was mine x 1 aa, is mine x 1 bb"]),
-        (mine(1, "aa"), {}, mine(2, "aa"), ["rewards: was mine x 1 aa, is mine x 2 aa"]),
-    ],
-)
+@pytest.mark.parametrize(("then", "now", "facts", "changed"), [
+    ({"config": {"max_steps": 10, "lr_scheduler_type": "linear"}}, {"max_steps": 20}, {}, ["max_steps: was 10, is 20"]),
+    ({"dtype": "float32"}, {}, {"dtype": "bfloat16"}, ["dtype: was float32, is bfloat16"]),
+    ({"model_commit": None}, {}, {"model_commit": "b"}, []),
+    ({**mine(1, "aa"), "config": {"rewards": ["old.py:mine"]}}, {"rewards": ["new.py:mine"]}, mine(1, "aa"), []),
+    (mine(1, "aa"), {}, mine(1, "bb"), ["rewards: was mine, is mine with another content"]),
+    (mine(1, "aa"), {}, mine(2, "aa"), ["rewards: was mine x 1 aa, is mine x 2 aa"])])  # fmt: skip
 def test_settings_that_a_resumed_run_may_not_change(then, now, facts, changed):
     assert checkpoints.changed_settings(then, now, facts) == changed
 
