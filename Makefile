@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Passed to pip; docs/troubleshooting.md shows what for.
 PIP_FLAGS ?=
+# The environment is for what is in .venv alone.
+unexport PYTHONPATH PYTHONHOME PIP_CONSTRAINT
+export PIP_USER := 0
 TINY := --preset tiny
 REAL := --preset smollm2
 

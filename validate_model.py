@@ -140,10 +140,11 @@ def load_held_out(config: dict, tokenizer, adapters: list[Path]) -> tuple:
     tables, funnel = load_prompts(config, tokenizer)
     if not len(tables["validation"]):
         raise cli.UserError(f"{config['data_dir']} has no validation prompt. Prepare it with a larger --validation_fraction.")
-    now = funnel["fingerprint"]
-    others = [str(path) for path in adapters if files.read_run(path).get("data", {}).get("fingerprint", now) != now]
-    data = f"other data than {config['data_dir']}"
-    text = f"{' and '.join(others)} was trained on {data}: it may have seen what is held out here."
+    data, now = {str(path): files.read_run(path).get("data", {}) for path in adapters}, funnel["fingerprint"]
+    others = [path for path, of in data.items() if {of.get("fingerprint", now), *of.get("earlier", [])} != {now}]
+    text = (
+        f"{' and '.join(others)} was trained on other data than {config['data_dir']}: it may have seen what is held out here."
+    )
     return tables["validation"], funnel, text * bool(others)
 
 

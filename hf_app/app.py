@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+DEFAULTS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error",
+            "GRADIO_TEMP_DIR": str(Path.home() / ".cache" / "gradio")}  # /tmp/gradio may be another user's  # fmt: skip
+os.environ |= DEFAULTS | dict(os.environ)
 local = f"{os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or 'localhost'},127.0.0.1,localhost"  # Gradio calls itself
 os.environ |= {"no_proxy": local, "NO_PROXY": local}
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -44,7 +44,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="load, answer one question, print what answers, and end")
     options = parser.parse_args(argv)
     if options.adapter and not Path(options.adapter).is_dir():
-        fail(f"there is no folder {options.adapter}. Give an adapter's; or none: then the base answers.")
+        fail(f"there is no folder {options.adapter}. Give an adapter's, or leave --adapter out.")
     user, _, password = os.environ.get("APP_AUTH", "").partition(":")
     options.auth = (user, password) if user else None
     if bool(user) != bool(password):

@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real rows and the real tokenizer, where a checkout has them beside it
 sys.path[:0] = [str(ROOT), str(ROOT / "hf_app")]
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach out
+os.environ |= {"HF_HUB_OFFLINE": "1", "no_proxy": "*", "NO_PROXY": "*"}  # no test may reach out, nor ask a proxy for loopback
+os.environ["HF_DATASETS_CACHE"] = os.path.join(ROOT, ".pytest_cache", "datasets")  # without what was fetched for real
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads of two workers would fight for the same cores
 os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # as common/setup.py, which is too late here

@@ -107,8 +107,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tup
         nearest = difflib.get_close_matches(name, vars(arguments), n=1, cutoff=0.5)
         hint = f"did you mean --{nearest[0]}?" if nearest else f"see: {script_command(parser.prog)} --help"
         if not unknown[0].startswith("-"):
-            hint = "a value with a space in it is put in quotation marks, and a list has none"
-        if name in settings.CONFIG:
+            hint = "it stands without a flag (--NAME VALUE). Put a value with a space in it in quotation marks"
+        elif name in settings.CONFIG:
             hint = f"it is a setting, but {parser.prog} does not read it"
         raise UserError(f"unknown argument {unknown[0]!r}: {hint}")
     config = {**settings.CONFIG, **settings.PRESETS[arguments.preset]}
@@ -256,7 +256,8 @@ def run(main: Callable[[], None]) -> None:
         if HANGUP and signal.getsignal(HANGUP) is signal.SIG_DFL:  # a terminal is closed; nohup ignores it
             signal.signal(HANGUP, terminate)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show "±" shows "?"
+        with contextlib.suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="replace")  # a terminal that cannot show "±" shows "?"
     try:
         main()
     except KeyboardInterrupt as interrupt:

@@ -7,8 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
-PROXIES = {"HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"}
 DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",  # trackio is built on Gradio
@@ -45,7 +45,7 @@ def prepare(*hub_names: str) -> None:
 
 
 def _reachable() -> bool:
-    if PROXIES & os.environ.keys():
+    if getproxies().keys() & {"https", "all"}:  # of the environment, or a Mac's settings
         return True  # only the proxy knows
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:

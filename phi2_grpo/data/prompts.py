@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from decimal import Decimal
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,9 +60,10 @@ def find_form(rows: list[dict], prompt_column: str, reference_column: str) -> Fo
     def first(*names: str) -> str:
         return next((name for name in names if name in columns), "")
 
-    for flag, name, known in (("prompt_column", prompt_column, columns), ("reference_column", reference_column, keys)):
-        if name and name not in columns and name not in known:
-            raise UserError(f"--{flag} {name}: there is no such column. There are: {', '.join([*columns, *sorted(keys)])}.")
+    known = {"prompt_column": list(columns), "reference_column": [*columns, *sorted(keys)]}
+    for flag, name in (("prompt_column", prompt_column), ("reference_column", reference_column)):
+        if name and name not in known[flag]:
+            raise UserError(f"--{flag} {name}: there is no such column. There are: {', '.join(known[flag])}.")
     pairs = {"chosen", "rejected"} <= columns.keys()
     prompt = prompt_column or first(*PROMPT_COLUMNS[: None if pairs else -1])
     if not prompt:
@@ -71,8 +72,9 @@ def find_form(rows: list[dict], prompt_column: str, reference_column: str) -> Fo
             f"and --reference_column COLUMN for the right or best answer. Known: {', '.join(PROMPT_COLUMNS[:-1])}."
         )
     reference = reference_column or first(*(name for name in REFERENCE_COLUMNS if name != prompt))
-    texts = (name for name in FOLLOWING if prompt in ("instruction", "question") and any(_text(row.get(name)) for row in rows))
-    follows, system = next(texts, ""), first("system", "system_prompt")
+    about = [name for name in FOLLOWING if prompt in ("instruction", "question") and name in columns]
+    texts = (name for name in about if any(_text(row.get(name)) for row in rows))  # and no objects
+    follows, system = next(texts, "input" if "input" in about else ""), first("system", "system_prompt")
     used = (prompt, follows, system, reference, pairs, first("lang"), first("message_id", "id"))
     others = columns.keys() - {*used, "prompt", *(("chosen", "rejected") if pairs else ())}
     return Form(*used, tuple(sorted(others)))
@@ -89,7 +91,7 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
     if turns and form.follows and (more := _text(row.get(form.follows))):
         turns[-1]["content"] += f"\n\n{more}"
     reference = _reference(row, form.reference) if form.reference else None
-    if form.reference == "completion" and str(row.get("label")).lower() in ("false", "0"):
+    if form.reference == "completion" and str(row.get("label")).lower() == "false":
         reference = None  # of TRL's unpaired preferences, a bad reply
     pairs = []
     if form.pairs and turns:
@@ -131,9 +133,10 @@ def _conversation(value):
     if isinstance(value, dict):
         return [value]
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
-        for read in (json.loads, ast.literal_eval):
+        texts = (value, re.sub(r"\}\s+\{", "}, {", value))  # numpy writes no commas
+        for read, text in product((json.loads, ast.literal_eval), texts):
             with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                turns = read(re.sub(r"\}\s+\{", "}, {", value))  # as numpy writes it
+                turns = read(text)
                 return turns if all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns) else value
     if isinstance(value, str) and value.startswith("\n\nHuman:"):
         parts = re.split(r"\n\n(Human|Assistant):", value)[1:]

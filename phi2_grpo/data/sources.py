@@ -185,6 +185,6 @@ def _checked(rows: Iterable, name: str | Path) -> Iterator:
         EOFError,
         NotImplementedError,
         csv.Error,
-    ) as error:  # the middle three are pyarrow's, too
+    ) as error:  # pyarrow's are among them
         advice = " Inside a quoted cell, quotation marks are doubled." if isinstance(error, csv.Error) else ""
         raise UserError(f"{name} cannot be read past row {number}: {first_lines(error)}.{advice}") from None

@@ -98,7 +98,8 @@ def find(config: dict, kind: str = PROMPTS) -> tuple[Path, dict]:
     funnel, path = files.read_json(data_dir / FUNNEL), folder(data_dir, kind)
     if not path.exists() or "settings" not in funnel:
         again = prepare_command(config, overwrite=exists(data_dir))
-        there = [str(place.parent) for place in sorted(data_dir.absolute().parent.glob(f"*/{FUNNEL}"))]
+        near = {place.parent for of in (data_dir.absolute(), data_dir.absolute().parent) for place in of.glob(f"*/{FUNNEL}")}
+        there = sorted(map(str, near - {data_dir.absolute()}))
         what = f"{path.name} or {FUNNEL} is missing" if data_dir.exists() else "there is no such folder"
         known = f" (there are {', '.join(there)})" * bool(there)
         elsewhere = f"If it lies elsewhere: --data_dir FOLDER{known}"

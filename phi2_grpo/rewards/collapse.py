@@ -48,9 +48,10 @@ class Alert:
 def alerts(rows: list[dict], earlier: set[tuple[str, str]]) -> list[Alert]:
     """The ranges that the last steps have left. `rows`: metrics, a dict a step; `earlier`: (kind, metric) of earlier alerts."""
     new = []
-    alike = "the reward scores all completions alike, so it teaches nothing: it is always reached, or never"
-    each = {key: (1e-9, float("inf"), alike) for key in rows[-1] if key.startswith("rewards/") and key.endswith("/std")}
-    for kind, ranges in (("warning", HEALTHY | each), ("collapse", COLLAPSE)):
+    alike = "it scores all completions alike, so it teaches nothing: it is always reached, or never"
+    stds = [key for key in rows[-1] if key.startswith("rewards/") and key.endswith("/std")]
+    of_each = {key: (1e-6, float("inf"), alike) for key in stds if len(stds) > 1}  # of a single one frac_reward_zero_std tells
+    for kind, ranges in (("warning", HEALTHY | of_each), ("collapse", COLLAPSE)):
         for metric, (low, high, meaning) in ranges.items():
             values = [row[metric] for row in rows if row.get(metric) is not None]
             relative = metric in SINCE_START
@@ -59,8 +60,9 @@ def alerts(rows: list[dict], earlier: set[tuple[str, str]]) -> list[Alert]:
                 continue
             recent = mean(values[-window:]) - relative * mean(values[:window])
             if not low <= recent <= high:
+                healthy = f"above {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
                 over = f"has grown by {recent:.3g} since the start" if relative else f"is {recent:.3g} over {window} steps"
-                new.append(Alert(kind, metric, f"{metric} {over}, healthy is {low:g} to {high:g}: {meaning}"))
+                new.append(Alert(kind, metric, f"{metric} {over}, healthy is {healthy}: {meaning}"))
     return new
 
 

@@ -256,7 +256,7 @@ def _call(reward: Reward, arguments: dict, count: int) -> list[float | None]:
             scores = reward.function(**arguments)
         scores = LOOP.run(scores) if inspect.iscoroutine(scores) else scores
         if not isinstance(scores, Iterable):
-            raise TypeError(f"it returned {scores!r}, and takes a list, one number per completion")
+            raise TypeError(f"it returned {scores!r}. Return a list, one number per completion")
         scores = [value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value for value in scores]
     except BaseException as error:  # the user's own code may raise anything
         if memory_ran_out(error) or isinstance(error, (KeyboardInterrupt, UserError)):
@@ -282,7 +282,7 @@ def try_rewards(scorer: Scorer, rows: list[dict]) -> dict[str, list[float | None
 
     Raises BadReward, and UserError where all rewards that count read a reference, and no row has one.
     """
-    rows = sorted(rows, key=lambda row: row["reference"] is None)[:8]
+    rows = sorted(rows, key=lambda row: row["reference"] is None)[:6]
     others = ["I do not know.", ""]  # no right answers: a reward may treat them otherwise
     texts = [row["reference"] or others[0] for row in rows] + others
     ids = [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]]

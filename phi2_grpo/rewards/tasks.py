@@ -16,22 +16,24 @@ DIGITS = re.compile(
     r"[-+]?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?(?:[eE]([-+]?\d{1,3})(?!\w))?(?:\s?/\s?(\d{1,99})(?![\d.]))?"
 )
 # A right answer that is a number with a decimal comma (12,50 € or 1.000,5; also behind words), or with spaces in it.
-SPACE = "[ \u00a0\u202f]"
+SPACE = "[ \u00a0\u2009\u202f]"
+WORDS = r"(?s:.*[^\d\s,;]\s)?"
 WHOLE = rf"[-+$€£]*\s?(?:\d{{1,3}}(?:(?:\.|{SPACE})\d{{3}})+|\d+)"
-COMMA = re.compile(rf"(?s:.*[^\W\d_]\s)?{WHOLE},\d\d[^\d,]*|{WHOLE},(?:\d|\d{{4,}})[^\d,]*")
-SPACED = re.compile(rf"[-+$€£]*\s?\d{{1,3}}(?:{SPACE}\d{{3}})+[^\d,]*")
+COMMA = re.compile(rf"{WORDS}{WHOLE},\d\d[^\d,]*|{WHOLE},(?:\d|\d{{4,}})[^\d,]*")
+SPACED = re.compile(rf"{WORDS}[-+$€£]*\s?\d{{1,3}}(?:{SPACE}\d{{3}})+[^\d,]*")
 GROUPS = {
     COMMA: re.compile(rf"(?<=\d)(?:\.|{SPACE})(?=\d{{3}}(?!\d))"),
     SPACED: re.compile(rf"(?<=\d){SPACE}(?=\d{{3}}(?!\d))"),
 }
-UNIT = r"(?:[kcdm]?m|s|ft|in|yd|mi|feet|inches|units?|met(?:er|re)s?|\\(?:text|mathrm)\{[^{}]*\})"
-POWER = r"10(?:\^|\*\*)[{(]?(-?\d{1,3})[})]?"
+TEXT = r"\\(?:text|mathrm)\{[^{}]*\}"
+UNIT = rf"(?:[\s\\,]+(?:[A-Za-z]+(?:\s*/\s*|\s))*(?:[A-Za-z]{{2,}}|[ms]|{TEXT})|(?:[A-Za-z]+/)?(?:[kcdm]?m|s|ft|in)|{TEXT})"
+POWER = r"10(?:\^|\*\*)[{(]?(-?\d{1,3})(?!\d)[})]?"
 # LaTeX's fractions, powers of ten (3 x 10^8), and the exponent of a unit at the end (9.8 m/s^2), which is no number.
 REWRITTEN = (
     (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
     (re.compile(rf"(?<=\d)\s*(?:x|×|·|\*|\\times|\\cdot)\s*{POWER}"), r"e\1 "),
     (re.compile(rf"(?<![\w.]){POWER}"), r"1e\1 "),
-    (re.compile(rf"(?<=\d)([\s\\,]*(?:[A-Za-z]+(?:\s*/\s*|\s))*{UNIT})\^\{{?-?\d\}}?(?=\D*$)"), r"\1"),
+    (re.compile(rf"(?<=\d)({UNIT})\^\{{?-?\d\}}?(?=\D*$)"), r"\1"),
 )
 ENDS = " .,;:!?¿¡\"'*`$“”‘’«»。，、！？；：「」（）"  # punctuation at the ends of a text
 TIMEOUT = 1.0  # seconds for one answer: a pattern may need exponential time

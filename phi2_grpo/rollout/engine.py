@@ -95,6 +95,8 @@ class FastEngine(GenerateEngine):
         self.state = DecodeState(self.decode_step, 0, 0)
         self.max_rows = 0
         self.cuda = self.decode_step.device.type == "cuda"
+        # Products of experts may wait for the device, which no graph can hold.
+        self.experts = any("expert" in name and weight.dim() == 3 for name, weight in model.named_parameters())
         self.stream = torch.cuda.Stream() if self.cuda else None  # one for all captures: libraries keep a workspace a stream
         self.graphs = {}  # by rows, cache length and sampling
 
@@ -164,7 +166,7 @@ class FastEngine(GenerateEngine):
     def _decode(self, rows: int, length: int, sampling: Sampling) -> None:
         """Sample one token for each of the first `rows` rows, whose sequences have at most `length` tokens by now."""
         key = (rows, round_length(length), sampling)
-        if not self.cuda:
+        if not self.cuda or self.experts:
             self._step(rows, length, sampling)
         elif key in self.graphs:
             self.graphs[key].replay()

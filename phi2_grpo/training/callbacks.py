@@ -171,9 +171,8 @@ class EvaluationCallback(TrainerCallback):
         known = {key: value for key, value in means.items() if value is not None}
         mean, low, high = (_format(means[key], ".3f") for key in ("eval_reward", "eval_low", "eval_high"))
         each = [f"{key.rpartition('/')[2]} {_format(value, '.3f')}" for key, value in means.items() if "rewards/" in key]
-        of_each = f" ({', '.join(each)})" * bool(each)
-        text = f"{state.global_step:>9}  held out: reward {mean}{of_each}; 95 % interval [{low}, {high}], {len(scored)} prompts"
-        self.console.print(text, style="cyan")
+        text = f"{state.global_step:>9}  held out: reward {mean}, 95 % interval [{low}, {high}], {len(scored)} prompts"
+        self.console.print("\n".join([text, *[f"{'':>9}  {', '.join(each)}"] * bool(each)]), style="cyan")
         # To every tracker of --report_to; `trainer.log` would take the training's metrics with it.
         self.trainer.callback_handler.on_log(args, state, TrainerControl(), known)
 

@@ -36,6 +36,8 @@ from phi2_grpo.training.memory import estimate, peak, update_estimate
 
 GB = 1e9
 MAY_NOT_FIT = "This may not fit"  # by the estimate; a run may still try
+# Their positions count TRL's padding, or TRL leaves out a part of their head.
+WRONG_LOG_PROBS = {"gpt_neo", "xglm", "openai-gpt", "ctrl", "modernbert-decoder", "recurrent_gemma", "xlstm"}
 
 
 def device(config: dict):
@@ -80,10 +82,10 @@ def same_run(config: dict, output: Path, funnel: dict, dtype: torch.dtype, steps
         changed.append(f"the prompts in {config['data_dir']} are not those it was trained on")
     if changed:
         listing = "\n  ".join(changed)
+        other = f"; or begin a run with these weights: --init_adapter {newest} --output_dir ANOTHER" * ("rewards" in facts)
         raise UserError(
             f"{newest} is of a run with other settings, and would not go on as it began:\n  {listing}\n"
-            f"  Give those settings again; or begin a run with these weights: --init_adapter {newest} --output_dir ANOTHER;\n"
-            "  or start anew: --overwrite, or another folder."
+            f"  Give those settings again{other}; or start anew: --overwrite, or another folder."
         )
     done = f"; nothing is left to train: it is at step {checkpoints.step_of(newest)} of {steps}"
     return True, f"settings and data are those of {newest.name}{done * (checkpoints.step_of(newest) >= steps)}"
@@ -208,6 +210,8 @@ def batch(config: dict, prompts: DatasetDict):
 def rollout(config: dict, policy: PeftModel, device: torch.device):
     if is_sharded() and config["eval_prompts"]:
         raise UserError("with FSDP or ZeRO no process has all weights, so none can evaluate alone: give --eval_prompts 0.")
+    if (kind := policy.config.model_type) in WRONG_LOG_PROBS:
+        raise UserError(f"TRL computes other log-probs for {kind} models than they sample by. Take another base.")
     if config["use_vllm"]:
         if not _is_installed("vllm"):
             raise UserError(f"--use_vllm needs vLLM: {_pip()} 'trl[vllm]'. Without it: --rollout auto.")

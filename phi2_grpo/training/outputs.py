@@ -66,6 +66,7 @@ def run_metadata(config: dict, preset: str, device: torch.device, dtype: torch.d
     if config.get("init_adapter"):
         modules = lora.target_modules  # a string is a pattern
         lora_settings["lora_target_modules"] = [modules] if isinstance(modules, str) else sorted(modules)
+    earlier = files.read_run(Path(config["init_adapter"])).get("data", {}) if config.get("init_adapter") else {}
     return {
         "preset": preset,
         "config": {**config, **lora_settings},
@@ -79,6 +80,9 @@ def run_metadata(config: dict, preset: str, device: torch.device, dtype: torch.d
         "context": context_length(model),
         "data": {
             "fingerprint": funnel["fingerprint"],
+            "earlier": [*earlier.get("earlier", []), earlier["fingerprint"]]
+            if "fingerprint" in earlier
+            else [],  # of init_adapter
             "dataset": funnel["settings"]["dataset"],
             "commit": funnel.get("dataset_commit"),
             "funnel": funnel["funnel"],
@@ -125,7 +129,7 @@ def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dic
     for row in rows:
         for kind, metric in row.get("alerts", []):
             color = RED if kind == "collapse" else ORANGE
-            name = metric.rpartition("/")[2].replace("_", " ")
+            name = metric.removesuffix("/std").rpartition("/")[2].replace("_", " ")
             reward.axvline(row["step"], color=color, linewidth=1, linestyle=":", label=f"{kind}: {name}")
     measured = [row for row in evaluations if None not in (row["eval_reward"], row["eval_low"])]
     steps, means, *ends = ([row[key] for row in measured] for key in ("step", "eval_reward", "eval_low", "eval_high"))

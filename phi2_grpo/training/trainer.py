@@ -54,6 +54,13 @@ def training_arguments(kind: type, config: dict, device: torch.device, dtype: to
     return kind(**{"run_name": Path(settings["output_dir"]).name, **settings})
 
 
+def switch_off_dropout(model) -> None:
+    """Also where a rate is a number that a forward pass reads (OPT, StarCoder, Granite): TRL's own knows modules alone."""
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+
+
 class RunMixin:
     """Mixed into a trainer: a run from its start, or from a checkpoint, to its end or to a clear message."""
 
@@ -111,7 +118,7 @@ class RunMixin:
             text = f"wandb: {first_lines(error)}. `wandb login`, WANDB_MODE=offline, or --report_to none."
         else:
             text = explain(error)
-        return text and f"{text}\n  {checkpoints.resume_hint(output)}"
+        return text and f"{text}\n  With that changed: {checkpoints.resume_hint(output)}"
 
     def _save_now(self, output: Path) -> None:
         """Save what the last complete step left, where no checkpoint has it yet."""

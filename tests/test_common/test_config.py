@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -54,7 +55,8 @@ def test_printed_commands_name_a_python_that_has_the_packages(monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)  # as under make, which activates nothing
     assert cli.python_command() == ".venv/bin/python"
     monkeypatch.setenv("PATH", str(own.parent))
-    assert cli.python_command() == "python" and cli.script_command("x.py") == f"python {ROOT}/x.py", "from another folder"
+    elsewhere = f"python {shlex.quote(f'{ROOT}/x.py')}"
+    assert cli.python_command() == "python" and cli.script_command("x.py") == elsewhere
 
 
 def test_trainer_keys_bear_the_field_names():

@@ -42,6 +42,7 @@ FORMS = [  # row, prompt, reference
     ({"question": "Why?", "answer": 0.00005}, [USER], "0.00005"),
     ({"messages": json.dumps([SYSTEM, USER, BOT])}, [SYSTEM, USER], "So."),
     ({"messages": str([USER, BOT]).replace("}, {", "}\n {")}, [USER], "So."),  # as pandas writes it
+    ({"messages": json.dumps([{"role": "user", "content": "{1} {2}"}])}, [{"role": "user", "content": "{1} {2}"}], None),
     ({"messages": None, "prompt": "Why?", "answer": "So."}, [USER], "So."), ({"prompt": "[{[1]: 2}]"}, [{"role": "user", "content": "[{[1]: 2}]"}], None),
     ({"question": "Why?", "context": {"a": ["b"]}}, [USER], None),
     ({"prompt": "[{'a': 1}]"}, [{"role": "user", "content": "[{'a': 1}]"}], None),

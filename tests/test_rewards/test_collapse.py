@@ -35,7 +35,7 @@ HEALTHY = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 
     ({}, []), ({"kl": 1.0}, [("warning", "kl")]), ({"kl": 3.0}, [("warning", "kl"), ("collapse", "kl")]),
     ({"entropy": 0.001}, [("collapse", "entropy")]),
     ({"collapse/repetition": 0.9}, [("collapse", "collapse/repetition")]),
-    ({"rewards/serial/std": 0.0}, [("warning", "rewards/serial/std")]),
+    ({"rewards/serial/std": 0.0, "rewards/length/std": 0.1}, [("warning", "rewards/serial/std")]),
     ({"collapse/distinct_2": 0.01}, [("collapse", "collapse/distinct_2")]),
     ({"collapse/at_target": 0.9}, [("collapse", "collapse/at_target")]),
     ({"collapse/empty": 0.9}, [("collapse", "collapse/empty")]),

@@ -55,7 +55,7 @@ BROKEN = {  # a reward, and what the message says
     "no_keywords": (lambda completions: [0.0] * len(completions), "unexpected keyword"),
     "too_few": (lambda **_: [0.0], "1 rewards for 5 completions"),
     "not_a_number": (lambda completions, **_: [float("nan")] * len(completions), "nan"),
-    "nothing": (lambda **_: None, "it returned None, and takes a list"),
+    "nothing": (lambda **_: None, "it returned None. Return a list"),
     "right_answers_only": (lambda answers, **_: [1.0 for answer in answers if answer == "Because."], "3 rewards for 5"),
     "leaves": (lambda **_: sys.exit(0), "SystemExit"),
     "raises": (lambda **_: 1 / 0, r"division by zero \(.*test_scorer\.py, line \d+\)"),

@@ -182,7 +182,8 @@ def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, 
     start, end = tmp_path / "a-final", tmp_path / "o-final"
     options = (*quick, "--init_adapter", start, "--learning_rate", "1e-9", "--eval_prompts", 0, "--output_dir", tmp_path / "o")
     ok(call("train_grpo", 1, *options))
-    config = read_json(end / "run.json")["config"]
+    config, data = (read_json(end / "run.json")[key] for key in ("config", "data"))
+    assert data["earlier"] == [read_json(start / "run.json")["data"]["fingerprint"]]
     assert (config["lora_r"], config["lora_alpha"]) == (3, 5), "the adapter's, not the flags'"
     assert "LoRA: r 3, alpha 5" in (end / "README.md").read_text()
     assert rows_of(end)[0]["kl"] > 0, "the KL is to the base, not to the adapter it started from"
@@ -199,7 +200,7 @@ def test_interrupted(quick, tmp_path, number, code):
     flags = map(str, (500, *quick, "--output_dir", tmp_path / "o", "--save_steps", 2))
     # A shell's background job, as a CI may be, ignores SIGINT and hands that down; nohup SIGHUP.
     options = {"cwd": ROOT, "text": True, "preexec_fn": lambda: signal.signal(number, signal.SIG_DFL),
-               "env": {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "a notebook's", "OMP_NUM_THREADS": "1"},
+               "env": {**os.environ, "PYTHONIOENCODING": "ascii", "MPLBACKEND": "a notebook's", "OMP_NUM_THREADS": "1"},
                "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # fmt: skip
     with subprocess.Popen([sys.executable, "train_grpo.py", *flags], **options) as process:
         waited = time.monotonic()
