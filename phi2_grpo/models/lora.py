@@ -88,10 +88,7 @@ def lora_summary(model: PeftModel) -> str:
     """One line: how many modules of which kind carry LoRA, and the trainable share."""
     kinds, trainable, base = lora_counts(model)
     listing = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    weights = (weight for name, weight in model.named_parameters() if "expert" in name and weight.dim() == 3)
-    experts = sum(map(torch.numel, weights))  # of a mixture: no linear layers
-    frozen = f"; {experts:,} in experts stay as they are" * bool(experts)
-    return f"{sum(kinds.values())} modules ({listing}); {trainable:,} trainable of {base:,}, {trainable / base:.2%}{frozen}"
+    return f"{sum(kinds.values())} modules ({listing}); {trainable:,} trainable of {base:,}, {trainable / base:.2%}"
 
 
 def check_same_base(adapters: list[Path], config: dict) -> None:

@@ -9,13 +9,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from config import CONFIG
 from phi2_grpo.models.tokenizer import load_tokenizer
 from phi2_grpo.rewards import collapse
 from phi2_grpo.rollout.engine import FastEngine, GenerateEngine
-from phi2_grpo.training.trainer import Trainer, training_arguments
+from phi2_grpo.training.trainer import Trainer, switch_off_dropout, training_arguments
 
 ROWS = [(3, 9), (12, 1), (1, 14), (7, 7), (12, 14), (7, 0), (7, 2)]  # tokens of prompt and completion
 PROMPT, COMPLETION = 12, 14  # prompts of one length are the same
@@ -83,6 +83,19 @@ def test_positions_count_from_a_row_s_own_start():
         text = ids[row, mask[row] == 1][None]
         alone = (model(text).logits[0, :-1] / 0.8).log_softmax(-1).gather(1, text[0, 1:, None])[prompt - 1 :, 0]
         assert torch.allclose(ours[row, :completion], alone, atol=2e-5)
+
+
+def test_no_dropout_is_left_on():
+    """OPT's rate is a number of its layers, which TRL's own `disable_dropout` passes over."""
+    shape = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model, ids = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", vocab_size=99, **shape)).train(),
+        torch.arange(9)[None],
+    )
+    disable_dropout_in_model(model)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    switch_off_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 class FromTheBase(FastEngine):
