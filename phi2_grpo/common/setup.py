@@ -34,8 +34,7 @@ def prepare(*hub_names: str) -> None:
         # at 32 MiB, which is the most that an older glibc takes for the second.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)
-        if not mallopt(-3, 2**31 - 1):
-            mallopt(-3, 2**25)
+        mallopt(-3, 2**31 - 1) or mallopt(-3, 2**25)
     warnings.filterwarnings("ignore", category=FutureWarning)  # the tests show them, when a pin moves
     # PEFT looks for the base on the Hub at each save.
     warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file")

@@ -166,12 +166,7 @@ def _build(dialogues: list[dict], folder: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # float sums depend on how many there are: so every machine gets the same base
     torch.manual_seed(RECIPE["seed"])
-    trainer = SFTTrainer(
-        PhiForCausalLM(config),
-        arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
+    trainer = SFTTrainer(PhiForCausalLM(config), arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     progress.silence_printing(trainer)
     trainer.train()
     torch.set_num_threads(threads)

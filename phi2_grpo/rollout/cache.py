@@ -1,10 +1,14 @@
 """The state of a rollout on the device, and how many sequences of it memory holds."""
 
+from contextlib import suppress
+from pathlib import Path
+
 import psutil
 import torch
 
 from phi2_grpo.rollout.sampling import Sampling
 
+CGROUPS, MY_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LENGTH_MULTIPLE = 128  # cache lengths are multiples of it, so that a rollout needs few CUDA graphs
 MAX_ROWS = {"cuda": 256, "mps": 64, "cpu": 64}
 
@@ -12,9 +16,22 @@ MAX_ROWS = {"cuda": 256, "mps": 64, "cpu": 64}
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return min([psutil.virtual_memory().available, *free_in_groups()])
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def free_in_groups() -> list[int]:
+    """Bytes that the limits of a container, or of a scheduler's job, leave: Linux' control groups v2. Empty without limits."""
+    free = []
+    with suppress(OSError, ValueError, KeyError):  # of the outermost group there is no memory.max
+        own = CGROUPS / MY_GROUP.read_text().rpartition("::/")[2].strip()
+        for group in (own, *own.parents):
+            limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            if limit != "max":
+                free.append(int(limit) - int(used) + int(stat["inactive_file"]))  # what of files is kept can be dropped
+    return free
 
 
 def round_length(length: int) -> int:

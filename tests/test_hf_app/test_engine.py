@@ -54,18 +54,13 @@ def test_a_pickled_base_is_not_read(micro, tmp_path):
         app_engine.Engine(tmp_path / "none", str(base))
 
 
-@pytest.mark.parametrize(
-    ("text", "finished", "expected"),
-    [
-        (" Four.\nInstruct: and", False, ("Four.", "Instruct:")),
-        (" Four.\nInstr", False, ("Four.", "")),  # may become a stop
-        (" Four.\nInstr", True, ("Four.\nInstr", "")),  # did not
-        (" Four.\nInstructors help", False, ("Four.\nInstructors help", "")),
-        (" Exercise 3", True, ("Exercise 3", "")),  # not at a line's start
-        (" a\nExercise 3 b\nInstruct: c", True, ("a", "Exercise 3")),  # the first one counts
-        (" é�", False, ("é", "")),  # half of a character
-    ],
-)
+@pytest.mark.parametrize(("text", "finished", "expected"), [
+    (" Four.\nInstruct: and", False, ("Four.", "Instruct:")), (" é�", False, ("é", "")),
+    (" Four.\nInstr", False, ("Four.", "")),  # may become a stop
+    (" Four.\nInstr", True, ("Four.\nInstr", "")),  # did not
+    (" Four.\nInstructors help", False, ("Four.\nInstructors help", "")),
+    (" Exercise 3", True, ("Exercise 3", "")),  # not at a line's start
+    (" a\nExercise 3 b\nInstruct: c", True, ("a", "Exercise 3"))])  # fmt: skip
 def test_trimming_holds_back_what_may_become_a_stop(text, finished, expected):
     assert app_engine.trim(text, ["\nInstruct:", "\nExercise 3"], finished) == expected
 

@@ -288,4 +288,3 @@ def test_greedy_as_generate_with_an_updated_and_a_disabled_adapter(micro, kind, 
 
 def test_batches_by_length_hold_what_a_forward_pass_may():
     assert list(batches_by_length([900, 10, 5000, 1000, 20, 1100])) == [[1, 4], [0, 3], [5], [2]]
-    assert list(batches_by_length([])) == []

@@ -33,17 +33,15 @@ def test_lora_that_cannot_be_trained_is_refused_before_the_start(call, quick, mi
     refused(call(*own, "--overwrite", "--init_adapter", tmp_path / "o" / "checkpoint-4"), "output_dir")
 
 
-@pytest.mark.parametrize(("targets", "merges"), [(["lm_head", "fc1"], False), (["embed_tokens"], False), (["fc1"], True)])
-def test_a_head_that_is_the_embedding_cannot_differ_from_it(call, micro, tmp_path, targets, merges):
+@pytest.mark.parametrize("targets", [["lm_head", "fc1"], ["embed_tokens"]])
+def test_a_head_that_is_the_embedding_cannot_differ_from_it(call, micro, tmp_path, targets):
     base = AutoModelForCausalLM.from_pretrained(micro)
     base.config.tie_word_embeddings = True
     base.lm_head.weight = base.model.embed_tokens.weight
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(micro).save_pretrained(tmp_path / "base")
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=targets)
-    done = call("export_model", "--adapter", adapter, "--out", tmp_path / "merged")
-    ok(done) if merges else refused(done, "another model")
-    assert (tmp_path / "merged").exists() is merges
+    refused(call("export_model", "--adapter", adapter, "--out", tmp_path / "merged"), "another model")
 
 
 def test_a_merged_model_that_is_another_is_not_written(call, micro, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from benchmarks import models
 from config import CONFIG, PRESETS
 from phi2_grpo.models.lora import lora_config
+from phi2_grpo.rollout import cache
 from phi2_grpo.rollout.cache import cache_bytes_per_token
 from phi2_grpo.training import memory
 
@@ -68,3 +69,14 @@ def test_another_architecture_trains(call, quick, micro, tmp_path):
     flags = ("--model", folder, "--lora_target_modules", "all-linear", "--output_dir", tmp_path / "o", "--eval_prompts", 4)
     done = call("train_grpo", 2, *quick, *flags)
     assert done.code == 0 and "llama" in done.out, done.err
+
+
+def test_the_limit_of_a_container_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cache, "MY_GROUP", tmp_path / "mine")
+    (tmp_path / "mine").write_text("0::/job/step\n")
+    for group, limit in (("job", "3000"), ("job/step", "max")):
+        (tmp_path / group).mkdir()
+        for name, text in (("max", limit), ("current", "2500\n"), ("stat", "anon 1\ninactive_file 400\n")):
+            (tmp_path / group / f"memory.{name}").write_text(text)
+    assert cache.free_memory(torch.device("cpu")) == 900
