@@ -103,13 +103,13 @@ def make_trainer(config: dict, ready, base):
         "project": "phi2-grpo",
         "reward_weights": [reward.weight for reward in ready.scorer.chosen],
         "disable_dropout": True,  # Phi-2 ships resid_pdrop 0.1: rollout and log-probs would see two models
+        "ds3_gather_for_generation": config["use_vllm"],  # ZeRO-3 is for a base that no GPU holds whole
         "router_aux_loss_coef": 0.0,  # of a mixture of experts: no second loss
         "ddp_find_unused_parameters": False,  # every adapter weight is in every forward pass
         "ddp_broadcast_buffers": False,  # all are constant; and processes may differ in how many passes an update takes
     }
     ends = base.generation_config.eos_token_id = ready.tokenizer.all_eos_ids  # TRL's rollouts end at the base's own
-    if config["use_vllm"]:
-        own["generation_kwargs"] = {"stop_token_ids": ends}
+    own["generation_kwargs"] = {"stop_token_ids": ends} if config["use_vllm"] else None
     trainer = Trainer(
         model=base,
         reward_funcs=ready.scorer.functions,

@@ -24,7 +24,8 @@ FLAGS = {"against", "preset", "check", "resume", "overwrite", "help", "language"
          "hardware", "torch-backend", "extra-index-url", "outfile", "seed", "multi_gpu", "num_processes", "nproc_per_node",
          "nnodes", "node_rank", "master_addr", "master_port", "config_file", "rdzv-conf", "model", "mixed_precision",
          "steps", "seeds", "no_grpo", "build", "repo-type", "reports", "kills", "turns", "lora_",
-         "generation-config", "type", "sdk", "flavor"}  # fmt: skip
+         "generation-config", "type", "sdk", "flavor",
+         "ntasks-per-node", "rdzv-backend", "rdzv-endpoint"}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
     pairs = []
     if form.pairs and turns:
         chosen, rejected = _turns(row.get("chosen")), _turns(row.get("rejected"))
-        if form.prompt == "chosen":  # the prompt is what both begin with
+        if form.prompt == "chosen" or len(chosen or ()) > len(turns) + 1:  # the prompt is what both begin with
             turns = chosen[:-1] if chosen and rejected and chosen[:-1] == rejected[:-1] else None
         if turns and chosen and rejected:
             pair = {name: [{"role": "assistant", "content": each[-1]["content"]}]

@@ -8,7 +8,7 @@ from trl.trainer.utils import use_adapter
 from phi2_grpo.common.progress import progress_bar
 from phi2_grpo.common.stats import mean
 from phi2_grpo.models.base import context_length
-from phi2_grpo.models.tokenizer import FORWARD_TOKENS, batches_by_length, render
+from phi2_grpo.models.tokenizer import FORWARD_TOKENS, QUESTION, batches_by_length, render
 from phi2_grpo.rollout.engine import complete
 from phi2_grpo.rollout.sampling import rollout_generation_config
 
@@ -81,8 +81,10 @@ def reference_nll(policy, tokenizer, rows: list[dict], advance: Advance) -> list
     """
     texts = render(tokenizer, [row["prompt"] for row in rows])
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    # An answer begins with the space behind "Output:"; most chat templates end with a line of their own.
-    answers = [f"{'' if text[-1:].isspace() else ' '}{row['reference'] or ''}" for text, row in zip(texts, rows, strict=True)]
+    # What stands between prompt and answer: a space behind Phi-2's "Output:", and nothing under most chat templates.
+    said = tokenizer.apply_chat_template([*QUESTION, {"role": "assistant", "content": "Because."}], tokenize=False)
+    between = said.removeprefix(render(tokenizer, [QUESTION])[0]).partition("Because.")[0]
+    answers = [f"{between if between.isspace() else ''}{row['reference'] or ''}" for row in rows]
     references = tokenizer(answers, add_special_tokens=False)["input_ids"]
     references = [ids[: max(0, context_length(policy) - len(prompt))] for prompt, ids in zip(prompts, references, strict=True)]
     values: list[float | None] = [None] * len(rows)

@@ -115,8 +115,10 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
         )
     # Under accelerate or torchrun each process has its own GPU, and loads the base straight to it.
     device = torch.device(name)
-    if name == "cuda":  # a scheduler may show each process one GPU alone
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if name == "cuda":
+        if "LOCAL_RANK" in os.environ and torch.cuda.device_count() == 1:  # a scheduler may show each process one GPU alone,
+            os.environ["LOCAL_RANK"] = "0"  # and accelerate goes by this
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if config["dtype"] != "auto":
         return device, getattr(torch, config["dtype"])
     if name != "cuda":
@@ -161,7 +163,10 @@ def is_sharded() -> bool:
 
 def load_reward_base(config: dict, device: torch.device, dtype: torch.dtype):
     """The base with a new head of one output, to be trained as a reward model."""
-    model = load_pretrained(AutoModelForSequenceClassification, config, num_labels=1, dtype=dtype, **LOADING)
+    options = {"num_labels": 1, "dtype": dtype, "output_loading_info": True, **LOADING}
+    model, loaded = load_pretrained(AutoModelForSequenceClassification, config, **options)
+    if missing := [key for key in loaded["missing_keys"] if key != "score.weight"]:  # would be random, and not be saved
+        raise UserError(f"{config['model']} cannot become a reward model: no weights for {missing[0]}. Take another base.")
     model.name_or_path = base_name(config)[0]
     return new_reward_head(model.to(device))
 
@@ -169,7 +174,8 @@ def load_reward_base(config: dict, device: torch.device, dtype: torch.dtype):
 def new_reward_head(model):
     """`model` with a new head of one output in float32, whatever its base is in: bfloat16 would lose the small updates."""
     text_config = model.config.get_text_config()
-    model.score = Float32Linear(text_config.hidden_size, 1, bias=False, device=model.device, dtype=torch.float32)
+    features = getattr(getattr(model, "score", None), "in_features", text_config.hidden_size)  # OPT's are fewer
+    model.score = Float32Linear(features, 1, bias=False, device=model.device, dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=text_config.initializer_range)
     return model
 

@@ -27,6 +27,8 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ 'Output:' }}{%- endif -%}"""
 
 
+# Llama's and SmolLM3's prompts hold the date, and would be others on each day that a run goes on.
+NO_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 QUESTION = [{"role": "user", "content": "Why?"}]  # to try a tokenizer with
 FORWARD_TOKENS = 2048  # in one forward pass over prompts or answers, padding included
 
@@ -59,6 +61,8 @@ def prepare_tokenizer(tokenizer) -> None:
     if tokenizer.chat_template is None:
         begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # as Llama's and Gemma's do
         tokenizer.chat_template = "{{ bos_token }}" * begins + CHAT_TEMPLATE
+    if "strftime_now" in tokenizer.chat_template and not tokenizer.chat_template.startswith(NO_DATE):
+        tokenizer.chat_template = NO_DATE + tokenizer.chat_template
 
 
 def _turn_end_ids(tokenizer) -> list[int]:

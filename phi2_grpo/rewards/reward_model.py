@@ -44,6 +44,9 @@ class RewardModel:
             labels = self._adapter_labels() if self.adapter else self._model_labels()
             scale = files.read_run(self.folder).get("scores") or {"mean": 0.0, "std": 1.0}
             self.mean, self.std = float(scale["mean"]), float(scale["std"])
+            self.tokenizer = self._load_tokenizer()
+            if not any(self.folder.glob("*.safetensors")):
+                raise UserError(f"{name} has no weights as safetensors, and a pickle is not read. Take another reward model.")
         if labels != 1:
             raise UserError(
                 f"{name} is no reward model: it has {labels} outputs, not one. train_reward.py makes a reward model."
@@ -76,12 +79,14 @@ class RewardModel:
         """One line: on which weights it runs, and how its scores are scaled."""
         shared = self.shares_base_of(config)
         where = "on the policy's own weights" if shared else f"on another base, {self.base[0]}, loaded beside"
+        if not files.read_run(self.folder).get("scores"):
+            return f"{self.__name__} {where}; raw scores of any size: weigh it (NAME:0.1)"
         return f"{self.__name__} {where}; scores less {self.mean:.2f}, divided by {self.std:.2f}"
 
     def extra_bytes(self, config: dict, dtype: torch.dtype) -> int:
         """What it adds to the policy's memory: its adapter and head, and its base where that is another."""
-        own = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        if not self.adapter or self.shares_base_of(config):
+        own = sum(path.stat().st_size for path in self.folder.glob("adapter_model.safetensors"))
+        if self.shares_base_of(config):
             return own
         with load_errors(f"{self.base[0]}, the base of the reward model {self.name}, cannot be loaded"):
             base = AutoConfig.from_pretrained(self.base[0], revision=self.base[1], trust_remote_code=False)
@@ -103,7 +108,6 @@ class RewardModel:
             if self.adapter:
                 model = PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
                 check_keys(model, self.folder)
-            self.tokenizer = self._load_tokenizer()
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(device).eval().requires_grad_(False)
 
@@ -112,7 +116,10 @@ class RewardModel:
         options = {"revision": self.base[1], "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(self.folder if own else self.base[0], **options)
         if tokenizer.chat_template is None:
-            raise UserError(f"the tokenizer of the reward model {self.name} has no chat template, so its input is unknown.")
+            raise UserError(
+                f"the tokenizer of the reward model {self.name} has no chat template, so its input is unknown. Call it in a "
+                "reward function of your own (docs/rewards.md)."
+            )
         # The model reads the last token that is no padding, and a template may end an answer by the end token.
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.bos_token or tokenizer.unk_token
         prepare_tokenizer(tokenizer)
@@ -130,7 +137,13 @@ class RewardModel:
     def _on_own_base(self, device: torch.device, dtype: torch.dtype):
         options = {"num_labels": 1, "dtype": dtype, "revision": self.base[1], **LOADING}
         model = AutoModelForSequenceClassification.from_pretrained(self.base[0], **options).to(device)
-        return new_reward_head(model) if self.adapter else model
+        head = getattr(model, "score", None)
+        if not self.adapter and (type(head) is not torch.nn.Linear or head.bias is not None):
+            return model
+        model = new_reward_head(model)
+        if not self.adapter:  # its own head, in float32: a bfloat16 score of 20 is a multiple of 0.125
+            model.score.weight.data.copy_(head.weight)
+        return model
 
     def score(self, prompts: list[list[dict]], answers: list[str]) -> list[float]:
         """Raw scores of answers (texts) to conversations."""

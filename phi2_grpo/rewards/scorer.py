@@ -55,7 +55,8 @@ def parse_rewards(items: list[str]) -> list[Reward]:
         chosen.append(Reward(own, weight, function))
     names = [reward.name for reward in chosen]
     if len(set(names)) < len(names):
-        raise UserError(f"--rewards names one twice: {', '.join(names)}. Give each once (length:2 for twice its weight).")
+        remedy = "Give each once (length:2 for twice its weight); a reward model is called as its folder"
+        raise UserError(f"--rewards names one twice: {', '.join(names)}. {remedy}.")
     if not any(reward.weight for reward in chosen):
         raise UserError("--rewards: no reward has a weight, so nothing would be learnt. Give at least one.")
     return sorted(chosen, key=lambda reward: not reward.weight)  # `_wrap_for_trl` needs the weighted ones first
@@ -285,7 +286,7 @@ def try_rewards(scorer: Scorer, rows: list[dict]) -> dict[str, list[float | None
     rows = sorted(rows, key=lambda row: row["reference"] is None)[:6]
     others = ["I do not know.", ""]  # no right answers: a reward may treat them otherwise
     texts = [row["reference"] or others[0] for row in rows] + others
-    ids = [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts)["input_ids"]]
+    ids = [[*ids, scorer.tokenizer.eos_token_id] for ids in scorer.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     scored = scorer.score([*rows, *rows[:1] * 2], ids)[: len(rows)]
     counting = [reward for reward in scorer.chosen if reward.weight]
     need = all("reference" in inspect.signature(reward.function).parameters for reward in counting)

@@ -76,6 +76,8 @@ def final_answer(text: str) -> Fraction | str:
 def _marked(text: str) -> str:
     """What stands behind ####, or in the last \\boxed{}, or else all; without what was thought before the answer."""
     text = unicodedata.normalize("NFC", text.rpartition("</think>")[2]).replace("\u2212", "-").strip()
+    if "<think>" in text:  # the thought was cut off
+        return ""
     if "####" in text:
         return text.rpartition("####")[2].strip().split("\n")[0]
     return text if (boxed := _boxed(text)) is None else boxed.strip()

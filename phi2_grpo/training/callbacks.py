@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl
 
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import HANGUP, Terminated, UserError, print_error
+from phi2_grpo.common.cli import HANGUP, Terminated, UserError, num_processes, print_error
 from phi2_grpo.common.console import Console, format_duration
 from phi2_grpo.common.progress import alert
 from phi2_grpo.common.stats import interval
@@ -236,6 +236,8 @@ class GracefulStop(TrainerCallback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
+        if self.asked and number != signal.SIGINT and num_processes() > 1:
+            return  # a launcher sends its own after a scheduler's, and kills in the end what does not stop
         if self.asked:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.asked = number

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForSequenceClassification
@@ -117,7 +117,8 @@ def tracker(config: dict):
 
 def tokenizer(config: dict):
     tokenizer = load_tokenizer(config)
-    return tokenizer, f"{config['model']}, {len(tokenizer):,} tokens"
+    thinks = "; it may think before it answers: rewards see the thoughts, too (docs/models.md)"
+    return tokenizer, f"{config['model']}, {len(tokenizer):,} tokens{thinks * ('<think>' in tokenizer.chat_template)}"
 
 
 def prompts(config: dict, tokenizer):
@@ -136,22 +137,29 @@ def pairs(config: dict, tokenizer):
             f"{config['data_dir']} has {len(pairs['train'])} train and {len(pairs['validation'])} validation pairs of ranked "
             "replies, and both are needed. Prepare a source that has ranks, with a --validation_fraction."
         )
-    lengths = [0] * len(pairs["train"])  # of the longer reply, its prompt included
-    for side in ("chosen", "rejected"):
-        replies = [reply[0]["content"] for reply in pairs["train"][side]]
-        texts = render_conversations(tokenizer, pairs["train"]["prompt"], replies)
-        lengths = list(map(max, lengths, map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])))
     most = min(config["reward_max_length"], context_length(meta_model(config)))
-    kept = [i for i, length in enumerate(lengths) if length <= most]
-    if not kept:
+    lengths = {split: _pair_lengths(tokenizer, table) for split, table in pairs.items()}
+    kept = {split: [i for i, length in enumerate(of) if length <= most] for split, of in lengths.items()}
+    if not all(kept.values()):
         raise UserError(f"no pair has at most {most} tokens. Raise --reward_max_length, within the base's context.")
     batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
-    steps, left_out = config["reward_epochs"] * math.ceil(len(kept) / batch), len(lengths) - len(kept)
-    pairs["train"] = pairs["train"].select(kept)
-    counts = f"{len(kept):,} train and {len(pairs['validation']):,} validation pairs, {left_out:,} too long"
+    steps = config["reward_epochs"] * math.ceil(len(kept["train"]) / batch)
+    left_out = sum(len(lengths[split]) - len(of) for split, of in kept.items())
+    for split, of in kept.items():
+        pairs[split] = pairs[split].select(of)
+    counts = f"{len(pairs['train']):,} train and {len(pairs['validation']):,} validation pairs, {left_out:,} too long"
     few = ". So few validation pairs say little: the intervals will be wide" * (len(pairs["validation"]) < 50)
     text = f"{counts}; {steps} steps of {batch} pairs{few}"
-    return (pairs, funnel, steps, left_out, max(lengths[i] for i in kept)), text
+    return (pairs, funnel, steps, left_out, max(lengths["train"][i] for i in kept["train"])), text
+
+
+def _pair_lengths(tokenizer, table: Dataset) -> list[int]:
+    """Tokens of the longer reply of each pair, its prompt included."""
+    sides = []
+    for side in ("chosen", "rejected"):
+        texts = render_conversations(tokenizer, table["prompt"], [reply[0]["content"] for reply in table[side]])
+        sides.append(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    return list(map(max, *sides))
 
 
 def reward_head(config: dict):

@@ -16,7 +16,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 folder = "."  # this folder, or its id on the Hub
-model = AutoPeftModelForCausalLM.from_pretrained(folder)
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="DTYPE")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 messages = [{"role": "user", "content": "What are the benefits of exercise?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -31,7 +31,7 @@ from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
 folder = "."  # this folder
-model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype="DTYPE").eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model.config.pad_token_id = tokenizer.pad_token_id
 messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because it scatters light."}]
@@ -81,6 +81,7 @@ def _new_card(facts: dict, tag: str, pipeline: str, title: str, body: str, code:
 - Versions: {", ".join(f"{name} {number}" for name, number in facts["versions"].items())}
 - Code: commit {facts["git_commit"] or "unknown"}; all settings are in `run.json`, every step in `metrics.jsonl`
 """
+    code = code.replace("DTYPE", facts["dtype"])  # or transformers would take the stored one: Phi-2's is float16
     return _frame(data, f"\n# {title} {base}\n\n{body}\n", "", code, training)
 
 

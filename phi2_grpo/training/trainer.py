@@ -8,13 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerState
 from trl import GRPOTrainer, RewardTrainer
 from trl.trainer.utils import RepeatSampler
 
 from phi2_grpo.common import files, progress
-from phi2_grpo.common.cli import UserError, disk_is_full, explain, first_lines, memory_ran_out
+from phi2_grpo.common.cli import UserError, disk_is_full, explain, first_lines, memory_ran_out, num_processes
 from phi2_grpo.models.base import is_sharded
 from phi2_grpo.rewards.scorer import BadReward
 from phi2_grpo.rollout.decode_step import unsupported_reason
@@ -73,6 +74,10 @@ class RunMixin:
         the last step.
         """
         output, steps = Path(self.args.output_dir), self.args.max_steps
+        if self.accelerator.num_processes != num_processes():
+            raise UserError("WORLD_SIZE is set, and LOCAL_RANK is not: start the processes by torchrun or accelerate launch.")
+        if len(set(gather_object([checkpoints.step_of(checkpoint)]))) > 1:
+            raise UserError(f"the machines see different checkpoints in {output}, which has to be on a disk that they share.")
         if checkpoint:
             log.seconds_before = files.read_run(checkpoint).get("seconds", 0.0)
         if checkpoints.step_of(checkpoint) >= steps:  # nothing is left to train, and transformers would do one step more

@@ -26,28 +26,22 @@ def parse(row: dict, prompt_column="", reference_column="", system_prompt="") ->
 
 
 FORMS = [  # row, prompt, reference
-    ({"prompt": "  Why?\n", "answer": " So. "}, [USER], "So."),
-    ({"prompt": [SYSTEM, USER], "completion": [BOT]}, [SYSTEM, USER], "So."),
+    ({"prompt": "  Why?\n", "answer": " So. "}, [USER], "So."), ({"prompt": [SYSTEM, USER], "completion": [BOT]}, [SYSTEM, USER], "So."),
     ({"prompt": [USER, BOT, MORE], "reference": "Hm."}, [USER, BOT, MORE], "Hm."),
     ({"messages": [SYSTEM, USER, BOT, MORE, BOT]}, [SYSTEM, USER, BOT, MORE], "So."),
     ({"messages": [USER, BOT, MORE]}, [USER, BOT, MORE], None),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, BOT]}, [USER], "So."),
-    ({"conversations": SHAREGPT}, [SYSTEM, USER], "So."),
-    ({"instruction": "Why?", "input": "", "output": "So."}, [USER], "So."),
+    ({"conversations": SHAREGPT}, [SYSTEM, USER], "So."), ({"instruction": "Why?", "input": "", "output": "So."}, [USER], "So."),
     ({"instruction": "Why?", "input": "Sky\ud800", "output": "So."}, [{"role": "user", "content": "Why?\n\nSky?"}], "So."),
-    ({"question": "Why?", "answer": 18}, [USER], "18"),
+    ({"question": "Why?", "answer": 18}, [USER], "18"), ({"question": "Why?", "answer": 0.00005}, [USER], "0.00005"),
     ({"question": "Why?", "context": "Sky", "answer": ["So.", "Hm."]}, [{"role": "user", "content": "Why?\n\nSky"}], "So."),
-    ({"prompt": "Why?", "messages": [SYSTEM, USER, BOT]}, [SYSTEM, USER], "So."),
-    ({"system": "Be brief.", "question": "Why?", "answer": True}, [SYSTEM, USER], "True"),
-    ({"question": "Why?", "answer": 0.00005}, [USER], "0.00005"),
+    ({"prompt": "Why?", "messages": [SYSTEM, USER, BOT]}, [SYSTEM, USER], "So."), ({"system": "Be brief.", "question": "Why?", "answer": True}, [SYSTEM, USER], "True"),
     ({"messages": json.dumps([SYSTEM, USER, BOT])}, [SYSTEM, USER], "So."),
     ({"messages": str([USER, BOT]).replace("}, {", "}\n {")}, [USER], "So."),  # as pandas writes it
     ({"messages": json.dumps([{"role": "user", "content": "{1} {2}"}])}, [{"role": "user", "content": "{1} {2}"}], None),
     ({"messages": None, "prompt": "Why?", "answer": "So."}, [USER], "So."), ({"prompt": "[{[1]: 2}]"}, [{"role": "user", "content": "[{[1]: 2}]"}], None),
-    ({"question": "Why?", "context": {"a": ["b"]}}, [USER], None),
-    ({"prompt": "[{'a': 1}]"}, [{"role": "user", "content": "[{'a': 1}]"}], None),
-    ({"prompt": "\n\nHuman: Why?\n\nAssistant:"}, [USER], None),
-    ({"prompt": "Why?", "completion": "No.", "label": "False"}, [USER], None), ({"prompt": "Why?", "completion": json.dumps([BOT])}, [USER], "So."),
+    ({"question": "Why?", "context": {"a": ["b"]}}, [USER], None), ({"prompt": "\n\nHuman: Why?\n\nAssistant:"}, [USER], None),
+    ({"prompt": "[{'a': 1}]"}, [{"role": "user", "content": "[{'a': 1}]"}], None), ({"prompt": "Why?", "completion": "No.", "label": "False"}, [USER], None), ({"prompt": "Why?", "completion": json.dumps([BOT])}, [USER], "So."),
     # odd ones
     ({"prompt": None}, None, None), ({"prompt": 7}, [{"role": "user", "content": "7"}], None),
     ({"prompt": {"text": "Why?"}}, None, None), ({"messages": [BOT]}, None, None),
@@ -93,6 +87,8 @@ def test_chosen_and_rejected_become_pairs():
     for row in (texts, {"prompt": [USER], **pair}, both, {"prompt": "Why?", **both}, talk, alone):
         parsed = parse(row)
         assert parsed["prompt"] == [USER] and parsed["pairs"] == [pair] and parsed["reference"] == "So.", row
+    longer = {side: [USER, BOT, MORE, *turns] for side, turns in pair.items()}
+    assert parse({"prompt": "Why?", **longer})["prompt"] == [USER, BOT, MORE]
     rows = [parse({**texts, "chosen": good}) for good in ("So.", "Because.")]
     kept, pairs, _ = prompts.deduplicate(rows, set())
     assert prompts.deduplicate([parse({"prompt": "Why?"}), *rows], set())[0][0]["reference"] == "So."

@@ -76,6 +76,9 @@ def test_what_a_base_model_s_tokenizer_keeps_to_itself(call, quick, chat_model, 
     assert row["answers/ended"] == 1 - row["completions/clipped_ratio"] > 0, "a rollout ends there, too"
     with pytest.raises(UserError, match="another chat template"):
         check_prompt_format(tmp_path / "o-final", load_tokenizer(config))
+    tokenizer.chat_template = "{{ strftime_now('%d %b') }}"
+    prepare_tokenizer(tokenizer)
+    assert render(tokenizer, [QUESTION]) == ["26 Jul 2024"], "the same on each day"
     tokenizer.chat_template, tokenizer.bos_token = None, "<|end|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", end)])
     prepare_tokenizer(tokenizer)
