@@ -53,7 +53,7 @@ CONFIG = {
     "reward_dir": "./results/reward-model",  # folder of the finished reward model
     "reward_learning_rate": 1e-4,  # TRL's for a LoRA reward model; the head starts at random, the adapter at zero
     "reward_epochs": 1,  # passes over the ranked pairs; of a large base more than 2 overfit
-    "reward_max_length": 1024,  # tokens of prompt and reply; pairs with a longer one are left out of the training
+    "reward_max_length": 1024,  # tokens of prompt and reply; pairs with a longer one are left out
     # --- training (sources: TRL's LoRA and paper guides, Dr. GRPO arXiv 2503.20783, DeepSeekMath 2402.03300)
     "max_steps": 100,  # optimizer steps: 100 to see it work, 200-300 for a demo, 500 and more for a claim
     "learning_rate": 4e-5,  # 4e-5 for 100 steps, 1e-5 for 500: learning_rate x steps is roughly what matters

@@ -74,8 +74,8 @@ def find_form(rows: list[dict], prompt_column: str, reference_column: str) -> Fo
     reference = reference_column or first(*(name for name in REFERENCE_COLUMNS if name != prompt))
     about = [name for name in FOLLOWING if prompt in ("instruction", "question") and name in columns]
     texts = (name for name in about if any(_text(row.get(name)) for row in rows))  # and no objects
-    follows, system = next(texts, "input" if "input" in about else ""), first("system", "system_prompt")
-    used = (prompt, follows, system, reference, pairs, first("lang"), first("message_id", "id"))
+    follows = next(texts, "") or next((name for name in about if not any(row.get(name) for row in rows)), "")
+    used = (prompt, follows, first("system", "system_prompt"), reference, pairs, first("lang"), first("message_id", "id"))
     others = columns.keys() - {*used, "prompt", *(("chosen", "rejected") if pairs else ())}
     return Form(*used, tuple(sorted(others)))
 
@@ -96,9 +96,10 @@ def parse_row(row: dict, form: Form, system_prompt: str, number: str) -> dict | 
     pairs = []
     if form.pairs and turns:
         chosen, rejected = _turns(row.get("chosen")), _turns(row.get("rejected"))
-        if form.prompt == "chosen" or len(chosen or ()) > len(turns) + 1:  # the prompt is what both begin with
-            turns = chosen[:-1] if chosen and rejected and chosen[:-1] == rejected[:-1] else None
-        if turns and chosen and rejected:
+        shared = chosen[:-1] if chosen and rejected and chosen[:-1] == rejected[:-1] else None
+        if form.prompt == "chosen" or (shared and len(shared) > len(turns)):  # the prompt is what both begin with
+            turns = shared
+        if turns and shared is not None:
             pair = {name: [{"role": "assistant", "content": each[-1]["content"]}]
                     for name, each in (("chosen", chosen), ("rejected", rejected))}  # fmt: skip
             pairs, reference = [pair] * (pair["chosen"] != pair["rejected"]), reference or chosen[-1]["content"]

@@ -176,7 +176,7 @@ def new_reward_head(model):
     text_config = model.config.get_text_config()
     features = getattr(getattr(model, "score", None), "in_features", text_config.hidden_size)  # OPT's are fewer
     model.score = Float32Linear(features, 1, bias=False, device=model.device, dtype=torch.float32)
-    torch.nn.init.normal_(model.score.weight, std=text_config.initializer_range)
+    torch.nn.init.normal_(model.score.weight, std=getattr(text_config, "initializer_range", 0.02))
     return model
 
 

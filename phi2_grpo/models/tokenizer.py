@@ -124,7 +124,10 @@ def check_prompt_format(adapter: Path, tokenizer) -> None:
     if (adapter / "tokenizer_config.json").is_file():
         with load_errors(f"the tokenizer in {adapter} is broken", "Copy it again, or remove it: the base's is used then."):
             own = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
-            if own.chat_template is None or (text := render(own, [QUESTION])) == render(tokenizer, [QUESTION]):
+            if own.chat_template is None:
+                return
+            prepare_tokenizer(own)
+            if (text := render(own, [QUESTION])) == render(tokenizer, [QUESTION]):
                 return
         raise UserError(
             f"{adapter} was trained with prompts like {text[0]!r}, and its base has another chat template. Put the adapter's "

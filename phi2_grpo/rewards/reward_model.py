@@ -44,13 +44,13 @@ class RewardModel:
             labels = self._adapter_labels() if self.adapter else self._model_labels()
             scale = files.read_run(self.folder).get("scores") or {"mean": 0.0, "std": 1.0}
             self.mean, self.std = float(scale["mean"]), float(scale["std"])
+            if labels != 1:
+                raise UserError(
+                    f"{name} is no reward model: it has {labels} outputs, not one. train_reward.py makes a reward model."
+                )
             self.tokenizer = self._load_tokenizer()
             if not any(self.folder.glob("*.safetensors")):
                 raise UserError(f"{name} has no weights as safetensors, and a pickle is not read. Take another reward model.")
-        if labels != 1:
-            raise UserError(
-                f"{name} is no reward model: it has {labels} outputs, not one. train_reward.py makes a reward model."
-            )
         if not (abs(self.mean) < 1e6 and 1e-6 < self.std < 1e6):  # NaN is in no range
             raise UserError(f"{self.folder}/run.json has scores {scale}, but mean and std must be numbers, std above 0.")
 

@@ -26,7 +26,8 @@ GROUPS = {
     SPACED: re.compile(rf"(?<=\d){SPACE}(?=\d{{3}}(?!\d))"),
 }
 TEXT = r"\\(?:text|mathrm)\{[^{}]*\}"
-UNIT = rf"(?:[\s\\,]+(?:[A-Za-z]+(?:\s*/\s*|\s))*(?:[A-Za-z]{{2,}}|[ms]|{TEXT})|(?:[A-Za-z]+/)?(?:[kcdm]?m|s|ft|in)|{TEXT})"
+WORD = rf"(?:[A-Za-z]+(?:\s*/\s*|\s))*(?:[A-Za-z]{{2,}}|[ms]|{TEXT})"  # behind a space; without one only these:
+UNIT = rf"(?:(?:\s|\\[ ,;])+{WORD}|(?:[A-Za-z]+/)?(?:[kcdm]?m|s|ft|in|yd|mi|feet)|{TEXT})"
 POWER = r"10(?:\^|\*\*)[{(]?(-?\d{1,3})(?!\d)[})]?"
 # LaTeX's fractions, powers of ten (3 x 10^8), and the exponent of a unit at the end (9.8 m/s^2), which is no number.
 REWRITTEN = (

@@ -24,9 +24,9 @@ def free_memory(device: torch.device) -> int:
 def free_in_groups() -> list[int]:
     """Bytes that the limits of a container, or of a scheduler's job, leave: Linux' control groups v2. Empty without limits."""
     free = []
-    with suppress(OSError, ValueError, KeyError):  # of the outermost group there is no memory.max
-        own = CGROUPS / MY_GROUP.read_text().rpartition("::/")[2].strip()
-        for group in (own, *own.parents):
+    own = CGROUPS / (MY_GROUP.read_text() if MY_GROUP.exists() else "").rpartition("::/")[2].strip()
+    for group in (own, *own.parents):
+        with suppress(OSError, ValueError, KeyError):  # not each group counts its memory
             limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             if limit != "max":

@@ -36,7 +36,7 @@ def choose_engine(name: str, model, device: torch.device) -> tuple[str, str]:
         if name == "fast":
             raise UserError(f"--rollout fast is not supported here: {reason}. Give --rollout auto or generate.")
         return "generate", f"transformers' generate, because the fast engine is not supported here: {reason}"
-    return "fast", "prompts prefilled once a group, finished rows dropped; on a GPU each decode step is one CUDA graph"
+    return "fast", "prompts prefilled once a group, finished rows dropped; on a GPU most decode steps are one CUDA graph"
 
 
 def make_engine(name: str, model, rows: int = 0, reserve: int = 0) -> "GenerateEngine":

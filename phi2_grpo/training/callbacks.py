@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl
 
 from phi2_grpo.common import files
-from phi2_grpo.common.cli import HANGUP, Terminated, UserError, num_processes, print_error
+from phi2_grpo.common.cli import HANGUP, Terminated, UserError, print_error
 from phi2_grpo.common.console import Console, format_duration
 from phi2_grpo.common.progress import alert
 from phi2_grpo.common.stats import interval
@@ -226,7 +227,7 @@ class GracefulStop(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first signal is noted, and the second raises. nohup's SIGHUP stays ignored."""
+        """Inside, the first signal is noted, and the second raises (under a launcher Ctrl-C's). nohup's SIGHUP is ignored."""
         hangup = [] if HANGUP is None or signal.getsignal(HANGUP) is signal.SIG_IGN else [HANGUP]
         before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
         try:
@@ -236,12 +237,12 @@ class GracefulStop(TrainerCallback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if self.asked and number != signal.SIGINT and num_processes() > 1:
+        if self.asked and number != signal.SIGINT and "LOCAL_RANK" in os.environ:
             return  # a launcher sends its own after a scheduler's, and kills in the end what does not stop
         if self.asked:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.asked = number
-        print_error("\nstopping after this step, with a checkpoint; once more stops at once.")
+        print_error("\nstopping after this step, with a checkpoint; a second Ctrl-C stops at once.")
 
     def on_step_end(self, args, state, control, **_):
         # Signals reach processes at different times, and one that stops alone leaves the others waiting.

@@ -141,7 +141,7 @@ def pairs(config: dict, tokenizer):
     lengths = {split: _pair_lengths(tokenizer, table) for split, table in pairs.items()}
     kept = {split: [i for i, length in enumerate(of) if length <= most] for split, of in lengths.items()}
     if not all(kept.values()):
-        raise UserError(f"no pair has at most {most} tokens. Raise --reward_max_length, within the base's context.")
+        raise UserError(f"no pair of a split has at most {most} tokens. Raise --reward_max_length, within the context.")
     batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
     steps = config["reward_epochs"] * math.ceil(len(kept["train"]) / batch)
     left_out = sum(len(lengths[split]) - len(of) for split, of in kept.items())

@@ -115,7 +115,7 @@ def reward_model_card(facts: dict, steps: int, seconds: float, accuracy: list[st
     body = "\n".join([*accuracy, "", "![scores of preferred and other replies](scores.png)", ""])
     settings = (
         f"{steps} steps of {config['per_device_train_batch_size']} x {config['gradient_accumulation_steps']} pairs "
-        f"({left_out} too long) in {seconds / 60:.1f} min, learning rate {config['reward_learning_rate']:g}"
+        f"({left_out} of both splits too long) in {seconds / 60:.1f} min, learning rate {config['reward_learning_rate']:g}"
     )
     title = "Reward model (LoRA and a scalar head) on"
     return _new_card(facts, "reward-model", "text-classification", title, body, USE_REWARD_MODEL, settings)

@@ -123,7 +123,7 @@ class RunMixin:
             text = f"wandb: {first_lines(error)}. `wandb login`, WANDB_MODE=offline, or --report_to none."
         else:
             text = explain(error)
-        return text and f"{text}\n  With that changed: {checkpoints.resume_hint(output)}"
+        return text and f"{text}\n  {checkpoints.resume_hint(output)}"
 
     def _save_now(self, output: Path) -> None:
         """Save what the last complete step left, where no checkpoint has it yet."""
