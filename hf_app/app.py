@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 DEFAULTS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error",
-            "GRADIO_TEMP_DIR": str(Path.home() / ".cache" / "gradio")}  # /tmp/gradio may be another user's  # fmt: skip
+            "GRADIO_TEMP_DIR": os.path.expanduser("~/.cache/gradio")}  # /tmp/gradio may be another user's  # fmt: skip
 os.environ |= DEFAULTS | dict(os.environ)
 local = f"{os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or 'localhost'},127.0.0.1,localhost"  # Gradio calls itself
 os.environ |= {"no_proxy": local, "NO_PROXY": local}

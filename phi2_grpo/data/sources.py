@@ -18,6 +18,7 @@ from phi2_grpo.common.cli import UserError, first_lines
 
 # In a folder the first of these that is there: a download from the Hub may have exports of the same rows beside its tables.
 FORMATS = tuple(end + gz for end in (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt") for gz in ("", ".gz"))
+UNREADABLE = (OSError, ValueError, EOFError, NotImplementedError, csv.Error)  # what open, json, gzip, pyarrow and csv raise
 SPLITS = {word: split for split, words in (("train", "train training"), ("test", "test testing"),
                                            ("validation", "validation valid val dev eval evaluation"))
           for word in words.split()}  # fmt: skip
@@ -179,12 +180,6 @@ def _checked(rows: Iterable, name: str | Path) -> Iterator:
         coding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
         advice = f'Save it anew (Excel: "CSV UTF-8"), or: iconv -f {coding} -t utf-8 FILE > NEW_FILE'
         raise UserError(f"{name} is not UTF-8: byte {error.object[error.start]:#x} past row {number}. {advice}") from None
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        NotImplementedError,
-        csv.Error,
-    ) as error:  # pyarrow's are among them
+    except UNREADABLE as error:
         advice = " Inside a quoted cell, quotation marks are doubled." if isinstance(error, csv.Error) else ""
         raise UserError(f"{name} cannot be read past row {number}: {first_lines(error)}.{advice}") from None

@@ -66,7 +66,8 @@ def run_metadata(config: dict, preset: str, device: torch.device, dtype: torch.d
     if config.get("init_adapter"):
         modules = lora.target_modules  # a string is a pattern
         lora_settings["lora_target_modules"] = [modules] if isinstance(modules, str) else sorted(modules)
-    earlier = files.read_run(Path(config["init_adapter"])).get("data", {}) if config.get("init_adapter") else {}
+    start = files.read_run(Path(config["init_adapter"])).get("data", {}) if config.get("init_adapter") else {}
+    earlier = [*start.get("earlier", []), *([start["fingerprint"]] if "fingerprint" in start else [])]
     return {
         "preset": preset,
         "config": {**config, **lora_settings},
@@ -80,9 +81,7 @@ def run_metadata(config: dict, preset: str, device: torch.device, dtype: torch.d
         "context": context_length(model),
         "data": {
             "fingerprint": funnel["fingerprint"],
-            "earlier": [*earlier.get("earlier", []), earlier["fingerprint"]]
-            if "fingerprint" in earlier
-            else [],  # of init_adapter
+            "earlier": earlier,
             "dataset": funnel["settings"]["dataset"],
             "commit": funnel.get("dataset_commit"),
             "funnel": funnel["funnel"],
