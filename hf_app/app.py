@@ -236,6 +236,7 @@ def compare(question: str, *sampling_params) -> Iterator[list[str]]:
     settings = sampling_settings(sampling_params)
     panes = {model: ("", note(f"waits for its turn {RUNNING}")) for model in (BASE, TUNED)}
     with shown_as_error():
+        yield [*panes[BASE], *panes[TUNED]]  # the answers to the question before go
         for model in panes:
             for so_far in answer([{"role": "user", "content": question}], model, **settings):
                 panes[model], settings["seed"] = (so_far.text, note(so_far.summary())), so_far.seed

@@ -143,8 +143,7 @@ def tokenizer(micro):
 def prepared(micro, tmp_path_factory) -> Path:
     """The tiny sample prepared for the micro model's tokenizer."""
     data_dir = tmp_path_factory.mktemp("data") / "prepared"
-    options = ("--preset", "tiny", "--model", micro, "--data_dir", data_dir, "--max_prompt_tokens", "100")
-    ok(run_main("prepare_data", *options))
+    ok(run_main("prepare_data", "--preset", "tiny", "--model", micro, "--data_dir", data_dir, "--max_prompt_tokens", 100))
     return data_dir
 
 
@@ -238,6 +237,5 @@ class AppServer:
 @pytest.fixture(scope="session")
 def server(loud, roomy, tmp_path_factory):
     """The app, with a model that says what a test wants (tests/serve_app.py)."""
-    running = AppServer(loud, roomy, tmp_path_factory.mktemp("server"))
-    yield running
-    running.close()
+    with closing(AppServer(loud, roomy, tmp_path_factory.mktemp("server"))) as running:
+        yield running

@@ -91,19 +91,14 @@ def test_wrong_flags(call, flags, expected):
     refused(call("train_grpo", *flags.split(" ")), *expected)
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "expected"),
-    [
-        (cli.UserError("do this"), 2, "do this"), (OSError(errno.ENOSPC, "No space left on device"), 2, "Make room"),
-        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), 2, "Make room"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x"),
-        (MemoryError(), 2, "--per_device_train_batch_size"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 2, "--max_completion_length"),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), 2, "--max_completion_length"),
-        (KeyboardInterrupt(), 130, "interrupted"), (cli.Terminated(), 143, "interrupted"),
-        (KeyError("a bug"), KeyError, ""),  # which keeps its traceback
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("error", "code", "expected"), [
+    (cli.UserError("do this"), 2, "do this"), (OSError(errno.ENOSPC, "No space left on device"), 2, "Make room"),
+    (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), 2, "Make room"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x"), (MemoryError(), 2, "--per_device_train_batch_size"),
+    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 2, "--max_completion_length"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), 2, "--max_completion_length"),
+    (KeyboardInterrupt(), 130, "interrupted"), (cli.Terminated(), 143, "interrupted"),
+    (KeyError("a bug"), KeyError, "")])  # which keeps its traceback  # fmt: skip
 def test_what_ends_a_script(capfd, error, code, expected):
     assert "make setup" in cli.explain(ModuleNotFoundError("No module named 'torch'"))
 
@@ -121,11 +116,8 @@ def test_what_ends_a_script(capfd, error, code, expected):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_answers_without_torch(name):
-    code = (
-        f"import sys, runpy; sys.argv = ['{name}.py', '--help']\n"
-        f"try: runpy.run_path('{name}.py', run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        "print('slow imports:', {'torch', 'numpy', 'rich', 'datasets', 'transformers'} & set(sys.modules))"
-    )
+    code = f"import sys, runpy; sys.argv = ['{name}.py', '--help']\ntry: runpy.run_path('{name}.py', run_name='__main__')\n"
+    code += "except SystemExit: pass\n"
+    code += "print('slow imports:', {'torch', 'numpy', 'rich', 'datasets', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "slow imports: set()" in done.stdout and f"python {name}.py" in done.stdout, done.stdout + done.stderr

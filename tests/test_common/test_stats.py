@@ -46,10 +46,8 @@ def test_sign_flips_agree_with_scipy():
         assert (low > 0 or high < 0) == (exact <= 0.05), (differences, exact)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "better", "expected"),
-    [(0.1, 0.2, True, "better"), (-0.2, -0.1, True, "worse"), (-0.1, 0.2, True, NONE), (None, None, True, NONE),
-     (0.1, 0.2, False, "worse"), (0.1, 0.2, None, "higher"), (-0.2, -0.1, None, "lower"), (0.0, 0.2, True, NONE)],
-)  # fmt: skip
+@pytest.mark.parametrize(("low", "high", "better", "expected"), [
+    (0.1, 0.2, True, "better"), (-0.2, -0.1, True, "worse"), (-0.1, 0.2, True, NONE), (None, None, True, NONE),
+    (0.1, 0.2, False, "worse"), (0.1, 0.2, None, "higher"), (-0.2, -0.1, None, "lower"), (0.0, 0.2, True, NONE)])  # fmt: skip
 def test_a_verdict_follows_from_the_interval(low, high, better, expected):
     assert stats.verdict(stats.Paired(9, 0, 0, 0, low, high, 0.95, 0.5), better) == expected

@@ -55,12 +55,10 @@ def test_null_is_kept_and_the_peoples_label_comes_before_the_classifiers():
     assert len(choose(rows)[0]) == 5
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [({"text": 5}, "text is 5"), ({"rank": "best"}, "rank is 'best'"), ({"role": "user"}, "'user', but it takes prompter or"),
-     ({"labels": {"name": ["toxicity"], "value": ["very"]}}, "toxicity is 'very'"), ({"detoxify": "x"}, "'get'"),
-     ({"parent_id": "q", "message_tree_id": None}, "message_tree_id is missing"), ({"deleted": "no"}, "deleted is 'no'")],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "named"), [
+    ({"text": 5}, "text is 5"), ({"rank": "best"}, "rank is 'best'"), ({"role": "user"}, "'user', but it takes prompter or"),
+    ({"parent_id": "q", "message_tree_id": None}, "message_tree_id is missing"), ({"deleted": "no"}, "deleted is 'no'"),
+    ({"labels": {"name": ["toxicity"], "value": ["very"]}}, "toxicity is 'very'"), ({"detoxify": "x"}, "'get'")])  # fmt: skip
 def test_a_row_that_is_not_oasst1s_is_named(tmp_path, change, named):
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in (row("a", "Why?"), {**row("b", "How?"), **change})))
@@ -102,8 +100,6 @@ def test_the_samples(preset, roots, held_out):
     assert len(train) >= roots and len(validation) >= held_out
     assert not {normalize([{"content": text}]) for text in SAMPLE_PROMPTS} & {*train, *validation}
 
-
-# --- the forms
 
 LABELS = {"name": ["spam", "toxicity"], "value": [0.0, 0.9], "count": [3, 3]}
 TALK = [row("a", "Why is it so?\u2028", labels=LABELS), row("r", "Because.", parent="a", rank=0), row("s", "No.", parent="a", rank=1),

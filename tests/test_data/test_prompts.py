@@ -25,7 +25,7 @@ def parse(row: dict, prompt_column="", reference_column="", system_prompt="") ->
     return prompts.parse_row(row, form, system_prompt, "row-1")
 
 
-FORMS = [  # row, prompt, reference
+@pytest.mark.parametrize(("row", "prompt", "reference"), [
     ({"prompt": "  Why?\n", "answer": " So. "}, [USER], "So."), ({"prompt": [SYSTEM, USER], "completion": [BOT]}, [SYSTEM, USER], "So."),
     ({"prompt": [USER, BOT, MORE], "reference": "Hm."}, [USER, BOT, MORE], "Hm."),
     ({"messages": [SYSTEM, USER, BOT, MORE, BOT]}, [SYSTEM, USER, BOT, MORE], "So."),
@@ -53,10 +53,7 @@ FORMS = [  # row, prompt, reference
     ({"question": "Why?", "answer": float("nan")}, [USER], None),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, BOT, MORE]}, None, None),
     ({"prompt": "Why?\ud800"}, [{"role": "user", "content": "Why??"}], None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("row", "prompt", "reference"), FORMS)
+])  # fmt: skip
 def test_forms(row, prompt, reference):
     parsed = parse(row)
     assert (parsed and parsed["prompt"], parsed and parsed["reference"]) == (prompt, reference)
@@ -122,9 +119,7 @@ def test_files(name, tmp_path):
 
 
 def test_a_folder_keeps_its_splits(tmp_path):
-    for name in (
-        "dev/gsm8k_Train.csv", "eval/0.csv", "trains.csv", "more.csv", ".ipynb_checkpoints/train-0.csv",
-    ):  # two are splits  # fmt: skip
+    for name in ("dev/gsm8k_Train.csv", "eval/0.csv", "trains.csv", "more.csv", ".ipynb_checkpoints/train-0.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TABLE)
     splits, _ = sources.read_rows(str(tmp_path), "main")
@@ -185,9 +180,7 @@ def test_what_cannot_be_prepared(call, micro, tmp_path):
     refused(call("prepare_data", *flags, tmp_path / "e.csv"), "e.csv is not UTF-8", "iconv")
     refused(call("prepare_data", *flags, tmp_path / "f.csv"), "f.csv: there is no such file")
     other = shutil.copytree(micro, tmp_path / "other")  # as Gemma's
-    template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0]['content'] }}"
-    )
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
     (other / "chat_template.jinja").write_text(template)
     system = ("--system_prompt", "Be brief.", "--model", other)
     refused(call("prepare_data", *flags, tmp_path / "b.jsonl", *system), "no system", "--system_prompt")
@@ -217,8 +210,7 @@ def test_from_a_file_to_a_validated_adapter(call, quick, micro, tmp_path):
     where = ("--data_dir", tmp_path / "data")
     ok(call("prepare_data", "--model", micro, "--dataset", tmp_path / "q.csv", *where, "--validation_fraction", 0.3))
     flags = (*quick[:4], *where, *quick[6:], "--rewards", "correct,length:0.1", "--seed", 1)
-    trained = call("train_grpo", 2, *flags, "--output_dir", tmp_path / "o")
-    assert trained.code == 0 and "correct x 1" in trained.out, trained.err
+    assert "correct x 1" in ok(call("train_grpo", 2, *flags, "--output_dir", tmp_path / "o")).out
     measured = ("--adapter", tmp_path / "o-final", "--validation_dir", tmp_path / "v", "--samples_per_prompt", 2)
     done = call("validate_model", *quick[:4], *where, *measured)
     assert done.code == 0 and "pass@2" in done.out and "from wrong to right" in done.out, done.err

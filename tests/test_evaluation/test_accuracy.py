@@ -54,11 +54,9 @@ def test_accuracies_of_known_pairs():
     assert [row["group"] for row in alone["groups"]] == ["all"], "one language alone would say the same again"
 
 
-@pytest.mark.parametrize(
-    ("model_right", "words"),
-    [(50, ["better than \"the longer", "better than chance"]), (25, ["no difference shown", "not shown to be better than chance"]),
-     (2, ["worse than", "not shown"])],
-)  # fmt: skip
+@pytest.mark.parametrize(("model_right", "words"), [
+    (50, ["better than \"the longer", "better than chance"]), (2, ["worse than", "not shown"]),
+    (25, ["no difference shown", "not shown to be better than chance"])])  # fmt: skip
 def test_the_verdict_s_words_are_fixed_by_the_intervals(model_right, words):
     pairs = [pair(str(i), *(("long one", "short") if i % 2 else ("short", "long one"))) for i in range(50)]
     accuracy = reward_accuracy.measure_accuracy(pairs, [float(i < model_right) for i in range(50)], [0.5] * 50)

@@ -29,10 +29,8 @@ def test_the_text_is_exact_grows_and_never_shows_a_stop(client, said, expected):
         assert len(set(parts)) >= 3 and all(late.startswith(early) for early, late in zip(parts, parts[1:], strict=False))
 
 
-@pytest.mark.parametrize(
-    ("question", "given", "expected"),
-    [("", {}, "empty"), ("Why?", {"temperature": 99}, "temperature is 99"), (7, {}, "The prompt is 7")],
-)
+@pytest.mark.parametrize(("question", "given", "expected"), [("", {}, "empty"),
+    ("Why?", {"temperature": 99}, "temperature is 99"), (7, {}, "The prompt is 7")])  # fmt: skip
 def test_bad_input_through_the_api_is_a_readable_error(client, server, question, given, expected):
     with pytest.raises(AppError, match=re.escape(expected)):
         client.predict(question, api_name="/ask", **given)

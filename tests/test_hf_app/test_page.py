@@ -7,10 +7,7 @@ import pytest
 from serve_app import CODE, HOSTILE, SAYS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM, reason="needs Chromium; on Debian or Ubuntu: apt-get install chromium"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (Debian: apt-get install chromium)")]
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-background-networking",
          "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip
 
@@ -117,6 +114,10 @@ def test_stop_of_a_comparison_says_so(page, server):
     wait_for(page, lambda: len(page.locator("#base textarea").input_value()) > 30)
     page.locator("#halt").click()
     wait_for(page, lambda: page.locator(".note:visible", has_text="stopped").count() == 2)
+    page.get_by_label("One question to both").fill(" ")
+    page.locator("#compare").click()
+    page.get_by_text("The question is empty").wait_for()
+    wait_for(page, lambda: page.locator("#base textarea").input_value() == "")
 
 
 def test_retry_answers_anew_and_undo_takes_back(page):

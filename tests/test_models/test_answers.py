@@ -9,17 +9,13 @@ from phi2_grpo.models.answers import STOP_STRINGS, chat_generation_config, saved
 END = "<|endoftext|>"
 
 
-@pytest.mark.parametrize(
-    ("completion", "text", "ended", "reason"),
-    [
-        (f" Water it.{END}", "Water it.", True, "ended"), (" Water it every", "Water it every", False, "cut off"),
-        (f" Water it.\n\nExercise 3: more{END}", "Water it.", False, "Exercise 3"),  # ended, but after it had run on
-        (f" A{END}B", "A", True, "ended"),  # what follows the end token is padding
-        (f" Exercise helps.\nExercises help too.{END}", "Exercise helps.\nExercises help too.", True, "ended"),  # near-stops
-        (f"{END}", "", True, "ended"), ("", "", False, "cut off"),
-        ("\nInstruct: a\nExercise 1", "", False, "Instruct"),  # the first stop counts
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("completion", "text", "ended", "reason"), [
+    (f" Water it.{END}", "Water it.", True, "ended"), (" Water it every", "Water it every", False, "cut off"),
+    (f" Water it.\n\nExercise 3: more{END}", "Water it.", False, "Exercise 3"),  # ended, but after it had run on
+    (f" A{END}B", "A", True, "ended"),  # what follows the end token is padding
+    (f" Exercise helps.\nExercises help too.{END}", "Exercise helps.\nExercises help too.", True, "ended"),  # near-stops
+    (f"{END}", "", True, "ended"), ("", "", False, "cut off"),
+    ("\nInstruct: a\nExercise 1", "", False, "Instruct")])  # the first stop counts  # fmt: skip
 def test_trim(tokenizer, completion, text, ended, reason):
     (answer,) = trim(tokenizer([completion])["input_ids"], tokenizer)
     assert (answer.text, answer.ended) == (text, ended) and reason in answer.finish_reason

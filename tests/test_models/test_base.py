@@ -61,6 +61,12 @@ def test_a_broken_base_is_refused(micro, tmp_path, how):
     assert str(base) in str(refused.value)
 
 
+def test_a_base_whose_reward_model_has_more_new_weights_than_a_head(monkeypatch):
+    monkeypatch.setattr(base, "load_pretrained", lambda *_, **__: (None, {"missing_keys": ["score.weight", "dense.weight"]}))
+    with pytest.raises(UserError, match="no weights for dense.weight"):
+        base.load_reward_base({"model": "some/model"}, CPU, torch.float32)
+
+
 def test_a_hub_model_that_is_not_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="some/model.*some-branch.*cannot be loaded") as refused:

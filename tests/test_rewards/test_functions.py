@@ -8,17 +8,12 @@ from phi2_grpo.rewards.tasks import correct
 
 @pytest.mark.parametrize(("tokens", "ended", "reward"), [(128, True, 1.0), (64, True, 0.5), (192, True, 0.5), (0, True, 0.0),
     (256, True, 0.0), (500, True, 0.0), (128, False, 0.5), (96, False, 0.375)])  # fmt: skip
-def test_length(tokens, ended, reward):
+def test_length_and_ending(tokens, ended, reward):
     assert length(answer_tokens=[tokens], ended=[ended], target_tokens=128) == [reward]
+    assert ending(ended=[ended]) == [1.0 if ended else 0.0]
 
 
-def test_ending():
-    assert ending(ended=[True, False]) == [1.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("ids", "penalty"), [((1, 2, 3, 4), 0.0), ((5,) * 5, -2 / 3), ((1, 2, 3, 1, 2, 3), -0.25), ((1, 2), 0.0), ((), 0.0)]
-)
+@pytest.mark.parametrize(("ids", "penalty"), [((1, 2, 3, 4), 0.0), ((5,) * 5, -2 / 3), ((1, 2, 3, 1, 2, 3), -0.25), ((), 0.0)])
 def test_repetition(ids, penalty):
     assert repetition(answer_ids=[ids]) == [pytest.approx(penalty)]
 

@@ -8,9 +8,11 @@ import numpy
 import pytest
 import torch
 from conftest import ADAPTER_FILES, WEIGHTS, change_json, change_weights, make_micro, ok, read_json, refused, rows_of, run_main
+from datasets import Dataset, load_from_disk
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig, RewardTrainer
 
 from config import CONFIG
 from phi2_grpo.common.cli import UserError
@@ -78,8 +80,6 @@ def test_what_is_left_and_printed(trained_reward):
 
 def test_scores_are_centred_and_scaled_by_validation(trained_reward, config, prepared):
     """On the replies they were measured on: mean 0, spread 1."""
-    from datasets import load_from_disk
-
     model = loaded(trained_reward[0], config)
     pairs = load_from_disk(str(prepared / "oasst1_preferences"))["validation"].to_list()
     scores = [model(prompts=[pair["prompt"]] * 2, answers=[pair[side][0]["content"] for side in ("chosen", "rejected")])
@@ -92,9 +92,6 @@ def test_scores_are_centred_and_scaled_by_validation(trained_reward, config, pre
 
 def test_its_texts_are_those_of_the_training(micro):
     """What RewardTrainer makes of a pair, and what a reward model makes of prompt and answer, are the same tokens."""
-    from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
-
     tokenizer = AutoTokenizer.from_pretrained(micro)
     pair = {"prompt": PROMPTS[1], "chosen": [{"role": "assistant", "content": "Water it."}],
             "rejected": [{"role": "assistant", "content": "No."}]}  # fmt: skip
@@ -203,6 +200,7 @@ def test_on_another_base_it_is_loaded_beside(call, quick, trained_reward, config
     whole.save_pretrained(tmp_path / "whole")
     AutoTokenizer.from_pretrained(other).save_pretrained(tmp_path / "whole")
     model = loaded(tmp_path / "whole", config)
+    assert "raw scores" in model.describe(config) and "raw scores" not in loaded(moved, config).describe(config)
     expected = score_alone(whole.eval(), load_tokenizer({**config, "model": str(other)}), PROMPTS, ANSWERS)
     assert model(prompts=PROMPTS, answers=ANSWERS) == pytest.approx(expected, abs=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(other)  # Llama's way: no padding token, and answers end by the end token

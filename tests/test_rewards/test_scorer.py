@@ -20,9 +20,8 @@ MINE = "def polite(answers, **_):\n    return ['please' in answer for answer in 
 def test_names_weights_and_files(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     chosen = parse_rewards(["reference:0", "length", "repetition:0.5", "ending:-1", f"{tmp_path}/mine.py:polite:2"])
-    assert [(reward.name, reward.weight) for reward in chosen] == [
-        ("length", 1.0), ("repetition", 0.5), ("ending", -1.0), ("polite", 2.0),
-        ("reference", 0.0)]  # fmt: skip
+    expected = [("length", 1.0), ("repetition", 0.5), ("ending", -1.0), ("polite", 2.0), ("reference", 0.0)]
+    assert [(reward.name, reward.weight) for reward in chosen] == expected
     other = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
     other += "import functools\npart = functools.partial(lambda answers, **_: [1.0])\n"
     (tmp_path / "other.py").write_text(other)
@@ -93,8 +92,9 @@ def test_they_get_columns_and_answers_and_are_logged_once(tokenizer):
     assert len(logged) == log.call_count, "each once a batch"
     assert logged["answers/ended"] == 0.5 and "rewards/length/es" in logged and "rewards/custom/en" not in logged
     assert "collapse/at_target" in logged
-    row = scorer.last_batch[1]
-    assert row["scores"]["custom"] == 1.0 and row["score"] == pytest.approx(2.0 - row["scores"]["length"])
+    first, second = scorer.last_batch
+    assert first["score"] == pytest.approx(-first["scores"]["length"]), "what is not scored leaves the sum"
+    assert second["scores"]["custom"] == 1.0 and second["score"] == pytest.approx(2.0 - second["scores"]["length"])
 
 
 def test_what_no_weighted_reward_scores_stays_unscored(tokenizer):
@@ -113,13 +113,9 @@ def test_memory_that_runs_out_in_a_reward_is_no_mistake_of_it(tokenizer):
 
 
 def test_a_step_without_a_score_is_shown_and_a_score_that_is_no_number_ends_the_run(call, quick, tmp_path):
-    (tmp_path / "late.py").write_text(
-        "calls = 0\n"
-        "def late(answers, **_):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    return [{4: None, 6: float('nan')}.get(calls, float(len(answer))) for answer in answers]\n"
-    )
+    late = "calls = 0\ndef late(answers, **_):\n    global calls\n    calls += 1\n"
+    late += "    return [{4: None, 6: float('nan')}.get(calls, float(len(answer))) for answer in answers]\n"
+    (tmp_path / "late.py").write_text(late)
     options = (*quick, "--output_dir", tmp_path / "o", "--rewards")
     # Once before the training, once on the held-out prompts, then once a step: calls 4 and 6 are those of steps 2 and 4.
     done = call("train_grpo", 6, *options, f"{tmp_path}/late.py:late")
@@ -133,18 +129,13 @@ def test_a_step_without_a_score_is_shown_and_a_score_that_is_no_number_ends_the_
 def test_rewards_as_trl_documents_them(call, quick, tmp_path):
     """With the trainer's state, as a tensor, and async; on the human replies, in training, held out and in validation."""
     (tmp_path / "mine.py").write_text(
-        "import asyncio\nimport torch\n"
-        "def curriculum(completions, trainer_state, log_metric, log_extra, **_):\n"
-        "    log_metric('part', 0.5)\n"
+        "import asyncio\nimport torch\none = asyncio.Semaphore(1)\n"
+        "def curriculum(completions, trainer_state, log_metric, log_extra, **_):\n    log_metric('part', 0.5)\n"
         "    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]\n"
         "def tensor(completions, **_):\n"
         "    return torch.tensor([float(len(c[0]['content'])) for c in completions], dtype=torch.bfloat16)\n"
-        "one = asyncio.Semaphore(1)\n"
-        "async def later(answers, **_):\n"
-        "    async def wait(): await asyncio.sleep(0)\n"
-        "    async def score():\n"
-        "        async with one: await wait()\n"
-        "    await asyncio.gather(*[score() for _ in answers])\n"
+        "async def score():\n    async with one: await asyncio.sleep(0)\n"
+        "async def later(answers, **_):\n    await asyncio.gather(*[score() for _ in answers])\n"
         "    return [torch.tensor(float(len(answer))) for answer in answers]\n"
     )
     names = ("curriculum", "tensor", "later")
@@ -158,15 +149,6 @@ def test_rewards_as_trl_documents_them(call, quick, tmp_path):
     ok(call("validate_model", *checked, "--rewards", own[-1]))
     metrics = read_json(tmp_path / "v" / "report.json")["metrics"]
     assert metrics["curriculum"]["base"] == 1.0, "after its end"
-
-
-def test_what_is_not_scored_is_not_zero(tokenizer):
-    """TRL's rule: None leaves the sum, and where no reward scores there is no score."""
-    even = Reward("even", 1.0, lambda answers, **_: [1.0 if len(answer) % 2 == 0 else None for answer in answers])
-    short = Reward("short", 2.0, lambda answers, **_: [0.5 if len(answer) < 3 else None for answer in answers])
-    ids = tokenizer(["ab", "a", "abcd", "abc"])["input_ids"]
-    scored = Scorer(tokenizer, 6, [even, short]).score([{"prompt": []}] * 4, ids)
-    assert [row["score"] for row in scored] == [2.0, 1.0, 1.0, None]
 
 
 def test_what_counts_as_a_collapse_depends_on_the_rewards():

@@ -68,9 +68,7 @@ def draw(engine, prompts, generation_config, seed=3):
 
 
 def assert_as_generate(policy, prompts, generation_config):
-    completions = FastEngine(policy)(prompts, generation_config)
-    assert completions == GenerateEngine(policy)(prompts, generation_config)
-    return completions
+    assert FastEngine(policy)(prompts, generation_config) == GenerateEngine(policy)(prompts, generation_config)
 
 
 def test_ragged_prompts_in_groups_by_one_engine_whose_cache_grows(policy):
@@ -231,12 +229,9 @@ def test_the_weight_on_the_left_multiplies_the_same(monkeypatch):
     torch.testing.assert_close(decode_step._linear(layer, x), layer(x))
 
 
-OTHER_ADAPTERS = ({"target_modules": ["fc1", "dense"], "use_dora": True}, {"target_modules": ["fc1", "lm_head"]},
-                  {"target_modules": ["fc1"], "modules_to_save": ["lm_head"]},
-                  {"target_modules": ["fc1"], "lora_bias": True})  # fmt: skip
-
-
-@pytest.mark.parametrize("others", OTHER_ADAPTERS)
+@pytest.mark.parametrize("others", [{"target_modules": ["fc1", "dense"], "use_dora": True},
+    {"target_modules": ["fc1", "lm_head"]}, {"target_modules": ["fc1"], "lora_bias": True},
+    {"target_modules": ["fc1"], "modules_to_save": ["lm_head"]}])  # fmt: skip
 def test_what_is_no_plain_lora_decodes_by_the_general_step(micro, others):
     policy = get_peft_model(load_micro(micro), LoraConfig(r=2, init_lora_weights=False, **others)).eval()
     assert not is_phi(policy) and type(FastEngine(policy).decode_step) is DecodeStep

@@ -53,15 +53,11 @@ def run(call, monkeypatch):
     return ask
 
 
-# --- deploy_space.py
-
-
 def test_a_space_gets_exactly_its_files_and_is_replaced_only_by_update(run, hub, adapter):
     dry = run("deploy_space", "me/demo", "--adapter", adapter, "--dry_run", hub=hub)
     assert dry.code == 0 and "adapter_model.safetensors" in dry.out and "optimizer.pt" not in dry.out
     assert not any(request.startswith("POST") for request in hub.requests), "a dry run sends nothing"
-    done = run("deploy_space", "me/demo", "--adapter", adapter, "--private", hub=hub)
-    assert done.code == 0 and "spaces/me/demo" in done.out, done.err
+    assert "spaces/me/demo" in ok(run("deploy_space", "me/demo", "--adapter", adapter, "--private", hub=hub)).out
     sent, expected = hub.repos[("spaces", "me/demo")], APP | {f"model_adapters/{name}" for name in SENT}
     assert set(sent) == expected
     assert all(sent[name] == (ROOT / "hf_app" / name).read_bytes() for name in APP - {"README.md"})
@@ -70,8 +66,7 @@ def test_a_space_gets_exactly_its_files_and_is_replaced_only_by_update(run, hub,
     (created,) = hub.created
     assert (created["sdk"], created["hardware"], created["visibility"]) == ("gradio", "zero-a10g", "private")
     sent["old.py"] = b"1"
-    dry = run("deploy_space", "me/demo", "--adapter", adapter, "--dry_run", hub=hub)
-    refused(dry, "--update")
+    refused(run("deploy_space", "me/demo", "--adapter", adapter, "--dry_run", hub=hub), "--update")
     refused(run("deploy_space", "me/demo", "--adapter", adapter, "--update", "--hardware", "x", hub=hub), "are for a new")
     refused(run("deploy_space", "me/demo", "--adapter", adapter, hub=hub), "--update")
     assert set(sent) == {*expected, "old.py"}
@@ -91,19 +86,15 @@ def test_what_would_not_run_there_is_not_sent(run, hub, adapter, name, text, exp
     assert not hub.created
 
 
-@pytest.mark.parametrize(
-    ("name", "token", "refuse", "role", "expected"),
-    [
-        ("me/demo", "", {}, "write", "hf auth login"), ("me/demo", "hf_wrong", {}, "write", "401|hf auth login"),
-        ("me/demo", TOKEN, {}, "read", "hf auth login"), ("you/demo", TOKEN, {}, "write", "me or lab"),
-        ("me/demo", TOKEN, {"/api/repos/create": (402, "Payment required")}, "write", "Payment required.*ZeroGPU"),
-        ("me/demo", TOKEN, {"/api/repos/create": (403, "Forbidden")}, "write", "Forbidden.*hf auth login"),
-        ("me/demo", TOKEN, {"/api/spaces/me/demo/commit": (500, "Oops")}, "write", "--update.*Oops"),
-        ("lab/demo", TOKEN, {"/api/whoami-v2": (429, "Slow down")}, "write", "Wait"),
-        ("demo", TOKEN, {}, "write", "USER/NAME"), ("me/../x", TOKEN, {}, "write", "me/../x"),
-        ("me/demo", TOKEN, None, "write", "network"),  # no answer at all
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "token", "refuse", "role", "expected"), [
+    ("me/demo", "", {}, "write", "hf auth login"), ("me/demo", "hf_wrong", {}, "write", "401|hf auth login"),
+    ("me/demo", TOKEN, {}, "read", "hf auth login"), ("you/demo", TOKEN, {}, "write", "me or lab"),
+    ("me/demo", TOKEN, {"/api/repos/create": (402, "Payment required")}, "write", "Payment required.*ZeroGPU"),
+    ("me/demo", TOKEN, {"/api/repos/create": (403, "Forbidden")}, "write", "Forbidden.*hf auth login"),
+    ("me/demo", TOKEN, {"/api/spaces/me/demo/commit": (500, "Oops")}, "write", "--update.*Oops"),
+    ("lab/demo", TOKEN, {"/api/whoami-v2": (429, "Slow down")}, "write", "Wait"),
+    ("demo", TOKEN, {}, "write", "USER/NAME"), ("me/../x", TOKEN, {}, "write", "me/../x"),
+    ("me/demo", TOKEN, None, "write", "network")])  # no answer at all  # fmt: skip
 def test_refusals_of_the_hub_give_the_next_step(run, hub, adapter, name, token, refuse, role, expected):
     hub.refuse, hub.role = refuse, role
     done = run("deploy_space", name, "--adapter", adapter, hub=None if refuse is None else hub, token=token)
@@ -119,14 +110,10 @@ def test_pins_and_header_of_the_app_are_those_of_the_training():
     assert header["title"] and header["python_version"] == "3.12" and len(header["short_description"]) <= 60
 
 
-# --- export_model.py
-
-
 def test_merged_weights_are_the_adapter_s_model_for_any_reader(run, hub, final, micro, tmp_path):
     out = tmp_path / "merged"
     push = ("--push_to_hub", "lab/full", "--merged")
-    done = run("export_model", "--model", micro, "--adapter", final, "--out", out, *push, hub=hub)
-    assert done.code == 0 and "4 of 4" in done.out, done.err
+    assert "4 of 4" in ok(run("export_model", "--model", micro, "--adapter", final, "--out", out, *push, hub=hub)).out
     assert set(hub.repos[("models", "lab/full")]) == {path.name for path in out.iterdir()}
     merged, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     base = load_base({"model": str(micro), "model_revision": "main"}, torch.device("cpu"), torch.float32).eval()
@@ -147,8 +134,7 @@ def test_what_is_published_holds_no_path_and_no_held_out_prompt(run, hub, adapte
     prompts = [answer["prompt"] for row in rows_of(final, "evaluation.jsonl") for answer in row["answers"]]
     assert private in (final / "run.json").read_text() and prompts, "there is something to hide"
     push = ("--model", micro, "--adapter", final, "--push_to_hub", "me/adapter")
-    done = run("export_model", *push, "--private", hub=hub)
-    assert done.code == 0 and "changed: run.json" in done.out, done.err
+    assert "changed: run.json" in ok(run("export_model", *push, "--private", hub=hub)).out
     assert set(hub.repos[("models", "me/adapter")]) == SENT and hub.created[0]["visibility"] == "private"
     out = tmp_path / "merged"
     merged = ("--out", out, "--merged", "--push_to_hub", "me/merged")

@@ -10,7 +10,6 @@ from engine import Engine, NoBase
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import export_model
 from phi2_grpo.training import checkpoints
 
 
@@ -18,7 +17,6 @@ def test_an_adapter_that_peft_alone_saved(call, quick, micro, prepared, tmp_path
     adapter = make_adapter(micro, tmp_path / "adapter")
     own = ("--model", micro, "--data_dir", prepared, "--device", "cpu", "--validation_dir", tmp_path / "v", "--max_prompts", 2)
     ok(call("validate_model", *own, "--adapter", adapter, "--samples_per_prompt", 1))
-    ok(call("export_model", "--model", micro, "--adapter", adapter, "--out", tmp_path / "merged"))
     ok(call("train_grpo", 1, *quick, "--init_adapter", adapter, "--output_dir", tmp_path / "o", "--check"))
     with contextlib.closing(Engine(adapter, str(micro))) as app:
         assert app.kind == "tuned"
@@ -42,12 +40,6 @@ def test_a_head_that_is_the_embedding_cannot_differ_from_it(call, micro, tmp_pat
     AutoTokenizer.from_pretrained(micro).save_pretrained(tmp_path / "base")
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=targets)
     refused(call("export_model", "--adapter", adapter, "--out", tmp_path / "merged"), "another model")
-
-
-def test_a_merged_model_that_is_another_is_not_written(call, micro, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_model, "log_probs", lambda *_: torch.rand(9))
-    adapter = make_adapter(micro, tmp_path / "adapter")
-    refused(call("export_model", "--model", micro, "--adapter", adapter, "--out", tmp_path / "merged"), "another model")
     assert not (tmp_path / "merged").exists()
 
 

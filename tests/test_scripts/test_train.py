@@ -30,8 +30,7 @@ def weights_of(folder):
 
 
 def equal(first, second) -> bool:
-    first, second = weights_of(first), weights_of(second)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return (first / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
 
 
 def test_every_lora_weight_moves_and_no_base_weight_does(call, quick, micro, tmp_path, monkeypatch):
@@ -102,8 +101,7 @@ def test_same_seed_same_adapter_and_another_seed_another(call, quick, trained, f
     """Bit for bit on the CPU; and a run stopped at step 4 and resumed ends with the same adapter as one never stopped."""
     options = (*quick, "--save_steps", "2", "--sample_steps", "3")
     ok(call("train_grpo", "4", *options, "--output_dir", tmp_path / "a"))
-    resumed = call("train_grpo", "6", *options, "--output_dir", tmp_path / "a", "--resume")
-    assert resumed.code == 0 and "resuming at checkpoint-4" in resumed.out, resumed.err
+    assert "resuming at checkpoint-4" in ok(call("train_grpo", "6", *options, "--output_dir", tmp_path / "a", "--resume")).out
     assert equal(final, tmp_path / "a-final")
     assert [row["step"] for row in rows_of(tmp_path / "a-final")] == [1, 2, 3, 4, 5, 6], "no gap, no double"
     other = call("train_grpo", "1", *options, "--output_dir", tmp_path / "b", "--seed", "1", "--eval_prompts", 0)
@@ -128,8 +126,7 @@ def test_what_is_not_a_run_s_stays(call, quick, final, tmp_path):
     left = {path.name for path in output.iterdir()}
     assert left == {"thesis.txt", "checkpoint-old", "checkpoint-2", "metrics.jsonl"}
     for name, content in (("metrics", "metrics.jsonl"), ("theirs", "checkpoint-3/model.bin"), ("new-final", "thesis.txt")):
-        (tmp_path / name / content).parent.mkdir(parents=True)
-        (tmp_path / name / content).write_text('{"mine": 1}\n')
+        files.write_text(tmp_path / name / content, '{"mine": 1}\n')
         places = (tmp_path / name.removesuffix("-final"), tmp_path / f"{name.removesuffix('-final')}-final")
         for resume, overwrite in ((False, False), (False, True), (True, False)):
             with pytest.raises(UserError, match=str(tmp_path / name)):
@@ -189,7 +186,6 @@ def test_init_adapter_starts_there_and_keeps_the_base_as_reference(call, quick, 
     assert rows_of(end)[0]["kl"] > 0, "the KL is to the base, not to the adapter it started from"
     before, after = weights_of(start), weights_of(end)
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
-    assert any(value.abs().max() > 1e-5 for key, value in after.items() if "lora_B" in key)
     ok(call("train_grpo", 2, *options, "--resume"))
 
 
@@ -231,8 +227,7 @@ def test_evaluated_on_held_out_prompts_while_it_trains(call, quick, tmp_path):
     runs = {}
     for often in (2, 100):
         flags = ("--eval_steps", often, "--eval_prompts", 9, "--seed", 3, "--rewards", "length,ending")
-        done = call("train_grpo", 4, *quick, "--output_dir", tmp_path / str(often), *flags)
-        assert done.code == 0 and "held out: reward" in done.out, done.err
+        assert "held out: reward" in ok(call("train_grpo", 4, *quick, "--output_dir", tmp_path / str(often), *flags)).out
         runs[often] = tmp_path / f"{often}-final"
     rows = rows_of(runs[2], "evaluation.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 4] and len(rows_of(runs[100], "evaluation.jsonl")) == 2

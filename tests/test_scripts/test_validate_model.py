@@ -79,10 +79,8 @@ def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path, monkeypa
     ok(call("validate_model", "--device", "cpu", *own, "--temperature", 0.5))
     config = read_json(tmp_path / "v" / "report.json")["config"]
     assert (config["target_tokens"], config["max_completion_length"], config["temperature"]) == (6, 12, 0.5)
-    refused(
-        call("validate_model", "--device", "cpu", *own, "--max_completion_length", 500),
-        "context of 512. Give --max_completion_length ",
-    )
+    done = call("validate_model", "--device", "cpu", *own, "--max_completion_length", 500)
+    refused(done, "context of 512. Give --max_completion_length ")
 
 
 def test_a_reward_of_the_user_s_may_be_called_correct(call, options, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -38,26 +39,18 @@ def test_a_target_binds_only_where_a_reward_asks_for_it(config):
     preflight(short | {"rewards": ["ending"]}, resume=False, overwrite=False).raise_errors()
 
 
-@pytest.mark.parametrize(
-    ("size", "steps", "group", "remedy"),
-    [
-        (1, 1, 4, "--per_device_train_batch_size 4"),
-        (3, 4, 8, "--per_device_train_batch_size 4"),
-        (16, 1, 2, "num_generations"),  # there are 5 prompts
-    ],
-)
+@pytest.mark.parametrize(("size", "steps", "group", "remedy"), [(1, 1, 4, "--per_device_train_batch_size 4"),
+    (3, 4, 8, "--per_device_train_batch_size 4"), (16, 1, 2, "num_generations")])  # there are 5 prompts  # fmt: skip
 def test_the_remedy_for_a_batch_works(size, steps, group, remedy):
     config = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "num_generations": group}
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=remedy):
         checks.batch(config, {"train": range(5)})
-    assert remedy in str(error.value)
     key, _, value = remedy.removeprefix("--").partition(" ")
     assert checks.batch({**config, key: int(value or 4)}, {"train": range(5)})[0]
 
 
-@pytest.mark.parametrize("asked", ["bf16", "fp16"])
-def test_mixed_precision_is_ours_and_not_a_launchers(monkeypatch, tmp_path, asked):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+def test_mixed_precision_is_ours_and_not_a_launchers(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     arguments = training_arguments(RewardConfig, TINY, CPU, torch.float32, output_dir=str(tmp_path))
     assert arguments.mixed_precision == os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
 
@@ -78,6 +71,14 @@ def test_no_process_alone_evaluates_sharded_weights(monkeypatch):
     for use_vllm in (True, False):
         with pytest.raises(UserError, match="--eval_prompts 0"):
             checks.rollout(TINY | {"use_vllm": use_vllm}, None, CPU)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("phi", False), ("gpt_neo", True), ("xlstm", True)])
+def test_a_base_that_trl_scores_otherwise_than_it_samples(micro, monkeypatch, kind, refused):
+    policy = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+    monkeypatch.setattr(checks, "choose_engine", lambda *_: ("fast", ""))
+    with pytest.raises(UserError, match=f"for {kind} models") if refused else nullcontext():
+        assert checks.rollout(TINY, policy, CPU)[0] == "fast"
 
 
 def test_a_base_that_can_carry_no_reward_model(monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from trl.trainer.utils import RepeatSampler
 from benchmarks import kills
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import Terminated, UserError
-from phi2_grpo.training import checkpoints, outputs
+from phi2_grpo.training import checkpoints, outputs, trainer
 from phi2_grpo.training.callbacks import GracefulStop
 from phi2_grpo.training.trainer import Trainer
 
@@ -30,9 +31,6 @@ def run(trained, tmp_path) -> Path:
 
 def names(output: Path) -> list[str]:
     return [path.name for path in checkpoints.list_checkpoints(output)]
-
-
-# --- killed
 
 
 @pytest.mark.slow
@@ -64,9 +62,6 @@ def test_after_a_training_that_diverged_no_resume_is_advised(run):
     assert f"--init_adapter {run / 'checkpoint-'}" in text and "--resume" not in text
 
 
-# --- checkpoints that are not complete
-
-
 class Killed(BaseException):
     """As kill -9 in the middle of a save: nothing that comes after it runs."""
 
@@ -87,8 +82,7 @@ def test_killed_inside_a_save_the_last_complete_checkpoint_stays(call, quick, ru
             call("train_grpo", 8, *options, "--resume", "--save_steps", 1)
         assert names(run) == ["checkpoint-4", "checkpoint-6", "checkpoint-7"]
         assert checkpoints.newest_complete(run).name == "checkpoint-6"
-    done = call("train_grpo", 8, *options, "--resume", "--save_steps", 1)
-    assert done.code == 0 and "resuming at checkpoint-6" in done.out, done.err
+    assert "resuming at checkpoint-6" in ok(call("train_grpo", 8, *options, "--resume", "--save_steps", 1)).out
     assert names(run) == ["checkpoint-7", "checkpoint-8"]
     ok(call("train_grpo", 8, *quick, "--output_dir", tmp_path / "straight", "--save_steps", 2))
     ends = [(tmp_path / f"{name}-final" / WEIGHTS).read_bytes() for name in ("o", "straight")]
@@ -156,7 +150,32 @@ def test_the_second_signal_stops_at_once(capsys):
     GracefulStop().raise_if_asked()
 
 
-# --- other settings
+def test_a_launcher_s_own_second_signal_is_none(monkeypatch):
+    """A scheduler's SIGTERM reaches launcher and processes, and the launcher's the processes again."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    stop = GracefulStop()
+    with stop.listening():
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("world", "steps", "says"), [("2", [4], "LOCAL_RANK is not"), ("1", [4, 6], "different checkpoints")])
+def test_processes_that_are_no_one_run(run, monkeypatch, world, steps, says):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setattr(trainer, "gather_object", lambda _: steps)
+    one = SimpleNamespace(args=SimpleNamespace(output_dir=run, max_steps=9), accelerator=SimpleNamespace(num_processes=1))
+    with pytest.raises(UserError, match=says):
+        Trainer.run(one, None, run / "checkpoint-4")
+
+
+def test_a_tracker_that_refuses_says_how_to_go_on(run):
+    error = type("UsageError", (Exception,), {"__module__": "wandb.errors"})("api_key not configured")
+    text = Trainer._end(SimpleNamespace(), error, run)
+    assert "api_key not configured" in text and "wandb login" in text and "checkpoint-6 is complete" in text
+    assert not Trainer._end(SimpleNamespace(), ValueError("a bug"), run)
 
 
 def test_what_may_change_and_what_may_not(call, quick, micro, run, tmp_path):
@@ -187,16 +206,10 @@ def test_settings_that_a_resumed_run_may_not_change(then, now, facts, changed):
     assert checkpoints.changed_settings(then, now, facts) == changed
 
 
-# --- in each other's way
-
-
 def test_two_in_one_folder(call, quick, tmp_path):
     with files.lock_folder(tmp_path / "o"):
         refused(call("train_grpo", 1, *quick, "--output_dir", tmp_path / "o"), "another run is writing to")
     assert not (tmp_path / "o" / "checkpoint-1").exists()
-
-
-# --- nothing let in, nothing let out
 
 
 SECRETS = {"HF_TOKEN": "hf_Zq7PlantedTokenOfTheHub", "WANDB_API_KEY": "planted0wandb0key0of0forty0characters000",
@@ -209,8 +222,7 @@ def test_a_base_of_the_hub_and_secrets_in_the_environment(quick, micro, tmp_path
     a validation: in no file, no message. And the tracker, in a folder of this machine, is quiet about itself."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub" / "models--someone--micro"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text(commit)
+    files.write_text(cache / "refs" / "main", commit)
     shutil.copytree(micro, cache / "snapshots" / commit)
     place = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "TRACKIO_DIR": str(tmp_path / "tracks")}
     base = ("--preset", "tiny", "--model", "someone/micro", *quick[4:6])

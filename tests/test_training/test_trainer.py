@@ -88,10 +88,8 @@ def test_positions_count_from_a_row_s_own_start():
 def test_no_dropout_is_left_on():
     """OPT's rate is a number of its layers, which TRL's own `disable_dropout` passes over."""
     shape = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model, ids = (
-        AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", vocab_size=99, **shape)).train(),
-        torch.arange(9)[None],
-    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", vocab_size=99, **shape)).train()
+    ids = torch.arange(9)[None]
     disable_dropout_in_model(model)
     assert not torch.equal(model(ids).logits, model(ids).logits)
     switch_off_dropout(model)
