@@ -67,7 +67,7 @@ def stage(folder: Path, adapter: Path) -> list[str]:
     from huggingface_hub import RepoCard
 
     from phi2_grpo.common import hub
-    from phi2_grpo.models.base import base_of_adapter
+    from phi2_grpo.models.base import base_of
 
     for name in APP_FILES:
         shutil.copyfile(APP / name, folder / name)
@@ -75,7 +75,7 @@ def stage(folder: Path, adapter: Path) -> list[str]:
     public, changed = hub.public_files(hub.adapter_files(adapter))
     for file, content in public.items():
         (folder / "model_adapters" / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    base, _ = base_of_adapter(adapter)
+    base, _ = base_of(adapter)
     if hub.is_id(base):
         card = RepoCard.load(folder / "README.md")
         for key, value in {"models": [base], "preload_from_hub": [base], "title": f"{base.split('/')[-1]} GRPO"}.items():
@@ -89,7 +89,7 @@ def check_adapter(adapter: Path, *_) -> None:
     from phi2_grpo.common import hub
     from phi2_grpo.models import base, lora
 
-    name, _ = base.base_of_adapter(lora.check_adapter(str(adapter)))
+    name, _ = base.base_of(lora.check_adapter(str(adapter)))
     if not hub.is_id(name):
         raise cli.UserError(f"the adapter's base is the folder {name}; a Space loads it from the Hub. Train on a base there.")
 
@@ -99,9 +99,9 @@ def check_hub(adapter: Path, name: str, update: bool) -> None:
     from huggingface_hub import HfApi
 
     from phi2_grpo.common import hub
-    from phi2_grpo.models.base import base_of_adapter
+    from phi2_grpo.models.base import base_of
 
-    base, _ = base_of_adapter(adapter)
+    base, _ = base_of(adapter)
     hub.check_account(name)
     with hub.clear_errors(name):
         exists = HfApi().repo_exists(name, repo_type="space")

@@ -31,7 +31,6 @@ def main() -> None:
 
 
 def inspect(config: dict, language: str | None, search: str, samples: int) -> None:
-    """Load, select, count, show."""
     from phi2_grpo.common.console import Console
     from phi2_grpo.data import oasst, store
     from phi2_grpo.models import embedded
@@ -107,7 +106,7 @@ def show_samples(console, rows: list[dict], count: int) -> None:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Histogram of token lengths, and prompts per language where there are several."""
-    from phi2_grpo.common.console import BLUE, make_figure, save_figure
+    from phi2_grpo.common.console import BLUE, make_figure
 
     languages = Counter(row["lang"] for row in rows).most_common(20)
     figure, (left, *right) = make_figure(1, min(2, len(languages)), 11, 4)
@@ -118,7 +117,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for each in right:
         each.bar(*zip(*languages, strict=True), color=BLUE)
         each.set(ylabel="prompts", title="the most frequent languages")
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

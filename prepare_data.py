@@ -43,7 +43,6 @@ def main() -> None:
 
 
 def prepare(config: dict, console) -> None:
-    """Read, split, filter, deduplicate, save."""
     gc.set_threshold(1_000_000)  # by default 100,000 rows are walked again and again, in search of cycles that they lack
     from phi2_grpo.data import oasst, prompts, sources, store
     from phi2_grpo.models import embedded
@@ -70,7 +69,8 @@ def prepare(config: dict, console) -> None:
     if form and config["languages"] != "all":
         with console.status("guessing languages"):
             prompts.guess_languages(items)
-    languages = prompts.wanted_languages(config["languages"], kind.languages(items))
+    known = {row["lang"] if form else row.lang for rows in items.values() for row in rows if row}
+    languages = prompts.wanted_languages(config["languages"], known)
     embedded.prepare(config["model"], oasst.sample_dialogues)
     tokenizer = load_tokenizer(config)
 

@@ -15,6 +15,7 @@ of nearly equal rewards weigh more. One update per batch (TRL's num_iterations 1
 import math
 import shlex
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 from phi2_grpo.common import cli, setup
@@ -173,7 +174,6 @@ def save_adapter(checkpoint: Path, final: Path, tokenizer, facts: dict, history:
 
 
 def print_result(config: dict, preset: str, console, final: Path, history: list[dict]) -> None:
-    from phi2_grpo.common.console import format_duration
     from phi2_grpo.common.files import read_run, sibling
     from phi2_grpo.rewards.functions import untrusted_rewards
     from phi2_grpo.training.model_card import FIRST_TO_LAST
@@ -187,7 +187,7 @@ def print_result(config: dict, preset: str, console, final: Path, history: list[
     if untrusted_rewards(config["rewards"]):
         keys.append("rewards")  # no adapter may name code to run
     console.print(
-        f"Mean reward, {FIRST_TO_LAST}: {first:.3f} -> {last:.3f}; {format_duration(read_run(final)['seconds'])} in all.\n"
+        f"Mean reward, {FIRST_TO_LAST}: {first:.3f} -> {last:.3f} in {timedelta(seconds=round(read_run(final)['seconds']))}.\n"
         f"Adapter: {final}   curve: {final / 'reward.png'}\n"
         "Is it better on prompts it has not seen?\n"
         f"  {cli.script_command('validate_model.py')} --preset {preset} --adapter {shlex.quote(str(final))}"

@@ -13,6 +13,7 @@ right more often than chance.
 
 import contextlib
 import shlex
+from datetime import timedelta
 from pathlib import Path
 
 from phi2_grpo.common import cli, setup
@@ -86,7 +87,6 @@ def train(config: dict, arguments, console, ready, run_folder: Path) -> None:
 
 
 def make_trainer(config: dict, ready, run_folder: Path):
-    """TRL's reward trainer around the base with a new head and LoRA."""
     from trl import RewardConfig
 
     from phi2_grpo.models.base import load_reward_base
@@ -133,17 +133,18 @@ def save(config: dict, model, ready, facts: dict, history: list[dict], seconds: 
 
 
 def print_result(config: dict, preset: str, console, accuracy: dict, seconds: float) -> None:
-    from phi2_grpo.common.console import format_duration
+    from phi2_grpo.common.console import make_table
     from phi2_grpo.evaluation import reward_accuracy
 
     reward_dir = Path(config["reward_dir"])
-    console.print(reward_accuracy.table(accuracy))
+    title = "How often it agrees with people, % [95 % interval]; chance is 50"
+    console.print(make_table(title, *reward_accuracy.COLUMNS, rows=reward_accuracy.rows(accuracy)))
     console.print(reward_accuracy.verdict(accuracy), style="bold")
     rewards, output = shlex.quote(f"{config['reward_dir']},ending"), shlex.quote(f"results/on-{reward_dir.name}")
     shared = cli.flags(config, preset, "model", "model_revision", "data_dir", "device", "dtype")
     console.print(
         f"{accuracy['ties']} ties, counted half. Rank correlation of score and length: {accuracy['rank_correlation']:.2f}.\n"
-        f"Reward model: {reward_dir}, in {format_duration(seconds)}   scores: {reward_dir / 'scores.png'}\n"
+        f"Reward model: {reward_dir}, in {timedelta(seconds=round(seconds))}   scores: {reward_dir / 'scores.png'}\n"
         "To train on it:\n"
         f"  {cli.script_command('train_grpo.py')} --preset {preset} --rewards {rewards} --output_dir {output}"
         f"{shared}",

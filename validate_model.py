@@ -25,9 +25,7 @@ TRAINED_WITH = ("temperature", "top_p", "top_k", "max_completion_length", "targe
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS, dict.fromkeys((*TRAINED_WITH, "model", "model_revision"), "the training's"))
     parser.add_argument("--against", metavar="DIR", help="compare with another adapter on the same base, instead of the base")
-    parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="the sample question to answer as a chat; may be repeated"
-    )
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a question to answer as a chat; may be repeated")
     config, arguments = cli.parse(parser)
     if any(not prompt.strip() for prompt in arguments.prompt or []):
         raise cli.UserError("--prompt is empty. Give it a question.")
@@ -109,7 +107,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     with console.status("loading the model"):
         policy = load_policy(config, adapters, scorer, device, dtype)
     engine = make_engine(config["rollout"], policy, config["rollout_batch_size"], reserved_bytes(policy))
-    names = side_names(adapters)
+    names = (arguments.against, config["adapter"]) if arguments.against else ("base", "tuned")
     against, questions = bool(arguments.against), [row["prompt"] for row in prompts[:3]]
     if arguments.prompt or funnel.get("name") == "oasst1":
         questions = [[{"role": "user", "content": text}] for text in arguments.prompt or SAMPLE_PROMPTS]
@@ -142,9 +140,7 @@ def load_held_out(config: dict, tokenizer, adapters: list[Path]) -> tuple:
         raise cli.UserError(f"{config['data_dir']} has no validation prompt. Prepare it with a larger --validation_fraction.")
     data, now = {str(path): files.read_run(path).get("data", {}) for path in adapters}, funnel["fingerprint"]
     others = [path for path, of in data.items() if {of.get("fingerprint", now), *of.get("earlier", [])} != {now}]
-    text = (
-        f"{' and '.join(others)} was trained on other data than {config['data_dir']}: it may have seen what is held out here."
-    )
+    text = f"{' and '.join(others)} was trained on other data than {config['data_dir']}: it may have seen what is held out."
     return tables["validation"], funnel, text * bool(others)
 
 
@@ -160,13 +156,6 @@ def load_policy(config: dict, adapters: list[Path], scorer, device, dtype):
     for other in adapters[1:]:
         load_adapter(policy, str(other), "against")
     return policy
-
-
-def side_names(adapters: list[Path]) -> tuple[str, str]:
-    if len(adapters) == 1:
-        return "base", "tuned"
-    same = adapters[0].name == adapters[1].name
-    return tuple(str(path) if same else path.name for path in (adapters[1], adapters[0]))
 
 
 def update_card(console, adapter: Path, config: dict, arguments, trained: dict, numbers: dict) -> None:

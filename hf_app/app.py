@@ -34,7 +34,6 @@ def fail(message: str) -> NoReturn:
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", metavar="DIR", help="folder of the adapter (default: model_adapters beside this file)")
     parser.add_argument("--base", default="", metavar="NAME", help="Hub id or folder (default: the one the adapter names)")

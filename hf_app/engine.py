@@ -18,7 +18,6 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 # For a base that has no template: the format of Phi-2's model card, and where Phi-2 runs on. An adapter brings its own.
 CHAT_TEMPLATE = """\
@@ -82,20 +81,22 @@ class Answer:
         return " · ".join(parts + [f"{self.left_out} earlier messages left out"] * bool(self.left_out))
 
 
-class TokenQueue(BaseStreamer):
-    """The tokens that `generate` samples, as a queue of token ids; None is the end."""
+class TokenQueue(StoppingCriteria):
+    """The tokens that `generate` samples, as a queue of token ids; None, put by the thread that generates, is the end.
 
-    def __init__(self):
+    Stops `generate` at the next token once one of `stops` is set, or when the time is up.
+    """
+
+    def __init__(self, seconds: float, *stops: threading.Event):
         self.queue: queue.Queue[int | None] = queue.Queue()
-        self._prompt_is_next = True
+        self.seconds, self.stops = seconds, stops
+        self.started, self.late = time.perf_counter(), False
 
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_is_next:
-            self.queue.put(int(value))
-        self._prompt_is_next = False
-
-    def end(self) -> None:
-        """The thread that generates puts the end, also where `generate` failed."""
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        self.queue.put(int(input_ids[0, -1]))
+        self.late = time.perf_counter() - self.started > self.seconds
+        stop = self.late or any(stop.is_set() for stop in self.stops)
+        return torch.full((len(input_ids),), stop, device=input_ids.device)
 
     def take(self) -> list[int | None]:
         """All that is there; waits a moment for the first of it."""
@@ -105,19 +106,6 @@ class TokenQueue(BaseStreamer):
             while True:
                 tokens.append(self.queue.get_nowait())
         return tokens
-
-
-class StopGeneration(StoppingCriteria):
-    """Stops `generate` at the next token once one of `stops` is set, or when the time is up."""
-
-    def __init__(self, seconds: float, *stops: threading.Event):
-        self.seconds, self.stops = seconds, stops
-        self.started, self.late = time.perf_counter(), False
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
-        self.late = time.perf_counter() - self.started > self.seconds
-        stop = self.late or any(stop.is_set() for stop in self.stops)
-        return torch.full((len(input_ids),), stop, device=input_ids.device)
 
 
 def trim(text: str, stop_strings: list[str], finished: bool) -> tuple[str, str]:
@@ -319,7 +307,7 @@ class Generation(threading.Thread):
     def __init__(self, engine: Engine, text: str, base: bool, settings: Settings, stop: threading.Event, seconds: float):
         super().__init__(daemon=True)
         self.engine, self.text, self.base, self.settings, self.stop = engine, text, base, settings, stop
-        self.tokens, self.criteria = TokenQueue(), StopGeneration(seconds, stop, engine._closing)
+        self.tokens = TokenQueue(seconds, stop, engine._closing)
         self.error: Exception | None = None
         self.eos_ids = unique_ids(engine.tokenizer.eos_token_id, *engine.eos_ids, engine.defaults.eos_token_id)
 
@@ -330,14 +318,14 @@ class Generation(threading.Thread):
             sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
         try:
             config.update(max_new_tokens=settings.max_new_tokens, do_sample=settings.sample, stop_strings=None)  # `trim` stops
-            config.update(eos_token_id=self.eos_ids or None, pad_token_id=next(iter(self.eos_ids), 0), **sampling)
+            config.update(eos_token_id=self.eos_ids or None, pad_token_id=next(iter(self.eos_ids), 0), num_beams=1, **sampling)
             with engine._lock:
                 if self.stop.is_set():
                     return
                 inputs = engine.tokenizer(self.text, return_tensors="pt", add_special_tokens=False).to(engine.model.device)
-                options = {"generation_config": config, "streamer": self.tokens, "stopping_criteria": [self.criteria]}
+                options = {"generation_config": config, "stopping_criteria": [self.tokens]}
                 torch.manual_seed(settings.seed)
-                self.criteria.started = time.perf_counter()
+                self.tokens.started = time.perf_counter()
                 with engine.model.disable_adapter() if engine.tuned and self.base else nullcontext():
                     engine.model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
         except Exception as error:  # raised again in the thread that reads the tokens
@@ -352,9 +340,9 @@ class Generation(threading.Thread):
         reason = f"stopped before it ran on into {stop!r}" if stop else ""
         if finished and not stop:
             ended = ids and ids[-1] in self.eos_ids
-            reason = "ended by itself" if ended else f"cut off at the {'time ' if self.criteria.late else ''}limit"
+            reason = "ended by itself" if ended else f"cut off at the {'time ' if self.tokens.late else ''}limit"
         count = len(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])
-        speed = len(ids) / max(time.perf_counter() - self.criteria.started, 1e-9)
+        speed = len(ids) / max(time.perf_counter() - self.tokens.started, 1e-9)
         return replace(so_far, text=text, tokens=count, speed=speed, finish_reason=reason)
 
 

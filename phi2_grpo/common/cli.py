@@ -82,9 +82,7 @@ def make_parser(doc: str, keys: tuple[str, ...], defaults: dict[str, str] | None
     `defaults`: in words, for keys whose value comes from elsewhere where no flag gives it.
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--preset", default="phi2", choices=settings.PRESETS, help="a set of values laid over the defaults (default: phi2)"
-    )
+    parser.add_argument("--preset", default="phi2", choices=settings.PRESETS, help="values over the defaults (default: phi2)")
     comments = _comments()
     for key in keys:
         default = settings.CONFIG[key]
@@ -175,7 +173,6 @@ def process_index() -> int:
 
 
 def num_processes() -> int:
-    """How many there are."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
@@ -235,9 +232,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error}. Packages are missing in this Python: make setup, then source .venv/bin/activate"
     if disk_is_full(error):
-        return (
-            f"no room is left on a disk: {first_lines(error)}\n  Existing files were not changed. Make room and run it again."
-        )
+        return f"no room is left on a disk: {first_lines(error)}\n  Existing files were not changed. Make room and run again."
     if isinstance(error, OSError) and error.errno in REFUSED:
         return f"{error.strerror}: {error.filename}. Change that, or choose another folder."
     return ""

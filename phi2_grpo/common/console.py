@@ -1,15 +1,11 @@
 """One kind of table on the terminal, one in Markdown, one kind of figure."""
 
-import io
 import os
 import sys
 from collections.abc import Collection, Iterable
-from pathlib import Path
 
 import rich.console
 from rich.table import Table
-
-from phi2_grpo.common.files import write_bytes
 
 GREY, BLUE, ORANGE, GREEN, RED, PURPLE = "#999999", "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3"
 
@@ -37,7 +33,6 @@ def make_table(title: str, *columns: str, rows: Iterable[Iterable] = (), words: 
 
 
 def markdown_table(columns: Collection[str], rows: Iterable[Iterable]) -> list[str]:
-    """The lines of a table in Markdown."""
     head, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (columns, *rows))
     return [head, "|" + "---|" * len(columns), *lines]
 
@@ -46,7 +41,7 @@ def make_figure(rows: int, columns: int, width: float, height: float, **options)
     """A matplotlib figure of `width` x `height` inches, and its axes."""
     from matplotlib.figure import Figure  # no pyplot: nothing to close, no window
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
@@ -58,16 +53,3 @@ def plot_interval(axes, y: float, value: float, ends, color: str, label: str | N
     if ends and ends[0] is not None:
         axes.plot(ends, [y, y], color=color)
     axes.plot(value, y, "o", color=color, label=label)
-
-
-def save_figure(figure, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120, format="png")
-    write_bytes(path, image.getvalue())
-
-
-def format_duration(seconds: float) -> str:
-    """1:05 or 2:03:04."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

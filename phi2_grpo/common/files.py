@@ -61,19 +61,15 @@ def open_to_umask(folder: Path) -> None:
                 path.chmod(0o666 & ~mask)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file, and the folder it stands in, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     incoming = sibling(path, ".{}.incoming")
     try:
-        incoming.write_bytes(data)
+        incoming.write_bytes(text.encode())
         os.replace(incoming, path)
     finally:
         incoming.unlink(missing_ok=True)  # of a disk that is full
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data) -> None:
@@ -82,7 +78,6 @@ def write_json(path: Path, data) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Write JSON lines atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

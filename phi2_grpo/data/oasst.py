@@ -108,10 +108,6 @@ def _toxicity(labels: dict, detoxify: dict):
     return (labels.get("toxicity") or {"value": detoxify.get("toxicity")})["value"]
 
 
-def languages(splits: dict[str, list[Message]]) -> set[str]:
-    return {message.lang for messages in splits.values() for message in messages}
-
-
 def filter_prompts(
     messages: list[Message],
     count_tokens: Callable[[list[list[dict]]], list[int]],

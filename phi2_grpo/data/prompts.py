@@ -213,10 +213,6 @@ def name_of(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "own"
 
 
-def languages(splits: dict[str, list[dict | None]]) -> set[str]:
-    return {row["lang"] for rows in splits.values() for row in rows if row}
-
-
 def read(splits: dict[str, Iterable[dict]], form: Form, system_prompt: str) -> dict[str, list[dict | None]]:
     """The rows of each split as `parse_row` parses them."""
     numbered = {split: enumerate(rows, 1) for split, rows in splits.items()}

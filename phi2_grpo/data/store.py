@@ -84,9 +84,7 @@ def _tables(rows: dict[str, list[dict]], features: Features, with_others: bool) 
         try:
             table = Dataset.from_dict({column: [row.get(column) for row in everything]})
         except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are ValueError and TypeError
-            raise UserError(
-                f"the column {column} cannot be stored: {first_lines(error)}. Make its values of one type."
-            ) from None
+            raise UserError(f"the column {column} cannot be stored: {first_lines(error)}. Make its values one type.") from None
         features = Features({**features, column: table.features[column]})
     tables = {split: {column: [row.get(column) for row in rows[split]] for column in features} for split in SPLITS}
     return DatasetDict({split: Dataset.from_dict(columns, features=features) for split, columns in tables.items()})

@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import pstdev
 
-from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, plot_interval, save_figure
+from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, plot_interval
 
 COLORS = {"base": GREY, "tuned": BLUE}
 VERDICTS = {"better": GREEN, "worse": RED}  # others are grey
@@ -18,7 +18,8 @@ def draw(report: dict, samples: list[dict], path: Path) -> None:
     names = []
     for i, (name, m) in enumerate(reversed(report["metrics"].items())):
         # In standard deviations over prompts, so that nats, tokens and shares stand on one axis.
-        unit = pstdev(t - b for b, t in _pairs(report, name)) or 1.0
+        pairs = [pair for pair in zip(*report["values"][name].values(), strict=True) if None not in pair]
+        unit = pstdev(t - b for b, t in pairs) or 1.0
         _plot_difference(metrics, i, m, unit)
         names.append(f"{name}   {format_number(m['base'])} → {format_number(m['tuned'])}")
     _finish_differences(metrics, names, f"{tuned} minus {base}, by metric: green better, red worse")
@@ -37,7 +38,7 @@ def draw(report: dict, samples: list[dict], path: Path) -> None:
             _plot_difference(each, i, m, 1.0)
             names.append(f"{code} ({m['prompts']})")
         _finish_differences(each, names, f"{report['headline']}: {tuned} minus {base}, by language (prompts)")
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 def _plot_difference(axes, y: int, m: dict, unit: float) -> None:
@@ -49,11 +50,6 @@ def _finish_differences(axes, names: list[str], title: str) -> None:
     axes.axvline(0, color="grey", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.set(title=title, ylim=(-0.6, len(names) - 0.4))
-
-
-def _pairs(report: dict, metric: str) -> list[tuple[float, float]]:
-    """(base, tuned) of the prompts that have both."""
-    return [pair for pair in zip(*report["values"][metric].values(), strict=True) if None not in pair]
 
 
 def format_number(value: float | None, places: int = 2, sign: str = "") -> str:

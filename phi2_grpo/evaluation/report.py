@@ -157,7 +157,6 @@ def metric_rows(report: dict, most_places: int = 3) -> list[list[str]]:
 
 
 def metric_table(report: dict) -> list[str]:
-    """The lines of that table in Markdown."""
     return markdown_table(("mean of", *report["names"], *METRIC_COLUMNS), metric_rows(report))
 
 
@@ -203,7 +202,6 @@ def remarks(report: dict) -> list[str]:
 
 
 def show(console, report: dict, config: dict) -> None:
-    """The numbers for the terminal."""
     title = f"{report['prompts']} held-out prompts x {config['samples_per_prompt']}, temperature {config['temperature']:g}"
     rows = metric_rows(report, most_places=2)
     caption = f"* reward trained for; higher on: prompts on which {report['names'][1]} is higher; -: no difference shown"

@@ -1,10 +1,9 @@
 """How often a reward model agrees with people, with intervals, beside the rule that the longer reply wins."""
 
 import numpy
-from rich.table import Table
 from scipy import stats
 
-from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, make_table, markdown_table, plot_interval, save_figure
+from phi2_grpo.common.console import BLUE, GREEN, GREY, RED, make_figure, markdown_table, plot_interval
 from phi2_grpo.common.progress import progress_bar
 from phi2_grpo.rewards.reward_model import score_answers
 
@@ -98,11 +97,6 @@ def rows(accuracy: dict) -> list[list[str]]:
             for row in accuracy["groups"]]  # fmt: skip
 
 
-def table(accuracy: dict) -> Table:
-    """The same for the terminal."""
-    return make_table("How often it agrees with people, % [95 % interval]; chance is 50", *COLUMNS, rows=rows(accuracy))
-
-
 def verdict(accuracy: dict) -> str:
     """What the numbers say, in words that the intervals fix."""
     everything = accuracy["groups"][0]
@@ -136,9 +130,7 @@ def draw(accuracy: dict, chosen: list[float], rejected: list[float], path) -> No
     edges = numpy.histogram_bin_edges([*chosen, *rejected], bins=30)
     left.hist(chosen, edges, alpha=0.6, color=GREEN, label="preferred by people")
     left.hist(rejected, edges, alpha=0.6, color=RED, label="the other reply")
-    left.set(
-        title="Scores of held-out human replies", xlabel="score (0: the mean, 1: one standard deviation)", ylabel="replies"
-    )
+    left.set(title="Scores of held-out human replies", xlabel="score (0: mean, 1: one standard deviation)", ylabel="replies")
     left.legend(frameon=False)
     groups = accuracy["groups"][::-1]
     for i, row in enumerate(groups):
@@ -149,7 +141,7 @@ def draw(accuracy: dict, chosen: list[float], rejected: list[float], path) -> No
     right.set_yticks(range(len(groups)), [f"{row['group']} ({row['pairs']})" for row in groups])
     right.set(title="Agreement with people, 95 % interval", xlim=(0, 1), ylim=(-0.6, len(groups) - 0.4))
     right.legend(frameon=False, loc="upper left")
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 def score_pairs(console, model, tokenizer, pairs: list[dict]) -> tuple[list[float], list[float]]:

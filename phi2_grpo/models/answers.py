@@ -29,7 +29,6 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """The length of the answer."""
         return len(self.ids)
 
 

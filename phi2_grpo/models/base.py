@@ -45,7 +45,7 @@ def describe_base(config: dict) -> str:
     return Path(config["model"]).name if Path(config["model"]).exists() else config["model"]
 
 
-def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
+def base_of(adapter: Path) -> tuple[str, str | None]:
     """Name ("" where it has none) and revision of the base that an adapter's folder names."""
     saved = files.read_json(adapter / "adapter_config.json")
     return str(saved.get("base_model_name_or_path") or ""), saved.get("revision")
@@ -57,7 +57,7 @@ def use_adapter_base(adapter: Path, config: dict, given) -> None:
 
     Where smollm2 is on the disk, it stands for the Hub's SmolLM2.
     """
-    name, revision = base_of_adapter(adapter)
+    name, revision = base_of(adapter)
     if name == SMOLLM2_ID and EMBEDDED["smollm2"].exists():
         name, revision = "smollm2", None
     if given.model is None and config["model"] == CONFIG["model"] and name:

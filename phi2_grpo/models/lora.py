@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from config import CONFIG, PRESETS
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import UserError, load_errors
-from phi2_grpo.models.base import base_name, base_of_adapter, is_same_base, meta_model
+from phi2_grpo.models.base import base_name, base_of, is_same_base, meta_model
 
 # The first release of Phi-2 fused q, k and v into Wqkv and called the output projection out_proj. transformers' native
 # port has other names, and PEFT passes over a name that matches nothing as long as another one matches.
@@ -93,7 +93,7 @@ def lora_summary(model: PeftModel) -> str:
 
 def check_same_base(adapters: list[Path], config: dict) -> None:
     """Raise UserError unless all adapters name the same base, at the same revision, which is that of `config`."""
-    named = [(base, revision or "main") for base, revision in map(base_of_adapter, adapters)]
+    named = [(base, revision or "main") for base, revision in map(base_of, adapters)]
     if len(set(named)) > 1 or not is_same_base(named[0], config):
         bases = [f"{adapter} on {base} ({revision})" for adapter, (base, revision) in zip(adapters, named, strict=True)]
         text = "different bases, or others than --preset and --model_revision name"
@@ -174,5 +174,5 @@ def check_keys(model: PeftModel, folder: Path, name: str = "default") -> None:
         raise UserError(
             f"the weights of {folder} do not fit {model.config.name_or_path}: {len(missing)} of {len(expected)} are missing, "
             f"{len(unexpected)} have no place there, like {min(missing | unexpected)}. The adapter was trained on another base "
-            f"or saved otherwise; it names {base_of_adapter(folder)[0] or 'none'}. Give the right one: --model"
+            f"or saved otherwise; it names {base_of(folder)[0] or 'none'}. Give the right one: --model"
         )

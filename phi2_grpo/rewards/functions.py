@@ -61,9 +61,7 @@ def reference(answers: list[str], reference: list[str | None], **_) -> list[floa
     """
     from sacrebleu import sentence_chrf
 
-    return [
-        sentence_chrf(answer, [best]).score / 100 if best else None for answer, best in zip(answers, reference, strict=True)
-    ]
+    return [sentence_chrf(text, [best]).score / 100 if best else None for text, best in zip(answers, reference, strict=True)]
 
 
 ALWAYS_MEASURED = {function.__name__: function for function in (length, ending, repetition, language, reference)}

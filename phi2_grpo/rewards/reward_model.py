@@ -45,9 +45,7 @@ class RewardModel:
             scale = files.read_run(self.folder).get("scores") or {"mean": 0.0, "std": 1.0}
             self.mean, self.std = float(scale["mean"]), float(scale["std"])
             if labels != 1:
-                raise UserError(
-                    f"{name} is no reward model: it has {labels} outputs, not one. train_reward.py makes a reward model."
-                )
+                raise UserError(f"{name} is no reward model: it has {labels} outputs, not one. train_reward.py makes one.")
             self.tokenizer = self._load_tokenizer()
             if not any(self.folder.glob("*.safetensors")):
                 raise UserError(f"{name} has no weights as safetensors, and a pickle is not read. Take another reward model.")
@@ -99,10 +97,7 @@ class RewardModel:
         Raises UserError where the weights cannot be loaded, or do not fit.
         """
         cuda = [device] if device.type == "cuda" else []
-        with (
-            load_errors(f"the reward model {self.name} cannot be loaded on {self.base[0]}"),
-            torch.random.fork_rng(devices=cuda),
-        ):
+        with load_errors(f"the reward model {self.name} cannot be put on {self.base[0]}"), torch.random.fork_rng(devices=cuda):
             shared = self.shares_base_of(config)
             model = self._on_policy_base(policy_base) if shared else self._on_own_base(device, dtype)
             if self.adapter:

@@ -118,8 +118,10 @@ def _import_function(where: str, name: str) -> Callable:
         raise UserError(f"--rewards: the weight of {where} is {name!r}, but it takes a number.")
     if where.endswith(".py") and not Path(where).expanduser().is_file():
         raise UserError(f"--rewards: there is no file {where}.")
+    if "" not in sys.path and not where.endswith(".py"):
+        sys.path.insert(0, "")  # packages in the folder where the command was given
     try:
-        module = _import_file(Path(where).expanduser()) if where.endswith(".py") else _import_module(where)
+        module = _import_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(f"--rewards: {where} does not import: {type(error).__name__}: {error}") from None
     if not callable(function := getattr(module, name, None)):
@@ -138,12 +140,6 @@ def _import_file(path: Path):
     return sys.modules[name]
 
 
-def _import_module(name: str):
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # packages in the folder where the command was given
-    return importlib.import_module(name)
-
-
 class Scorer:
     """The rewards as TRL calls them: `functions`. Each batch is trimmed once; `last_batch` keeps the last batch, one dict a
     completion: `prompt`, `completion_ids`, `answer`, `scores` by reward name, and `score`, their weighted sum."""
@@ -156,7 +152,6 @@ class Scorer:
 
     @property
     def models(self) -> list[RewardModel]:
-        """The reward models among the rewards."""
         return [reward.function for reward in self.chosen if isinstance(reward.function, RewardModel)]
 
     @property
@@ -208,7 +203,9 @@ class Scorer:
             scores = _call(reward, arguments, len(answers))
             for row, value in zip(self.last_batch, scores, strict=True):
                 row["scores"][reward.name] = value
-                row["score"] = self._weighted_sum(row["scores"])
+                parts = [(each.weight, row["scores"].get(each.name)) for each in self.chosen if each.weight]
+                known = [weight * score for weight, score in parts if score is not None]
+                row["score"] = sum(known) if known else None
             self._log_languages(reward.name, scores, columns)
             if reward.weight:
                 return scores
@@ -231,11 +228,6 @@ class Scorer:
             log("answers/tokens", sum(answer.tokens for answer in answers) / len(answers))
             for name, value in self.collapse_metrics(answers, columns.get("lang") or []).items():
                 log(f"collapse/{name}", value)
-
-    def _weighted_sum(self, scores: dict[str, float | None]) -> float | None:
-        weights = {reward.name: reward.weight for reward in self.chosen if reward.weight}
-        known = [weights[name] * value for name, value in scores.items() if name in weights and value is not None]
-        return sum(known) if known else None
 
     def _log_languages(self, name: str, scores: list, columns: dict) -> None:
         by_language = defaultdict(list)

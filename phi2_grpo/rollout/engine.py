@@ -40,7 +40,6 @@ def choose_engine(name: str, model, device: torch.device) -> tuple[str, str]:
 
 
 def make_engine(name: str, model, rows: int = 0, reserve: int = 0) -> "GenerateEngine":
-    """The engine that `choose_engine` names."""
     return (FastEngine if choose_engine(name, model, model.device)[0] == "fast" else GenerateEngine)(model, rows, reserve)
 
 

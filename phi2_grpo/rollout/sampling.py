@@ -78,7 +78,6 @@ class Sampling:
 
 
 def generation_eos_ids(config: GenerationConfig) -> tuple[int, ...]:
-    """The tokens that end a completion."""
     ids = config.eos_token_id
     return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 
@@ -18,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl
 
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import HANGUP, Terminated, UserError, print_error
-from phi2_grpo.common.console import Console, format_duration
+from phi2_grpo.common.console import Console
 from phi2_grpo.common.progress import alert
 from phi2_grpo.common.stats import interval
 from phi2_grpo.models.tokenizer import render
@@ -100,9 +101,9 @@ class LogCallback(TrainerCallback):
             headers = [header for _, header, _ in self.columns]
             self.console.print("     step", *headers, "s/step", "   left", sep="  ", style="bold")
         cells = [_format(row.get(key), spec).rjust(len(header)) for key, header, spec in self.columns]
-        left = format_duration((now - self.first_begun) / done * (state.max_steps - state.global_step))
+        left = timedelta(seconds=round((now - self.first_begun) / done * (state.max_steps - state.global_step)))
         step = f"{state.global_step}/{state.max_steps}"
-        self.console.print(f"{step:>9}", *cells, f"{now - self.last_log:6.1f}", f"{left:>7}", sep="  ")
+        self.console.print(f"{step:>9}", *cells, f"{now - self.last_log:6.1f}", f"{left!s:>7}", sep="  ")
         self.last_log = now
 
     def print_alerts(self, args, state, control, rows: list[dict]) -> None:

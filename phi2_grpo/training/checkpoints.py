@@ -24,7 +24,6 @@ ROWS = ("metrics.jsonl", "evaluation.jsonl")  # written into a run's folder duri
 
 
 def final_folder(config: dict) -> Path:
-    """Where the finished adapter goes."""
     return files.sibling(Path(config["output_dir"]), "{}-final")
 
 

@@ -16,15 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from phi2_grpo.common import cli, files
 from phi2_grpo.common.cli import UserError
 from phi2_grpo.data import store
-from phi2_grpo.models.base import (
-    base_of_adapter,
-    choose_device,
-    commit_of,
-    context_length,
-    is_same_base,
-    is_sharded,
-    meta_model,
-)
+from phi2_grpo.models.base import base_of, choose_device, commit_of, context_length, is_same_base, is_sharded, meta_model
 from phi2_grpo.models.lora import lora_counts, lora_summary, meta_lora_model
 from phi2_grpo.models.tokenizer import check_context, check_prompt_format, check_vocabulary, load_tokenizer
 from phi2_grpo.rewards.reward_model import render_conversations
@@ -104,14 +96,10 @@ def _is_installed(package: str) -> bool:
     return any(True for _ in importlib.metadata.distributions(name=package))
 
 
-def _pip() -> str:
-    return f"{cli.python_command()} -m pip install"
-
-
 def tracker(config: dict):
     package = config["report_to"]
     if package != "none" and not _is_installed(package):
-        raise UserError(f"--report_to {package} needs a package that is not installed: {_pip()} {package}. Or: none.")
+        raise UserError(f"--report_to {package} is not installed: {cli.python_command()} -m pip install {package}. Or: none.")
     return True, package
 
 
@@ -175,9 +163,7 @@ def reward_head(config: dict):
 def lora(config: dict, tokenizer):
     start, output = config["init_adapter"], Path(config["output_dir"]).resolve()
     if start and Path(start).resolve().is_relative_to(output):
-        raise UserError(
-            f"--init_adapter {start} lies in output_dir, whose checkpoints are replaced. Choose another --output_dir."
-        )
+        raise UserError(f"--init_adapter {start} lies in output_dir, whose checkpoints are replaced. Give another output_dir.")
     policy = meta_lora_model(config)
     check_vocabulary(tokenizer, policy)
     if start:
@@ -186,7 +172,7 @@ def lora(config: dict, tokenizer):
         raise UserError("LoRA on lm_head is not supported: TRL reads the head's own weight. Leave lm_head out.")
     text = lora_summary(policy)
     if start:
-        lora, base = policy.peft_config["default"], base_of_adapter(Path(start))
+        lora, base = policy.peft_config["default"], base_of(Path(start))
         text += f"; r {lora.r} and alpha {lora.lora_alpha} are those of {start}"
         text += "" if is_same_base(base, config) else f", which was trained on {base[0]}"
     return policy, text
@@ -222,7 +208,7 @@ def rollout(config: dict, policy: PeftModel, device: torch.device):
         raise UserError(f"TRL computes other log-probs for {kind} models than they sample by. Take another base.")
     if config["use_vllm"]:
         if not _is_installed("vllm"):
-            raise UserError(f"--use_vllm needs vLLM: {_pip()} 'trl[vllm]'. Without it: --rollout auto.")
+            raise UserError(f"--use_vllm needs vLLM: {cli.python_command()} -m pip install 'trl[vllm]'. Or: --rollout auto.")
         return "vllm", f"vLLM, {config['vllm_mode']}"
     if is_sharded():
         return "generate", "generate: the weights are sharded over the processes"

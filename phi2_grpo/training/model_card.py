@@ -102,11 +102,8 @@ def adapter_card(facts: dict, steps: int, seconds: float, changes: dict[str, tup
 These are means over sampled training completions, the KL an estimate. `validate_model.py` measures held-out answers.
 
 {CURVE}"""
-    settings = (
-        f"GRPO: {config['num_generations']} completions per prompt, learning rate {config['learning_rate']:g}, "
-        f"beta {config['beta']:g}, loss {config['loss_type']}"
-    )
-    return _new_card(facts, "grpo", "text-generation", "GRPO adapter (LoRA) for", body, USE_ADAPTER, settings)
+    settings = "GRPO: {num_generations} completions a prompt, learning rate {learning_rate:g}, beta {beta:g}, loss {loss_type}"
+    return _new_card(facts, "grpo", "text-generation", "GRPO adapter (LoRA) for", body, USE_ADAPTER, settings.format(**config))
 
 
 def reward_model_card(facts: dict, steps: int, seconds: float, accuracy: list[str], left_out: int) -> str:

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from phi2_grpo.common import files
 from phi2_grpo.common.cli import num_processes, split_weight
-from phi2_grpo.common.console import BLUE, GREEN, ORANGE, PURPLE, RED, make_figure, save_figure
+from phi2_grpo.common.console import BLUE, GREEN, ORANGE, PURPLE, RED, make_figure
 from phi2_grpo.models.answers import chat_generation_config
 from phi2_grpo.models.base import commit_of, context_length
 from phi2_grpo.models.lora import lora_summary
@@ -138,7 +138,7 @@ def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dic
     if any(split_weight(item)[0] == "length" for item in config["rewards"]):
         length.axhline(config["target_tokens"], color="grey", linestyle="--", linewidth=1, label="target")
         length.legend(frameon=False, fontsize=8)
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 def _points(rows: list[dict], key: str) -> tuple[list[int], list[float]]:

@@ -93,7 +93,6 @@ def preflight(config: dict, resume: bool, overwrite: bool) -> Preflight:
 
 
 def preflight_reward(config: dict, resume: bool, overwrite: bool) -> Preflight:
-    """The same for the training of a reward model."""
     ready = Preflight()
     output, final = checkpoints.reward_run_folder(config), Path(config["reward_dir"])
     ready.device, ready.dtype = ready.run("device", checks.device, config) or (None, None)

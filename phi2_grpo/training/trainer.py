@@ -32,15 +32,10 @@ def pass_tokens(model) -> int:
     return 2 * model.config.get_text_config().hidden_size
 
 
-def mixed_precision(device: torch.device, dtype: torch.dtype) -> str:
-    """What accelerate is to train with: bf16 autocast over a bfloat16 base on a GPU; it fails in a CPU's layer norm."""
-    return "bf16" if dtype.itemsize == 2 and device.type == "cuda" else "no"
-
-
 def training_arguments(kind: type, config: dict, device: torch.device, dtype: torch.dtype, **own):
     """A `kind` (GRPOConfig, RewardConfig) of those keys of `config` that are its fields, and of `own`."""
-    # Or else accelerate's config file decides, whose fp16 Phi-2 overflows in.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = precision = mixed_precision(device, dtype)
+    # bf16 autocast fails in a CPU's layer norm. Set, or else accelerate's config file decides, whose fp16 Phi-2 overflows in.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision = "bf16" if dtype.itemsize == 2 and device.type == "cuda" else "no"
     known = {field.name for field in fields(kind)}
     settings = {key: value for key, value in config.items() if key in known and value != ""} | {
         "bf16": precision == "bf16",
