@@ -190,4 +190,5 @@ LIMITS = {
     "report_to": {"trackio", "tensorboard", "wandb", "none"},
     "save_total_limit": (2, 10_000),
     "eval_prompts": (0, 100_000),
+    "samples_per_prompt": (1, 1000),
 }

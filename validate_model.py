@@ -107,7 +107,7 @@ def validate(config: dict, arguments, trained: dict) -> None:
     with console.status("loading the model"):
         policy = load_policy(config, adapters, scorer, device, dtype)
     engine = make_engine(config["rollout"], policy, config["rollout_batch_size"], reserved_bytes(policy))
-    names = (arguments.against, config["adapter"]) if arguments.against else ("base", "tuned")
+    names = side_names(adapters)
     against, questions = bool(arguments.against), [row["prompt"] for row in prompts[:3]]
     if arguments.prompt or funnel.get("name") == "oasst1":
         questions = [[{"role": "user", "content": text}] for text in arguments.prompt or SAMPLE_PROMPTS]
@@ -158,19 +158,28 @@ def load_policy(config: dict, adapters: list[Path], scorer, device, dtype):
     return policy
 
 
+def side_names(adapters: list[Path]) -> tuple[str, str]:
+    if len(adapters) == 1:
+        return "base", "tuned"
+    same = adapters[0].name == adapters[1].name
+    return tuple(str(path) if same else path.name for path in (adapters[1], adapters[0]))
+
+
 def update_card(console, adapter: Path, config: dict, arguments, trained: dict, numbers: dict) -> None:
     """The result into the adapter's model card, where it was measured as it was trained, on prompts enough."""
     from phi2_grpo.common.stats import FEW
-    from phi2_grpo.evaluation.report import levels, metric_table
+    from phi2_grpo.evaluation.report import CAPTION, levels, metric_table
     from phi2_grpo.training.model_card import add_validation
 
     same = (config[key] == trained.get("config", {}).get(key) for key in TRAINED_WITH if key != "rewards")  # compared before
+    scored = numbers["metrics"].get(numbers["headline"], {"prompts": 0})["prompts"]
     needed = {"the base as the other side": not arguments.against, "the training's settings and data": all(same),
-              f"{FEW} prompts": numbers["prompts"] >= FEW}  # fmt: skip
+              f"{FEW} prompts": scored >= FEW}  # fmt: skip
     if missing := [what for what, there in needed.items() if not there]:
         console.print(f"The model card was not changed. That takes {' and '.join(missing)}.")
     else:
-        add_validation(adapter, numbers["line"], [*metric_table(numbers), "", f"\\*: reward trained for. {levels(numbers)}"])
+        below = f"\\{CAPTION.format('tuned')}. {levels(numbers)}"
+        add_validation(adapter, numbers["line"], [*metric_table(numbers), "", below])
 
 
 if __name__ == "__main__":

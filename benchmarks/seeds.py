@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,6 +63,7 @@ def main() -> None:
     from benchmarks.results import write_section
     from config import CONFIG, PRESETS
     from phi2_grpo.common.console import markdown_table
+    from phi2_grpo.common.stats import interval
     from phi2_grpo.evaluation.reward_accuracy import COLUMNS
 
     preset, where = arguments.preset, ""
@@ -73,7 +75,7 @@ def main() -> None:
         prepare = [*common, "--overwrite", "--dataset", arguments.dataset]
     steps = arguments.steps or {**CONFIG, **PRESETS[preset]}["max_steps"]
     run("prepare_data.py", *prepare)
-    accuracies, gains, costs = [], [], []
+    accuracies, gains, costs, differences = [], [], [], []
     for seed in map(str, range(arguments.seeds)):
         name = f"{preset}{where}-seed-{seed}"
         rewards, headline = [], "length"
@@ -86,11 +88,16 @@ def main() -> None:
             continue
         metrics = train(seed, name, common, "--max_steps", str(steps), *flags, *rewards)
         gains.append(gain(seed, metrics[headline], metrics["ending"]))
+        differences.append(metrics[headline]["difference"])
         spent = [difference(metrics[cost]) for cost in ("reference NLL", "distinct-2")]
         costs.append([seed, f"{metrics['KL to base']['tuned']:.3f}", *spent])
     what = "reward model's score" if arguments.reward_model else "reward"
-    columns = ("seed", f"{what}, base", f"{what}, tuned", "difference, 95 % interval", "ended, base", "ended, tuned")
+    level = "99 %" if arguments.reward_model else "95 %"  # there the report's headline is the total reward
+    columns = ("seed", f"{what}, base", f"{what}, tuned", f"difference, {level} interval", "ended, base", "ended, tuned")
     lines = markdown_table(columns, gains) if gains else []
+    if ends := interval(differences):
+        over_seeds = f"{fmean(differences):+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]"
+        lines += ["", f"Over the seeds: {over_seeds}, 95 % interval by Student's t."]
     if costs:
         columns = ("seed", "KL to base", "reference NLL, difference", "distinct-2, difference")
         lines += ["", *markdown_table(columns, costs)]

@@ -2,9 +2,9 @@
 
   python benchmarks/verdicts.py [--reports 2000]
 
-Both models' values are drawn alike, so every better or worse is false. A report is seven metrics, the first its headline,
-and that in four languages; the verdicts follow validate_model.py's rule. Beside it, what 95 % percentile bootstrap intervals
-for every row, a common choice, would have said.
+Both models' values are drawn alike (in the last kind they have the same mean), so every better or worse is false. A report is
+seven metrics, the first its headline, and that in four languages; the verdicts follow validate_model.py's rule. Beside it, what
+95 % percentile bootstrap intervals for every row, a common choice, would have said.
 """
 
 import argparse
@@ -42,6 +42,11 @@ def few_differ(draw, prompts: int) -> numpy.ndarray:
     return values
 
 
+def few_lose(draw, prompts: int) -> numpy.ndarray:
+    """Nineteen prompts in twenty gain a little, one loses as much as all they gain: far from symmetric, and 0 on average."""
+    return numpy.stack([numpy.zeros(prompts), numpy.where(draw.random(prompts) < 0.05, -0.95, 0.05)])
+
+
 def false_verdicts(values: list[numpy.ndarray], interval: Callable, level: float) -> tuple[float, bool]:
     """Of a report: the share of metrics whose verdict would be false as the headline's; and whether any other row's is false"""
     languages = [values[0][:, start::LANGUAGES] for start in range(LANGUAGES)]
@@ -73,7 +78,7 @@ def main() -> None:
     from phi2_grpo.common.stats import sign_flip_interval, simultaneous
 
     rows = []
-    for kind in (normal, skewed, ended, few_differ):
+    for kind in (normal, skewed, ended, few_differ, few_lose):
         for prompts in (80, 200):
             draw = numpy.random.default_rng(0)
             reports = [[kind(draw, prompts) for _ in range(METRICS)] for _ in range(arguments.reports)]

@@ -26,7 +26,7 @@ def make_table(title: str, *columns: str, rows: Iterable[Iterable] = (), words: 
     """A rich table of numbers, aligned to the right; the columns `words` hold words. Its cells are texts, or rich's own."""
     table = Table(*columns, title=title, title_justify="left", **options)
     for i, column in enumerate(table.columns):
-        column.justify = "left" if i in words else "right"
+        column.justify, column.overflow = "left" if i in words else "right", "fold"  # no name loses its end
     for row in rows:
         table.add_row(*row)
     return table

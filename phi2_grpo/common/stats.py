@@ -32,10 +32,10 @@ class Paired:
 
 
 def interval(values) -> tuple[float, float] | None:
-    """95 % interval of the mean of independent values, Student's t; None for fewer than two."""
+    """95 % interval of the mean of independent values, Student's t; None for fewer than two, or where all are equal."""
     from scipy import stats  # a second to import, which prepare_data.py has no need of
 
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return None
     centre, margin = numpy.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return float(centre - margin), float(centre + margin)
@@ -92,7 +92,7 @@ def paired(base: list[float | None], tuned: list[float | None], level: float = 0
 
 def verdict(comparison: Paired, higher_is_better: bool | None = True) -> str:
     """better, worse or no difference shown (higher or lower, for what is neither good nor bad), as the interval says."""
-    if comparison.low is None or round(comparison.low, 3) <= 0 <= round(comparison.high, 3):  # as reports print it
+    if comparison.low is None or round(comparison.low, 4) <= 0 <= round(comparison.high, 4):  # as `to_json`
         return "no difference shown"
     higher = comparison.low > 0
     if higher_is_better is None:

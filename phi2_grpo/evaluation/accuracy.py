@@ -63,6 +63,5 @@ def accuracy_sentence(accuracy: dict, sampled: str) -> str:
     wrong_to_right, right_to_wrong = accuracy["wrong to right"], accuracy["right to wrong"]
     text = f"Greedy answers: {wrong_to_right} went from wrong to right, {right_to_wrong} the other way."
     if (accuracy["greedy"] or {}).get("verdict") == "better":
-        return f"{text} Learnt: the greedy answers are right more often, too."
-    sharpened = " Sharpened: sampled answers are right more often; for greedy ones that is not shown."
-    return text + sharpened * (sampled == "better")
+        return f"{text} They are right more often."
+    return text + " Sampled answers are right more often; for greedy ones that is not shown." * (sampled == "better")

@@ -26,6 +26,7 @@ EXPLAINED = {
     "reference NLL": "negative log-likelihood of the best human replies, nats per token, mean over prompts: did it forget?",
 }
 METRIC_COLUMNS = ("difference, interval", "higher on", "verdict")
+CAPTION = "*: reward of the training, or of --rewards; (n): only n prompts have it; higher on: prompts on which {} is higher"
 STYLES = {"better": "green", "worse": "red"}  # of a row, by its verdict
 
 
@@ -43,7 +44,9 @@ def summarize(
     # A reward of negative weight is trained for less of it.
     direction = {**DIRECTION, **{reward.name: reward.weight >= 0 for reward in scorer.chosen}}
     if BUILT_IN["correct"] in scorer.weighted:  # right answers may be worded otherwise than a bare result
-        direction |= {"reference NLL": None}
+        direction |= {"reference NLL": None, "reference": None}
+    if not scorer.has_target:  # nobody asked for that length
+        direction["length"] = None
     usable = [name for name, sides in values.items() if paired(sides["base"], sides["tuned"])]
     headline = next((name for name in ("total reward", *trained) if name in usable), None)
     languages = {}
@@ -146,13 +149,13 @@ def summary_line(report: dict) -> str:
 
 
 def metric_rows(report: dict, most_places: int = 3) -> list[list[str]]:
-    """metric (* if trained for), base, tuned, difference with its interval, share of prompts with a higher value, verdict."""
+    """metric (see CAPTION), base, tuned, difference with its interval, share of prompts with a higher value, verdict."""
     rows = []
     for name, m in report["metrics"].items():
-        small = m["low"] is not None and max(abs(m["low"]), abs(m["high"])) < 0.1  # [-0.01, -0.00] would say nothing
-        places = min(1 if name == "answer tokens" else 3, 3 if small else most_places)
+        places = min(1 if name == "answer tokens" else 3, most_places)
+        some = f" ({m['prompts']})" * (m["prompts"] < report["prompts"])
         higher = "all equal" if m["low"] == m["high"] == 0 else f"{m['win_rate']:.0%}"
-        rows.append([name + " *" * m["trained"], *_compared(m, places), higher, m["verdict"]])
+        rows.append([name + " *" * m["trained"] + some, *_compared(m, places), higher, m["verdict"]])
     return rows
 
 
@@ -166,10 +169,13 @@ def _compared(m: dict, places: int) -> list[str]:
 
 
 def _difference(m: dict, places: int, sign: str = "") -> str:
-    """The difference, and its interval where there is one."""
-    signs = {"difference": "+", "low": sign, "high": sign}
-    difference, low, high = (format_number(m[key], places, of) for key, of in signs.items())
-    return f"{difference} [{low}, {high}]" if m["low"] is not None else difference
+    """The difference, and its interval where there is one: with as many places as an end beside 0 takes."""
+    if m["low"] is None:
+        return format_number(m["difference"], places, "+")
+    while any(m[end] and not round(m[end], places) for end in ("low", "high")):  # they have four, by `Paired.to_json`
+        places += 1
+    low, high = (format_number(m[end], places, sign) for end in ("low", "high"))
+    return f"{format_number(m['difference'], places, '+')} [{low}, {high}]"
 
 
 def more_tables(report: dict) -> Iterator[tuple[str, tuple[str, ...], list[list[str]], str]]:
@@ -204,10 +210,9 @@ def remarks(report: dict) -> list[str]:
 def show(console, report: dict, config: dict) -> None:
     title = f"{report['prompts']} held-out prompts x {config['samples_per_prompt']}, temperature {config['temperature']:g}"
     rows = metric_rows(report, most_places=2)
-    caption = f"* reward trained for; higher on: prompts on which {report['names'][1]} is higher; -: no difference shown"
     options = {"rows": [[*row[:-1], row[-1].replace("no difference shown", "-")] for row in rows],
                "row_styles": [STYLES.get(row[-1], "none") for row in rows],
-               "caption": caption, "caption_justify": "left"}  # fmt: skip
+               "caption": f"{CAPTION.format(report['names'][1])}; -: no difference shown", "caption_justify": "left"}  # fmt: skip
     console.print(make_table(title, "mean of", *report["names"], *METRIC_COLUMNS, words=(0, 5), **options))
     for heading, columns, cells, sentence in more_tables(report):
         console.print(make_table(heading, *columns, rows=cells, words=(0, 5)))
@@ -221,7 +226,7 @@ def show(console, report: dict, config: dict) -> None:
 def markdown(report: dict, samples: list[dict], prompts: list[dict], shown: list[dict], facts: list[str], seed: int) -> str:
     """All of the report, complete by itself."""
     lines = ["# Evaluation", "", f"**{report['line']}**", "", *(f"- {fact}" for fact in facts), "", *metric_table(report)]
-    lines += ["", f"\\*: reward trained for. Higher on: prompts on which {report['names'][1]} is higher, ties half.", ""]
+    lines += ["", f"\\{CAPTION.format(report['names'][1])}, ties half.", ""]
     lines += [f"- *{name}*: {text}" for name, text in report["explained"].items() if text and name in report["metrics"]]
     for line in remarks(report):
         lines += ["", line]

@@ -101,10 +101,10 @@ def verdict(accuracy: dict) -> str:
     """What the numbers say, in words that the intervals fix."""
     everything = accuracy["groups"][0]
     low, high = everything["difference_interval"]
-    unclear = low is None or low <= 0 <= high
+    unclear = low is None or round(low, 2) <= 0 <= round(high, 2)  # as `rows` prints them
     comparison = "no difference shown from" if unclear else "better than" if low > 0 else "worse than"
     lowest = everything["model_interval"][0]
-    chance = "better than chance" if lowest is not None and lowest > 0.5 else "not shown to be better than chance"
+    chance = "better than chance" if lowest is not None and round(lowest, 2) > 0.5 else "not shown to be better than chance"
     return (
         f"It agrees with people on {everything['model']:.1%} of {everything['pairs']} held-out pairs: {comparison} "
         f'"the longer reply wins" ({everything["longer"]:.1%}), and {chance}.'

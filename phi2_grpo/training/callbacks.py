@@ -103,7 +103,7 @@ class LogCallback(TrainerCallback):
         cells = [_format(row.get(key), spec).rjust(len(header)) for key, header, spec in self.columns]
         left = timedelta(seconds=round((now - self.first_begun) / done * (state.max_steps - state.global_step)))
         step = f"{state.global_step}/{state.max_steps}"
-        self.console.print(f"{step:>9}", *cells, f"{now - self.last_log:6.1f}", f"{left!s:>7}", sep="  ")
+        self.console.print(f"{step:>9}", *cells, f"{now - self.last_log:6.1f}", f"{left!s:>7}", sep="  ", soft_wrap=True)
         self.last_log = now
 
     def print_alerts(self, args, state, control, rows: list[dict]) -> None:
@@ -172,8 +172,9 @@ class EvaluationCallback(TrainerCallback):
         files.write_rows(Path(args.output_dir) / "evaluation.jsonl", outputs.log_rows(state.log_history, "eval_reward"))
         known = {key: value for key, value in means.items() if value is not None}
         mean, low, high = (_format(means[key], ".3f") for key in ("eval_reward", "eval_low", "eval_high"))
+        count = sum(row["score"] is not None for row in scored)
         each = [f"{key.rpartition('/')[2]} {_format(value, '.3f')}" for key, value in means.items() if "rewards/" in key]
-        text = f"{state.global_step:>9}  held out: reward {mean}, 95 % interval [{low}, {high}], {len(scored)} prompts"
+        text = f"{state.global_step:>9}  held out: reward {mean}, 95 % interval [{low}, {high}], {count} prompts"
         self.console.print("\n".join([text, *[f"{'':>9}  {', '.join(each)}"] * bool(each)]), style="cyan")
         # To every tracker of --report_to; `trainer.log` would take the training's metrics with it.
         self.trainer.callback_handler.on_log(args, state, TrainerControl(), known)

@@ -130,7 +130,7 @@ def draw_curve(rows: list[dict], config: dict, path: Path, evaluations: list[dic
             color = RED if kind == "collapse" else ORANGE
             name = metric.removesuffix("/std").rpartition("/")[2].replace("_", " ")
             reward.axvline(row["step"], color=color, linewidth=1, linestyle=":", label=f"{kind}: {name}")
-    measured = [row for row in evaluations if None not in (row["eval_reward"], row["eval_low"])]
+    measured = [{key: math.nan if value is None else value for key, value in row.items()} for row in evaluations]
     steps, means, *ends = ([row[key] for row in measured] for key in ("step", "eval_reward", "eval_low", "eval_high"))
     reward.plot(steps, means, "o-", color=PURPLE, markersize=4, label="held out, 95 % interval")
     reward.fill_between(steps, *ends, color=PURPLE, alpha=0.2, linewidth=0)

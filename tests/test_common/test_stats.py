@@ -14,7 +14,7 @@ def test_intervals_hold_the_truth():
     values = numpy.random.default_rng(0).exponential(1, (2000, 100)) - 0.9
     covered = sum(low <= 0.1 <= high for low, high in map(stats.interval, values))
     assert 1840 <= covered <= 1920, covered
-    assert stats.interval([1.0]) is None
+    assert stats.interval([1.0]) is None and stats.interval([0.0] * 32) is None
 
 
 def test_paired_numbers():

@@ -53,5 +53,21 @@ def test_two_languages_with_enough_prompts_have_their_own_rows():
     assert not summary(SHORT[:20] * 2, RIGHT[:20] * 2, lang=["fr", *two[1:]])["languages"]  # 19, so one alone
 
 
+def test_no_interval_is_rounded_onto_0():
+    measured = {"difference": 0.02, "low": 0.0029, "high": 0.0412, "base": 0.5, "tuned": 0.52, "prompts": 80, "win_rate": 0.6}
+    assert report._difference(measured, 2) == "+0.020 [0.003, 0.041]"
+    assert report._difference({**measured, "low": 0.0}, 2) == "+0.02 [0.00, 0.04]"
+    assert report._difference({**measured, "low": None}, 2) == "+0.02"
+
+
+def test_a_row_says_how_many_prompts_it_has_and_calls_good_what_was_asked_for():
+    numbers = summary([[1, 1]] * 5 + SHORT[:25], RIGHT, "ending")
+    numbers["metrics"]["repetition"]["prompts"] = 25
+    names = [row[0] for row in report.metric_rows(numbers)]
+    assert {"ending *", "repetition (25)", "length"} <= {*names}
+    assert numbers["metrics"]["length"]["verdict"] == "higher", "no reward has that target"
+    assert summary(SHORT, RIGHT)["metrics"]["length"]["verdict"] == "better"
+
+
 def test_a_text_cannot_leave_its_block():
     assert report.fenced("a ```` b").startswith("`````text\n") and report.fenced("x").startswith("```text\n")

@@ -80,10 +80,11 @@ def test_both_answer_as_a_direct_run_of_the_libraries(engine, loud, micro, model
         assert ask(engine, seed=seed, max_new_tokens=30, model=model).text == text.split("\nInstruct:")[0].strip()
 
 
-def test_the_base_s_own_ways_to_sample_are_not_used(engine, loud, micro, tmp_path):
-    base = shutil.copytree(micro, tmp_path / "base")
+def test_the_base_s_own_ways_to_sample_and_beams_are_not_used(engine, loud, micro, tmp_path):
+    base, adapter = shutil.copytree(micro, tmp_path / "base"), shutil.copytree(loud, tmp_path / "adapter")
     change_json(base / "generation_config.json", repetition_penalty=9.0, do_sample=True, top_k=1)
-    other = app_engine.Engine(loud, str(base))
+    change_json(adapter / "generation_config.json", num_beams=4)
+    other = app_engine.Engine(adapter, str(base))
     for model in ("tuned", "base"):
         assert all(ask(other, seed=i, model=model).text == ask(engine, seed=i, model=model).text for i in range(3))
     tokenizer = AutoTokenizer.from_pretrained(base)

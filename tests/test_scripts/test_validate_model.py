@@ -64,8 +64,9 @@ def test_another_adapter_instead_of_the_base(call, options, loud, final, tmp_pat
     change_json(twin / "run.json", data={"fingerprint": "another"})
     done = call("validate_model", *options, "--against", twin)
     assert done.code == 0 and f"{twin} was trained on other data" in " ".join(done.out.split()), done.err
-    metrics = read_json(tmp_path / "v" / "report.json")["metrics"]
-    assert all(metric["difference"] == 0 for metric in metrics.values()), "the same, sampled alike"
+    numbers = read_json(tmp_path / "v" / "report.json")
+    assert numbers["names"] == [twin.name, final.name]
+    assert all(metric["difference"] == 0 for metric in numbers["metrics"].values()), "the same, sampled alike"
 
 
 def test_it_is_measured_as_it_was_trained(call, quick, final, tmp_path, monkeypatch):

@@ -49,8 +49,9 @@ def test_the_remedy_for_a_batch_works(size, steps, group, remedy):
     assert checks.batch({**config, key: int(value or 4)}, {"train": range(5)})[0]
 
 
-def test_mixed_precision_is_ours_and_not_a_launchers(monkeypatch, tmp_path):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+@pytest.mark.parametrize("asked", ["bf16", "fp16"])
+def test_mixed_precision_is_ours_and_not_a_launchers(monkeypatch, tmp_path, asked):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     arguments = training_arguments(RewardConfig, TINY, CPU, torch.float32, output_dir=str(tmp_path))
     assert arguments.mixed_precision == os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
 
