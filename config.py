@@ -58,7 +58,7 @@ CONFIG = {
     "max_steps": 100,  # optimizer steps: 100 to see it work, 200-300 for a demo, 500 and more for a claim
     "learning_rate": 4e-5,  # 4e-5 for 100 steps, 1e-5 for 500: learning_rate x steps is roughly what matters
     "lr_scheduler_type": "constant_with_warmup",  # constant, so that a resumed run may add steps
-    "warmup_steps": 5,  # optimizer steps
+    "warmup_steps": 5,  # optimizer steps in which the learning rate rises from 0; the first one changes nothing
     "beta": 0.03,  # weight of the KL to the base; 0.02-0.04 where length is the only reward
     "loss_type": "dr_grpo",  # no length bias in the loss (TRL's default is dapo)
     "scale_rewards": "none",  # advantage = reward - group mean, not divided by the group's std: rewards are bounded
@@ -182,7 +182,7 @@ LIMITS = {
     "lr_scheduler_type": {"constant_with_warmup", "constant", "linear", "cosine"},
     "warmup_steps": (0, 1_000_000),
     "beta": (0.0, 10.0),
-    "loss_type": {"dr_grpo", "grpo", "bnpo", "dapo"},
+    "loss_type": {"dr_grpo", "grpo", "dapo"},
     "scale_rewards": {"none", "group"},
     "max_grad_norm": (1e-6, 1e6),
     "seed": (0, 2**31 - 1),  # each process adds its number, and numpy's end is 2**32 - 1

@@ -98,11 +98,12 @@ def make_trainer(config: dict, ready, base):
     from phi2_grpo.models.base import is_sharded
     from phi2_grpo.rollout.engine import make_engine
     from phi2_grpo.training.memory import reserved_bytes
-    from phi2_grpo.training.trainer import Trainer, switch_off_dropout, training_arguments
+    from phi2_grpo.training.trainer import Trainer, training_arguments
 
     own = {
         "project": "phi2-grpo",
         "reward_weights": [reward.weight for reward in ready.scorer.chosen],
+        "use_bias_correction_kl": True,  # the KL's gradient is that of KL(policy || reference): docs/step.md
         "disable_dropout": True,  # Phi-2 ships resid_pdrop 0.1: rollout and log-probs would see two models
         "ds3_gather_for_generation": config["use_vllm"],  # ZeRO-3 is for a base that no GPU holds whole
         "router_aux_loss_coef": 0.0,  # of a mixture of experts: no second loss
@@ -119,7 +120,6 @@ def make_trainer(config: dict, ready, base):
         processing_class=ready.tokenizer,
         peft_config=ready.lora,
     )
-    switch_off_dropout(trainer.model)
     if config["init_adapter"]:
         # Loaded after TRL has wrapped the base: the reference of the KL stays the base with its adapter off.
         set_peft_model_state_dict(trainer.model, load_peft_weights(config["init_adapter"], device=str(ready.device)))

@@ -212,7 +212,7 @@ def show(console, report: dict, config: dict) -> None:
     rows = metric_rows(report, most_places=2)
     options = {"rows": [[*row[:-1], row[-1].replace("no difference shown", "-")] for row in rows],
                "row_styles": [STYLES.get(row[-1], "none") for row in rows],
-               "caption": f"{CAPTION.format(report['names'][1])}; -: no difference shown", "caption_justify": "left"}  # fmt: skip
+               "caption_justify": "left", "caption": f"{CAPTION.format(report['names'][1])}; -: no difference"}  # fmt: skip
     console.print(make_table(title, "mean of", *report["names"], *METRIC_COLUMNS, words=(0, 5), **options))
     for heading, columns, cells, sentence in more_tables(report):
         console.print(make_table(heading, *columns, rows=cells, words=(0, 5)))

@@ -17,6 +17,8 @@ SINCE_START, SINCE_WINDOW = {"collapse/one_language"}, 10
 HEALTHY = {
     "frac_reward_zero_std": (0, 0.8, "most groups are zero-std: all their completions have one reward, so they teach nothing. "
                              "The reward is too easy, too hard, or too coarse"),
+    "answers/scored": (0.5, 1, "most answers get no score, so they teach nothing, and zero-std passes over their groups: leave "
+                       "such prompts out, or add a reward that scores them"),
     "completions/clipped_ratio": (0, 0.3, "many completions are cut off at max_completion_length. A run that rewards ending "
                                   "mends it in time; otherwise raise max_completion_length"),
     "kl": (0, 0.5, "the policy is far from its base; above 2 it has diverged: lower learning_rate or raise beta"),

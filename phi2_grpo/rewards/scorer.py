@@ -207,6 +207,9 @@ class Scorer:
                 known = [weight * score for weight, score in parts if score is not None]
                 row["score"] = sum(known) if known else None
             self._log_languages(reward.name, scores, columns)
+            if reward is self.chosen[-1]:
+                scored_rows = [row["score"] is not None for row in self.last_batch]
+                columns.get("log_metric", _ignore)("answers/scored", sum(scored_rows) / len(scored_rows))
             if reward.weight:
                 return scores
             # What no weighted reward scores stays unscored: TRL would take 0 for its sum once any reward scores it.

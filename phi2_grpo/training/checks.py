@@ -88,7 +88,14 @@ def settings(config: dict):
         return True, "with top_p or top_k the completions are of another distribution than the log-probs that are trained"
     if config["learning_rate"] < 2e-6:
         return True, f"learning_rate {config['learning_rate']:g} is so low that {config['max_steps']} steps may change nothing"
-    return True, f"{config['max_steps']} steps at learning rate {config['learning_rate']:g}"
+    text = f"{config['max_steps']} steps at learning rate {config['learning_rate']:g}"
+    return True, text + _warmup(config, config["max_steps"])
+
+
+def _warmup(config: dict, steps: int) -> str:
+    """What is to be said where most of a run is warm-up."""
+    few = config["lr_scheduler_type"] != "constant" and steps <= 2 * config["warmup_steps"]
+    return f"; the learning rate rises from 0 over {config['warmup_steps']} steps, so little is learnt: --warmup_steps 0" * few
 
 
 def _is_installed(package: str) -> bool:
@@ -137,7 +144,7 @@ def pairs(config: dict, tokenizer):
         pairs[split] = pairs[split].select(of)
     counts = f"{len(pairs['train']):,} train and {len(pairs['validation']):,} validation pairs, {left_out:,} too long"
     few = ". So few validation pairs say little: the intervals will be wide" * (len(pairs["validation"]) < 50)
-    text = f"{counts}; {steps} steps of {batch} pairs{few}"
+    text = f"{counts}; {steps} steps of {batch} pairs{few}{_warmup(config, steps)}"
     return (pairs, funnel, steps, left_out, max(lengths["train"][i] for i in kept["train"])), text
 
 

@@ -3,6 +3,7 @@
 All that overrides private methods of TRL or transformers is in this file.
 """
 
+import logging
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +23,9 @@ from phi2_grpo.rollout.decode_step import unsupported_reason
 from phi2_grpo.training import checkpoints
 from phi2_grpo.training.callbacks import GracefulStop, LogCallback
 from phi2_grpo.training.packing import Pass, pack
+
+# It would print a whole row in each step that has one without a score; answers/scored counts them.
+logging.getLogger("trl.trainer.grpo_trainer").addFilter(lambda record: "functions returned None" not in record.getMessage())
 
 
 def pass_tokens(model) -> int:
@@ -79,6 +83,7 @@ class RunMixin:
             return self.load_checkpoint(checkpoint)
         if self.args.should_save:
             (checkpoints.remove_incomplete if checkpoint else checkpoints.remove_run)(output)
+        switch_off_dropout(self.model)
         stop = GracefulStop()
         self.add_callback(stop)
         progress.silence_printing(self)

@@ -38,6 +38,7 @@ HEALTHY = {"frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.1, "kl": 
     ({"rewards/serial/std": 0.0, "rewards/length/std": 0.1}, [("warning", "rewards/serial/std")]),
     ({"collapse/distinct_2": 0.01}, [("collapse", "collapse/distinct_2")]),
     ({"collapse/at_target": 0.9}, [("collapse", "collapse/at_target")]),
+    ({"answers/scored": 0.2}, [("warning", "answers/scored")]),
     ({"collapse/empty": 0.9}, [("collapse", "collapse/empty")]),
     ({"frac_reward_zero_std": 1.0}, [("warning", "frac_reward_zero_std")])])  # fmt: skip
 def test_each_alert_once_and_not_by_one_step(values, expected):

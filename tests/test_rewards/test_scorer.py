@@ -101,8 +101,10 @@ def test_what_no_weighted_reward_scores_stays_unscored(tokenizer):
     """TRL counts it as 0 once any reward scores it, one that is only logged, too."""
     half = Reward("half", 1.0, lambda answers, **_: [None, 1.0])
     scorer = Scorer(tokenizer, 8, [half, Reward("logged", 0.0, lambda answers, **_: [5.0, 6.0])])
-    batch = {"prompts": [[], []], "completions": [], "completion_ids": [[1], [2]]}
+    logged = {}
+    batch = {"prompts": [[], []], "completions": [], "completion_ids": [[1], [2]], "log_metric": logged.__setitem__}
     assert [function(**batch) for function in scorer.functions] == [[None, 1.0], [None, 6.0]]
+    assert logged["answers/scored"] == 0.5
 
 
 def test_memory_that_runs_out_in_a_reward_is_no_mistake_of_it(tokenizer):

@@ -32,6 +32,12 @@ def config(micro, prepared, tmp_path) -> dict:
     return TINY | own | {"report_to": "none"}
 
 
+def test_a_run_that_is_all_warm_up_says_so(config):
+    for steps, warmup, said in ((10, 5, True), (11, 5, False), (3, 0, False)):
+        _, text = checks.settings(config | {"max_steps": steps, "warmup_steps": warmup})
+        assert ("--warmup_steps 0" in text) is said
+
+
 def test_a_target_binds_only_where_a_reward_asks_for_it(config):
     short = config | {"target_tokens": 50}
     with pytest.raises(UserError, match="rewards: .*at least --max_completion_length 100"):
