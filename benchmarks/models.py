@@ -10,7 +10,9 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from config import CONFIG, PRESETS
-from phi2_grpo.models.base import EMBEDDED, load_base
+from phi2_grpo.data import oasst
+from phi2_grpo.models import embedded
+from phi2_grpo.models.base import EMBEDDED, choose_device, load_base
 from phi2_grpo.models.lora import lora_config
 from phi2_grpo.models.tokenizer import load_tokenizer
 
@@ -48,13 +50,15 @@ def setting(name: str) -> dict:
 def device_of(name: str) -> tuple[torch.device, torch.dtype]:
     """The tiny model runs on the CPU, as in its preset."""
     if name != "tiny" and torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16
+        dtype = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
+        return choose_device({"device": "cuda", "dtype": dtype})
     return torch.device("cpu"), torch.bfloat16 if name == "full" else torch.float32
 
 
 def base_of(name: str):
     """The base without an adapter, and a tokenizer: the tiny one's for "full", as no text of that model is read."""
     device, dtype = device_of(name)
+    embedded.prepare("tiny", oasst.sample_dialogues)
     if name not in ("full", "tiny"):
         return load_base(setting(name), device, dtype), load_tokenizer(setting(name))
     tokenizer = load_tokenizer({**setting("tiny"), "model": str(EMBEDDED["tiny"])})

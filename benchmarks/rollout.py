@@ -107,11 +107,16 @@ def main() -> None:
                 engines["general"] = FastEngine(policy)
                 engines["general"].decode_step = DecodeStep(policy)
             peak = {}
-            for name, engine in engines.items():
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                complete(engine, prompts, new)
-                peak[name] = models.peak_bytes(device)
+            try:
+                for name, engine in engines.items():
+                    if device.type == "cuda":
+                        torch.cuda.reset_peak_memory_stats()
+                    complete(engine, prompts, new)
+                    peak[name] = models.peak_bytes(device)
+            except torch.OutOfMemoryError:
+                print(f"{batch} rows of {new} tokens: no room for a cache of each engine", flush=True)
+                engines.clear()
+                continue
             seconds = {name: [] for name in engines}
             for _ in range(arguments.turns):
                 for name, engine in engines.items():

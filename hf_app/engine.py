@@ -4,6 +4,7 @@ Imports nothing of the page or of the project: what the model needs stands in th
 """
 
 import copy
+import os
 import queue
 import secrets
 import threading
@@ -347,9 +348,19 @@ class Generation(threading.Thread):
 
 
 def choose_device(size: int) -> tuple[torch.device, torch.dtype]:
-    """bfloat16 where the GPU has it or memory is short; Phi-2 overflows in float16, so that is never chosen."""
+    """A GPU that PyTorch has kernels for, with room for the model. bfloat16 where the GPU has it or memory is short; Phi-2
+    overflows in float16, so that is never chosen."""
     if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
+        capability = torch.cuda.get_device_capability()
+        dtype = torch.bfloat16 if capability >= (8, 0) else torch.float32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
+        oldest = min((int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()), default=0)  # sm_75, ...
+        # ZeroGPU's comes later, and is a large one.
+        usable = os.environ.get("SPACES_ZERO_GPU") or (
+            10 * capability[0] + capability[1] >= oldest and 1.2 * size * dtype.itemsize < torch.cuda.mem_get_info()[0]
+        )
+        if usable:
+            return torch.device("cuda"), dtype
     # On two CPU cores a Phi-2 is twice as fast in bfloat16 and takes 6 GB instead of 12; a tiny model gains nothing.
     return torch.device("cpu"), torch.bfloat16 if size > 1e9 else torch.float32
 

@@ -119,11 +119,18 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
         if "LOCAL_RANK" in os.environ and torch.cuda.device_count() == 1:  # a scheduler may show each process one GPU alone,
             os.environ["LOCAL_RANK"] = "0"  # and accelerate goes by this
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        capability = torch.cuda.get_device_capability(device)
+        oldest = min((int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()), default=0)  # sm_75, ...
+        if 10 * capability[0] + capability[1] < oldest:
+            raise UserError(
+                f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and this PyTorch is "
+                f"built for {oldest / 10} and newer. Install one for an older CUDA (docs/troubleshooting.md), or --device cpu."
+            )
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch, and ours hardly repeat
     if config["dtype"] != "auto":
         return device, getattr(torch, config["dtype"])
     if name != "cuda":
         return device, torch.float32
-    capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 0):  # torch.cuda.is_bf16_supported() says True below 8.0 too: by slow emulation
         return device, torch.bfloat16
     need, free = 4 * _parameters(config) / 1e9, torch.cuda.mem_get_info(device)[0] / 1e9

@@ -4,6 +4,7 @@ import importlib.metadata
 import math
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,10 @@ def device(config: dict):
             f"{torch.cuda.device_count()} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python ...; "
             "or all, for train_grpo.py: accelerate launch --multi_gpu ..."
         )
+    if device.type == "cuda":  # Triton compiles TRL's log-prob kernel in the first step
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        if not (compiler and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()):
+            raise UserError("training on a GPU needs a C compiler and Python.h: apt-get install gcc python3-dev")
     return (device, dtype), f"{outputs.hardware_name(device)}, {str(dtype).removeprefix('torch.')}"
 
 

@@ -94,6 +94,18 @@ def test_the_base_s_own_ways_to_sample_and_beams_are_not_used(engine, loud, micr
     assert app_engine.Engine(tmp_path / "none", str(base)).eos_ids[-1] == tokenizer.convert_tokens_to_ids("<|end|>")
 
 
+@pytest.mark.parametrize(("capability", "free", "expected"), [
+    ((8, 6), 9e9, ("cuda", torch.bfloat16)), ((7, 5), 13e9, ("cuda", torch.float32)), ((7, 5), 9e9, ("cpu", torch.bfloat16)),
+    ((7, 0), 32e9, ("cpu", torch.bfloat16))])  # fmt: skip
+def test_a_gpu_that_is_too_small_or_too_old_is_not_taken(monkeypatch, capability, free, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_75", "sm_80", "compute_120"])
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free, 2 * free))
+    device, dtype = app_engine.choose_device(2_700_000_000)
+    assert (device.type, dtype) == expected
+
+
 def test_base_and_tuned_do_not_mix_under_concurrent_use(engine):
     alone = {(model, seed): ask(engine, model=model, seed=seed).text for model in ("tuned", "base") for seed in range(4)}
     assert any(alone["tuned", seed] != alone["base", seed] for seed in range(4)), "the two must differ for this to prove much"

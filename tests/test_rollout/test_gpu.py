@@ -23,7 +23,7 @@ def test_the_main_job(quick, tmp_path):
                        tmp_path / "v")):  # fmt: skip
         ok(script(*arguments))
     run = read_json(final / "run.json")
-    assert run["dtype"] == "bfloat16" and run["steps"] == 4
+    assert run["dtype"] == ("bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32") and run["steps"] == 4
 
 
 def test_a_reward_model(quick, tmp_path):
