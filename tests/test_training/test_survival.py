@@ -171,6 +171,18 @@ def test_processes_that_are_no_one_run(run, monkeypatch, world, steps, says):
         Trainer.run(one, None, run / "checkpoint-4")
 
 
+@pytest.mark.parametrize("kind", [Trainer, trainer.RewardModelTrainer])
+def test_a_run_begins_without_dropout(monkeypatch, tmp_path, kind):
+    """Also where the rate is a number, which TRL passes over."""
+    monkeypatch.setattr(trainer.progress, "silence_printing", lambda _: None)
+    model = torch.nn.Linear(1, 1)
+    model.dropout = 0.1
+    one = SimpleNamespace(args=SimpleNamespace(output_dir=tmp_path, max_steps=1, should_save=False), model=model, train=lambda **_: None,
+                          accelerator=SimpleNamespace(num_processes=1), add_callback=print, state=SimpleNamespace(global_step=1))  # fmt: skip
+    kind.run(one, None, None)
+    assert model.dropout == 0
+
+
 def test_a_tracker_that_refuses_says_how_to_go_on(run):
     error = type("UsageError", (Exception,), {"__module__": "wandb.errors"})("api_key not configured")
     text = Trainer._end(SimpleNamespace(), error, run)
