@@ -85,7 +85,7 @@ clean:
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}. Give another: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 
 .venv/ready: requirements.txt | .venv/bin/python
 	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.txt

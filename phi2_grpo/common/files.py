@@ -129,9 +129,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """No other run writes to `folder` meanwhile. A killed process leaves no lock (flock(2)). Raises UserError."""
     from filelock import FileLock, Timeout
 
-    folder = folder.resolve()  # where the folder above is not the user's, as of a mounted disk, the lock is inside
-    above = os.access(nearest_existing(folder.parent), os.W_OK)
-    lock = FileLock(sibling(folder, ".{}.lock") if above else folder / ".lock", timeout=0)
+    folder = folder.resolve()
+    beside = sibling(folder, ".{}.lock")
+    above = os.access(nearest_existing(folder.parent), os.W_OK)  # it may be another user's, as of a mounted disk
+    lock = FileLock(beside if above else folder / ".lock", timeout=0)
     try:
         if process_index() == 0:  # of several processes of one run, the first holds the lock for all
             lock.acquire()  # and makes the folder above

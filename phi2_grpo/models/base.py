@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
@@ -129,16 +130,20 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch, and ours hardly repeat
     if config["dtype"] != "auto":
         return device, getattr(torch, config["dtype"])
-    if name != "cuda":
+    if name == "cpu":
         return device, torch.float32
-    if capability >= (8, 0):  # torch.cuda.is_bf16_supported() says True below 8.0 too: by slow emulation
+    if name == "cuda" and capability >= (8, 0):  # torch.cuda.is_bf16_supported() says True below 8.0 too: by slow emulation
         return device, torch.bfloat16
-    need, free = 4 * _parameters(config) / 1e9, torch.cuda.mem_get_info(device)[0] / 1e9
+    free = torch.cuda.mem_get_info(device)[0] if name == "cuda" else psutil.virtual_memory().available
+    need, free = 4 * _parameters(config) / 1e9, free / 1e9
     if need > 0.8 * free:
+        advice = "--dtype bfloat16 takes half of that."
+        if name == "cuda":
+            advice = f"bfloat16 needs compute capability 8.0 (Ampere), and this is {capability[0]}.{capability[1]}; Phi-2 "
+            advice += "overflows in float16."
         raise UserError(
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 needs 8.0, and "
-            f"in float32 the weights take {need:.1f} GB of the {free:.1f} GB that are free.\n"
-            "  Take a smaller base, or a GPU from Ampere on; --dtype float32 tries it all the same. Phi-2 overflows in float16."
+            f"in float32 the weights take {need:.1f} GB of the {free:.1f} GB that are free. Take a smaller base or "
+            f"a larger GPU; --dtype float32 tries it all the same.\n  {advice}"
         )
     return device, torch.float32
 

@@ -16,7 +16,9 @@ MAX_ROWS = {"cuda": 256, "mps": 64, "cpu": 64}
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate."""
     if device.type != "cuda":
-        return min([psutil.virtual_memory().available, *free_in_groups()])
+        mps = device.type == "mps"  # what its allocator keeps is free for us, and not for others
+        kept = torch.mps.driver_allocated_memory() - torch.mps.current_allocated_memory() if mps else 0
+        return min([psutil.virtual_memory().available, *free_in_groups()]) + kept
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
@@ -56,6 +58,8 @@ def cache_bytes_per_token(config, dtype: torch.dtype) -> int:
 def rows_within(free: float, bytes_per_row: int, reserve: int, device: torch.device) -> int:
     """Sequences to decode at once in `free` bytes, of which `reserve` are left to others."""
     available = 0.9 * free - reserve  # the last tenth is for logits and the prefill
+    if device.type != "cuda":  # there others give memory back, and row by row a rollout takes many times as long
+        available = max(available, 0.1 * free)
     return max(1, min(MAX_ROWS[device.type], int(available / bytes_per_row)))
 
 

@@ -56,6 +56,8 @@ def hardware_name(device: torch.device) -> str:
     """The GPU, or the kind of processor and the threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU, MPS ({platform.machine()})"
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 

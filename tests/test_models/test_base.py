@@ -106,15 +106,17 @@ def test_an_adapter_names_its_base(tmp_path, given, expected):
 
 
 @pytest.mark.parametrize(("capability", "device", "dtype", "expected"), [
-    (None, "auto", "auto", "--preset tiny"), ((7, 5), "auto", "auto", "compute capability 7.5"),
-    ((7, 6), "auto", "auto", ("cuda:0", torch.float32)), ("mps", "auto", "auto", ("mps", torch.float32)),
+    (None, "auto", "auto", "--preset tiny"), ((7, 5), "auto", "auto", "this is 7.5"),
+    ((7, 6), "auto", "auto", ("cuda:0", torch.float32)), ("mps", "auto", "auto", "--dtype bfloat16 takes half"),
+    ("small mps", "auto", "auto", ("mps", torch.float32)), ("mps", "auto", "bfloat16", ("mps", torch.bfloat16)),
     ("small", "auto", "auto", ("cpu", torch.float32)), ((7, 5), "auto", "float32", ("cuda:0", torch.float32)),
     ((7, 0), "auto", "float32", "7.0, and this PyTorch is built for 7.5"),
     ((8, 0), "auto", "auto", ("cuda:0", torch.bfloat16)), ((9, 0), "cpu", "auto", ("cpu", torch.float32))])  # fmt: skip
 def test_device_and_dtype(capability, device, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: isinstance(capability, tuple))
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: capability == "mps")
-    monkeypatch.setattr(base, "_parameters", lambda _: 1e8 if capability in ("small", (7, 6)) else 2.7e9)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in str(capability))
+    monkeypatch.setattr(base.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
+    monkeypatch.setattr(base, "_parameters", lambda _: 1e8 if capability in ("small", "small mps", (7, 6)) else 2.7e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8e9, 8e9))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
