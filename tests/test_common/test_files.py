@@ -33,7 +33,7 @@ def test_a_run_that_was_killed_between_the_two_renames(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
-def test_whose_a_folder_is(tmp_path):
+def test_whose_a_folder_is(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     files.write_json(tmp_path / "ours" / "run.json", {"config": {}})
     files.write_text(tmp_path / "theirs" / "run.json", '{"config": "of another program"}')
@@ -46,7 +46,10 @@ def test_whose_a_folder_is(tmp_path):
         whose("theirs")
     with pytest.raises(UserError, match="run.json"):
         files.check_writable(tmp_path / "ours" / "run.json" / "out")
-    with pytest.raises(UserError, match="another folder"), files.lock_folder(Path("/")):
-        pass
+    for writable in (True, False):  # the latter for users who are not root
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="another folder"):
+            patch.setattr("os.access", lambda *_, writable=writable: writable)
+            with files.lock_folder(Path("/")):
+                pass
     with pytest.raises(OSError, match="too long"), files.lock_folder(tmp_path / ("a" * 250)):  # which every script explains
         pass

@@ -11,7 +11,7 @@ from benchmarks import models
 from config import CONFIG, PRESETS
 from phi2_grpo.models.lora import lora_config
 from phi2_grpo.rollout import cache
-from phi2_grpo.rollout.cache import cache_bytes_per_token
+from phi2_grpo.rollout.cache import cache_bytes_per_token, rows_within
 from phi2_grpo.training import memory
 
 GPU, BF16, LONGEST = torch.device("cuda"), torch.bfloat16, CONFIG["max_prompt_tokens"]
@@ -22,6 +22,11 @@ def phi2():
     with torch.device("meta"):
         base = models.full_size_phi2()
         return get_peft_model(base, lora_config(CONFIG, base))
+
+
+def test_where_memory_is_short_a_cpu_still_decodes_some_rows_at_once():
+    rows = [rows_within(5e9, 12_000_000, 4_900_000_000, torch.device(kind)) for kind in ("cpu", "mps", "cuda")]
+    assert rows == [41, 41, 1]
 
 
 @pytest.mark.parametrize(("size", "preset"), [(12e9, "phi2"), (24e9, "phi2-24gb"), (80e9, "phi2-80gb")])
