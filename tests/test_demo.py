@@ -77,6 +77,7 @@ def test_numbers_are_the_measured_ones():
         rows = [line for line in section.splitlines() if line.startswith("|")]
         assert len(rows) >= 5 and all(line in pages for line in rows), title
         if title == "The smollm2 run, over seeds":
+            assert re.search(r"Over the seeds: (\S+ \[.+?\])", section)[1] in README
             for number in re.findall(r"[+-]?\d\.\d+", rows[2]):
                 assert number in README.split("## Two commands")[0], f"{number} of seed 0 is missing at the top"
     tiny = RESULTS.split("## The tiny run, over seeds\n")[1].split("\n| 0 | ")[1].split(" | ")
