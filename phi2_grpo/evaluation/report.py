@@ -148,14 +148,14 @@ def summary_line(report: dict) -> str:
     return f"{'; '.join(parts)}.{gamed}"
 
 
-def metric_rows(report: dict, most_places: int = 3) -> list[list[str]]:
+def metric_rows(report: dict, most_places: int = 3, sign: str = "+") -> list[list[str]]:
     """metric (see CAPTION), base, tuned, difference with its interval, share of prompts with a higher value, verdict."""
     rows = []
     for name, m in report["metrics"].items():
         places = min(1 if name == "answer tokens" else 3, most_places)
         some = f" ({m['prompts']})" * (m["prompts"] < report["prompts"])
         higher = "all equal" if m["low"] == m["high"] == 0 else f"{m['win_rate']:.0%}"
-        rows.append([name + " *" * m["trained"] + some, *_compared(m, places), higher, m["verdict"]])
+        rows.append([name + " *" * m["trained"] + some, *_compared(m, places, sign), higher, m["verdict"]])
     return rows
 
 
@@ -163,16 +163,16 @@ def metric_table(report: dict) -> list[str]:
     return markdown_table(("mean of", *report["names"], *METRIC_COLUMNS), metric_rows(report))
 
 
-def _compared(m: dict, places: int) -> list[str]:
+def _compared(m: dict, places: int, sign: str = "+") -> list[str]:
     """base, tuned, difference [low, high]."""
-    return [format_number(m["base"], places), format_number(m["tuned"], places), _difference(m, places, "+")]
+    return [format_number(m["base"], places), format_number(m["tuned"], places), _difference(m, places, sign)]
 
 
 def _difference(m: dict, places: int, sign: str = "") -> str:
-    """The difference, and its interval where there is one: with as many places as an end beside 0 takes."""
+    """The difference, and its interval where there is one: with as many places as show that it excludes 0."""
     if m["low"] is None:
         return format_number(m["difference"], places, "+")
-    while any(m[end] and not round(m[end], places) for end in ("low", "high")):  # they have four, by `Paired.to_json`
+    while m["low"] * m["high"] > 0 and not all(round(m[end], places) for end in ("low", "high")):  # of four, by `to_json`
         places += 1
     low, high = (format_number(m[end], places, sign) for end in ("low", "high"))
     return f"{format_number(m['difference'], places, '+')} [{low}, {high}]"
@@ -209,7 +209,7 @@ def remarks(report: dict) -> list[str]:
 
 def show(console, report: dict, config: dict) -> None:
     title = f"{report['prompts']} held-out prompts x {config['samples_per_prompt']}, temperature {config['temperature']:g}"
-    rows = metric_rows(report, most_places=2)
+    rows = metric_rows(report, most_places=2, sign="")  # to fit into 80 columns
     options = {"rows": [[*row[:-1], row[-1].replace("no difference shown", "-")] for row in rows],
                "row_styles": [STYLES.get(row[-1], "none") for row in rows],
                "caption_justify": "left", "caption": f"{CAPTION.format(report['names'][1])}; -: no difference"}  # fmt: skip

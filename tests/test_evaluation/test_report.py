@@ -56,7 +56,8 @@ def test_two_languages_with_enough_prompts_have_their_own_rows():
 def test_no_interval_is_rounded_onto_0():
     measured = {"difference": 0.02, "low": 0.0029, "high": 0.0412, "base": 0.5, "tuned": 0.52, "prompts": 80, "win_rate": 0.6}
     assert report._difference(measured, 2) == "+0.020 [0.003, 0.041]"
-    assert report._difference({**measured, "low": 0.0}, 2) == "+0.02 [0.00, 0.04]"
+    for low in (0.0, -0.0002):
+        assert report._difference({**measured, "low": low}, 2) == "+0.02 [0.00, 0.04]", "it holds 0"
     assert report._difference({**measured, "low": None}, 2) == "+0.02"
 
 
