@@ -6,6 +6,8 @@ PIP_FLAGS ?=
 # The environment is for what is in .venv alone.
 unexport PYTHONPATH PYTHONHOME PIP_CONSTRAINT
 export PIP_USER := 0
+# Where its Python is gone, what was installed is too.
+$(shell test -e $(BIN)/python || rm -f .venv/ready .venv/ready-dev)
 TINY := --preset tiny
 REAL := --preset smollm2
 
@@ -85,7 +87,7 @@ clean:
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}. Give another: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv .venv
 
 .venv/ready: requirements.txt | .venv/bin/python
 	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.txt

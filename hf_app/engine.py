@@ -354,7 +354,9 @@ def choose_device(size: int) -> tuple[torch.device, torch.dtype]:
         capability = torch.cuda.get_device_capability()
         dtype = torch.bfloat16 if capability >= (8, 0) else torch.float32
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
-        oldest = min((int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()), default=0)  # sm_75, ...
+        oldest = min(
+            (int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_" and arch[3:].isdigit()), default=0
+        )  # sm_75, ...
         # ZeroGPU's comes later, and is a large one.
         usable = os.environ.get("SPACES_ZERO_GPU") or (
             10 * capability[0] + capability[1] >= oldest and 1.2 * size * dtype.itemsize < torch.cuda.mem_get_info()[0]

@@ -211,8 +211,8 @@ def show(console, report: dict, config: dict) -> None:
     title = f"{report['prompts']} held-out prompts x {config['samples_per_prompt']}, temperature {config['temperature']:g}"
     rows = metric_rows(report, most_places=2, sign="")  # to fit into 80 columns
     options = {"rows": [[*row[:-1], row[-1].replace("no difference shown", "-")] for row in rows],
-               "row_styles": [STYLES.get(row[-1], "none") for row in rows],
-               "caption_justify": "left", "caption": f"{CAPTION.format(report['names'][1])}; -: no difference"}  # fmt: skip
+               "row_styles": [STYLES.get(row[-1], "none") for row in rows], "caption_justify": "left",
+               "caption": f"{CAPTION.format(report['names'][1])}; -: no difference shown"}  # fmt: skip
     console.print(make_table(title, "mean of", *report["names"], *METRIC_COLUMNS, words=(0, 5), **options))
     for heading, columns, cells, sentence in more_tables(report):
         console.print(make_table(heading, *columns, rows=cells, words=(0, 5)))

@@ -121,7 +121,9 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
             os.environ["LOCAL_RANK"] = "0"  # and accelerate goes by this
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         capability = torch.cuda.get_device_capability(device)
-        oldest = min((int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()), default=0)  # sm_75, ...
+        oldest = min(
+            (int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_" and arch[3:].isdigit()), default=0
+        )  # sm_75, ...
         if 10 * capability[0] + capability[1] < oldest:
             raise UserError(
                 f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and this PyTorch is "

@@ -59,7 +59,7 @@ def rows_within(free: float, bytes_per_row: int, reserve: int, device: torch.dev
     """Sequences to decode at once in `free` bytes, of which `reserve` are left to others."""
     available = 0.9 * free - reserve  # the last tenth is for logits and the prefill
     if device.type != "cuda":  # there others give memory back, and row by row a rollout takes many times as long
-        available = max(available, 0.1 * free)
+        available = max(available, min(0.1 * free, free - reserve))
     return max(1, min(MAX_ROWS[device.type], int(available / bytes_per_row)))
 
 

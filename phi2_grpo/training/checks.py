@@ -40,10 +40,6 @@ def device(config: dict):
             f"{torch.cuda.device_count()} GPUs are visible to one process. Use one: CUDA_VISIBLE_DEVICES=0 python ...; "
             "or all, for train_grpo.py: accelerate launch --multi_gpu ..."
         )
-    if device.type == "cuda":  # Triton compiles TRL's log-prob kernel in the first step
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        if not (compiler and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()):
-            raise UserError("training on a GPU needs a C compiler and Python.h: apt-get install gcc python3-dev")
     return (device, dtype), f"{outputs.hardware_name(device)}, {str(dtype).removeprefix('torch.')}"
 
 
@@ -100,7 +96,7 @@ def settings(config: dict):
 def _warmup(config: dict, steps: int) -> str:
     """What is to be said where most of a run is warm-up."""
     few = config["lr_scheduler_type"] != "constant" and steps <= 2 * config["warmup_steps"]
-    return f"; the learning rate rises from 0 over {config['warmup_steps']} steps, so little is learnt: --warmup_steps 0" * few
+    return f"; the rate rises from 0 over {config['warmup_steps']} steps: a new run with --warmup_steps 0 learns more" * few
 
 
 def _is_installed(package: str) -> bool:
@@ -214,6 +210,10 @@ def batch(config: dict, prompts: DatasetDict):
 
 
 def rollout(config: dict, policy: PeftModel, device: torch.device):
+    if device.type == "cuda":  # Triton compiles TRL's kernel for the log-probs of what was rolled out
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        if not (compiler and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()):
+            raise UserError("training on a GPU needs a C compiler and Python.h: apt-get install gcc python3-dev")
     if is_sharded() and config["eval_prompts"]:
         raise UserError("with FSDP or ZeRO no process has all weights, so none can evaluate alone: give --eval_prompts 0.")
     if (kind := policy.config.model_type) in WRONG_LOG_PROBS:

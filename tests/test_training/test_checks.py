@@ -77,14 +77,12 @@ def test_a_gpu_needs_a_process_of_its_own(monkeypatch):
 def test_a_gpu_needs_what_triton_compiles_with(monkeypatch, tmp_path, compiler, include, ready):
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "Python.h").touch()
-    monkeypatch.setattr(checks, "choose_device", lambda _: (torch.device("cuda", 0), torch.bfloat16))
-    monkeypatch.setattr(checks.outputs, "hardware_name", str)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(checks, "choose_engine", lambda *_: ("fast", ""))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: compiler if name == "gcc" else None)
     monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path / include))
     with nullcontext() if ready else pytest.raises(UserError, match="gcc python3-dev"):
-        checks.device(TINY)
+        checks.rollout(TINY, SimpleNamespace(config=SimpleNamespace(model_type="phi")), torch.device("cuda", 0))
 
 
 def test_no_process_alone_evaluates_sharded_weights(monkeypatch):
