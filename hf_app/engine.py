@@ -353,7 +353,7 @@ def choose_device(size: int) -> tuple[torch.device, torch.dtype]:
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         dtype = torch.bfloat16 if capability >= (8, 0) else torch.float32
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length (read, not measured)
         oldest = min(
             (int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_" and arch[3:].isdigit()), default=0
         )  # sm_75, ...

@@ -129,7 +129,7 @@ def choose_device(config: dict) -> tuple[torch.device, torch.dtype]:
                 f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and this PyTorch is "
                 f"built for {oldest / 10} and newer. Install one for an older CUDA (docs/troubleshooting.md), or --device cpu."
             )
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch, and ours hardly repeat
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length (read, not measured)
     if config["dtype"] != "auto":
         return device, getattr(torch, config["dtype"])
     if name == "cpu":
